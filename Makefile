@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all that a fresh clone needs: Python 3.11, make and a C/C++ compiler.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TYPING := build/typing
+
+.PHONY: help demo test lint format types layers bench clean
+
+help:
+	@echo "make demo | test | lint | format | bench | clean"
+
+# Installed once; again only when pyproject.toml changes.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/denim demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: $(STAMP) types layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)
+	mkdir -p $(TYPING)/denim
+	for part in kernels nim defense cli; do ln -sfn "$(CURDIR)/$$part" $(TYPING)/denim/$$part; done
+	MYPYPATH=$(TYPING) $(BIN)/mypy -p denim.kernels -p denim.nim -p denim.defense -p denim.cli
+
+layers: $(STAMP)
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,27 @@
+"""Fused operations on tensors: noise, patches, losses, attack steps. Knows nothing of models, data or attacks."""
+
+from denim.kernels.attack_step import attack_step
+from denim.kernels.attention import attention, attention_backends
+from denim.kernels.decode_patches import decode_patches
+from denim.kernels.noise import Domain, Stream, derive_seeds, draw_seeds, noise_words, normal_noise, uniform_noise
+from denim.kernels.noise_patchify import noise_patchify
+from denim.kernels.patch_loss import patch_loss
+from denim.kernels.patches import check_pixels, normalized_patches
+
+__all__ = [
+    "Domain",
+    "Stream",
+    "attack_step",
+    "attention",
+    "attention_backends",
+    "check_pixels",
+    "decode_patches",
+    "derive_seeds",
+    "draw_seeds",
+    "noise_patchify",
+    "noise_words",
+    "normal_noise",
+    "normalized_patches",
+    "patch_loss",
+    "uniform_noise",
+]

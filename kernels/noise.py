@@ -1,0 +1,279 @@
+"""The noise contract: noise is a pure function of (seed of the sample, position in the sample).
+
+Nothing else enters: not sigma, the batch, the patch size, a block size, the rank, the device, nor whether levels and
+draws are looped or batched. The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
+2, 3", SC 2011); its key is the seed, its counter says which group of four positions is meant and what the words are
+for. This module is the torch twin of the arithmetic that the GPU kernels run: words agree bit for bit, normals within
+1e-5 of the float64 definition.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Domain",
+    "Stream",
+    "derive_seeds",
+    "draw_seeds",
+    "noise_backend",
+    "noise_words",
+    "normal_noise",
+    "normals_from_words",
+    "philox",
+    "uniform_noise",
+]
+
+# Multipliers and key increments of Philox-4x32 (Salmon et al. 2011, table 2 and section 4.3).
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+PHILOX_ROUNDS = 10
+_WORD = 0xFFFFFFFF
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Stream(IntEnum):
+    """What the words of a seed are used for: counter word 2. Streams of one seed are independent."""
+
+    NOISE = 0
+    SEED = 1
+    MASK = 2
+    START = 3
+    SIGMA = 4
+
+
+class Domain(IntEnum):
+    """What a seed is derived for, so that no two stages of an experiment ever share a draw."""
+
+    TRAINING = 0
+    DEFENSE = 1
+    ATTACK = 2
+    SELECTION = 3
+    CONFIRMATION = 4
+    SCORE = 5
+    CERTIFY = 6
+    FROZEN = 7
+    COPY = 8
+    AUGMENT = 9
+
+
+def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Four words of Philox-4x32-10 for every counter.
+
+    Args:
+        counter: four int64 tensors that hold uint32 values, broadcastable with `key`.
+        key: two int64 tensors that hold uint32 values.
+
+    Returns:
+        Four int64 tensors that hold uint32 values.
+
+    Torch has no unsigned 32 x 32 -> 64 bit product on all backends. The int64 product wraps modulo 2^64, whose bits
+    are those of the unsigned product, so shifting and masking gives both halves exactly.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        even, odd = c0 * PHILOX_M0, c2 * PHILOX_M1
+        c0, c1, c2, c3 = (
+            ((odd >> 32) & _WORD) ^ c1 ^ k0,
+            odd & _WORD,
+            ((even >> 32) & _WORD) ^ c3 ^ k1,
+            even & _WORD,
+        )
+        k0, k1 = (k0 + PHILOX_W0) & _WORD, (k1 + PHILOX_W1) & _WORD
+    return c0, c1, c2, c3
+
+
+def _split(seeds: Tensor) -> tuple[Tensor, Tensor]:
+    return seeds & _WORD, (seeds >> 32) & _WORD
+
+
+def _group_words(seeds: Tensor, groups: int, stream: int) -> Words:
+    """Words of groups 0 .. groups-1 for seeds (N,): four int64 tensors (N, groups)."""
+    low, high = _split(seeds[:, None])
+    group = torch.arange(groups, dtype=torch.int64, device=seeds.device)[None, :]
+    zero = torch.zeros_like(group)
+    return philox((group & _WORD, group >> 32, zero + stream, zero), (low, high))
+
+
+def _signed(word: Tensor) -> Tensor:
+    """The word read as int32, as float32 (rounded to nearest)."""
+    return torch.where(word >= 1 << 31, word - (1 << 32), word).to(torch.int32).to(torch.float32)
+
+
+def normals_from_words(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normals from two words, in the contract's pinned float32 arithmetic.
+
+    Args:
+        first: int64 tensor of uint32 values; it gives the radius.
+        second: int64 tensor of uint32 values, same shape; it gives the angle.
+
+    Returns:
+        Two float32 tensors: r cos(a) and r sin(a) with r = sqrt(-2 ln u), u = (first + 1/2) / 2^32 and
+        a = 2 pi * int32(second) / 2^32 (Box and Muller 1958).
+
+    u itself would round to 1 near its upper end, and an approximate logarithm is useless there, so the arithmetic
+    works on h, which is u below one half and u - 1 above it. Close to u = 1 the series of -2 ln(1 + h) replaces the
+    logarithm. The largest magnitude is sqrt(66 ln 2) = 6.764; the result is never NaN.
+    """
+    h = _signed(first) * 2.0**-32 + 2.0**-33
+    u = torch.where(h > 0, h, 1 + h)
+    series = h * (h * (-2.0 / 3.0 * h + 1.0) - 2.0)
+    squared = torch.where((h < 0) & (h > -(2.0**-6)), series, -2.0 * math.log(2.0) * torch.log2(u))
+    radius = torch.sqrt(squared)
+    angle = _signed(second) * (math.pi * 2.0**-31)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def _group_normals(seeds: Tensor, groups: int) -> Words:
+    w0, w1, w2, w3 = _group_words(seeds, groups, Stream.NOISE)
+    return (*normals_from_words(w0, w1), *normals_from_words(w2, w3))
+
+
+@functools.cache
+def noise_backend() -> str:
+    """How noise is drawn on the CPU: "compiled" or "eager".
+
+    Compiled by torch where a C++ compiler is at hand, eager elsewhere; `DENIM_NOISE=eager|compiled` decides otherwise.
+    The words are the same either way. Normals may differ in the last bit (the two use different vector libraries for
+    log2, sin and cos), which is why the choice is made once, by rule, and never by the size of a call.
+
+    Raises:
+        ValueError: DENIM_NOISE holds anything else.
+    """
+    chosen = os.environ.get("DENIM_NOISE", "auto")
+    if chosen in ("eager", "compiled"):
+        return chosen
+    if chosen != "auto":
+        raise ValueError(f"DENIM_NOISE is {chosen!r}; expected auto, eager or compiled")
+    compilers = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    return "compiled" if any(shutil.which(name) for name in compilers if name) else "eager"
+
+
+@functools.cache
+def _compiled_group_normals() -> Callable[[Tensor, int], Words]:
+    # Four outputs instead of one interleaved tensor: inductor keeps them in one vectorised loop, and stacking
+    # afterwards is cheaper than its strided stores (1.7 against 6 ns per element).
+    return torch.compile(_group_normals, dynamic=True)
+
+
+@torch.library.custom_op("denim::normal_noise", mutates_args=())
+def _normal_noise(seeds: Tensor, count: int) -> Tensor:
+    flat = seeds.reshape(-1)
+    if flat.numel() == 0 or count == 0:
+        return torch.empty((*seeds.shape, count), dtype=torch.float32, device=seeds.device)
+    # Sizes of at least two: dynamo specialises on one, which would mean another compilation.
+    groups = max(2, (count + 3) // 4)
+    rows = flat if flat.numel() > 1 else flat.expand(2).contiguous()
+    compiled = seeds.device.type == "cpu" and noise_backend() == "compiled"
+    parts = (_compiled_group_normals() if compiled else _group_normals)(rows, groups)
+    noise = torch.stack(parts, dim=-1).flatten(1)[: flat.numel(), :count]
+    return noise.reshape(*seeds.shape, count).clone(memory_format=torch.contiguous_format)
+
+
+@_normal_noise.register_fake
+def _(seeds: Tensor, count: int) -> Tensor:
+    return seeds.new_empty((*seeds.shape, count), dtype=torch.float32)
+
+
+def _check_seeds(seeds: Tensor) -> None:
+    if seeds.dtype != torch.int64:
+        raise TypeError(f"seeds must be int64, got {seeds.dtype}; derive them with denim.kernels.derive_seeds")
+
+
+def normal_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """The noise itself: standard normals, a pure function of (seed, flat position).
+
+    Args:
+        seeds: int64, any shape; one per sample and draw.
+        shape: shape of one sample. Positions count through it in row-major order; for an image this is
+            (H, W, C), the order of uint8 NHWC memory and of a patch row alike.
+
+    Returns:
+        float32 tensor of shape `seeds.shape + shape` on the device of the seeds.
+
+    Raises:
+        TypeError: seeds are not int64.
+    """
+    _check_seeds(seeds)
+    noise: Tensor = _normal_noise(seeds, math.prod(shape))
+    return noise.reshape(*seeds.shape, *shape)
+
+
+def noise_words(seeds: Tensor, count: int, stream: Stream = Stream.NOISE) -> Tensor:
+    """The first `count` words of a stream for every seed: int64 holding uint32 values, seeds.shape + (count,).
+
+    Raises:
+        TypeError: seeds are not int64.
+    """
+    _check_seeds(seeds)
+    words = torch.stack(_group_words(seeds.reshape(-1), (count + 3) // 4, stream), dim=-1)
+    return words.flatten(1)[:, :count].reshape(*seeds.shape, count)
+
+
+def uniform_noise(seeds: Tensor, shape: Sequence[int], stream: Stream) -> Tensor:
+    """Uniforms in (0, 1), (word + 1/2) / 2^32 in float64 rounded to float32: seeds.shape + shape.
+
+    Raises:
+        TypeError: seeds are not int64.
+    """
+    words = noise_words(seeds, math.prod(shape), stream)
+    # Clamped below one: float32 has no value between 1 - 2^-24 and 1.
+    uniform = ((words.to(torch.float64) + 0.5) * 2.0**-32).to(torch.float32).clamp(max=1 - 2.0**-24)
+    return uniform.reshape(*seeds.shape, *shape)
+
+
+def _as_int64(value: int | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"seed parts must be int64 tensors or ints, got {value.dtype}")
+        return value
+    return torch.tensor(value, dtype=torch.int64, device=like.device)
+
+
+def derive_seeds(
+    run_seed: int | Tensor, domain: Domain, samples: Tensor, step: int | Tensor = 0, draw: int | Tensor = 0
+) -> Tensor:
+    """Seeds for samples, computed on their device: the one hash by which Denim derives seeds.
+
+    Two chained Philox calls: k = philox(counter=(sample low, sample high, SEED, domain), key=run seed), then the seed
+    is words 0 and 1 of philox(counter=(step low, step high, SEED, draw), key=(k0, k1)).
+
+    Args:
+        run_seed: the seed of the run, int or int64 tensor.
+        domain: what the draws are for; seeds of different domains never meet.
+        samples: int64 sample ids, any shape.
+        step: epoch or step, int or int64 tensor that broadcasts with samples.
+        draw: number of the draw, below 2^32, int or int64 tensor that broadcasts with samples.
+
+    Returns:
+        int64 tensor of the broadcast shape.
+
+    Raises:
+        TypeError: a tensor is not int64.
+    """
+    samples = _as_int64(samples, samples)
+    key = _split(_as_int64(run_seed, samples))
+    low, high = _split(samples)
+    stream = torch.full_like(low, Stream.SEED)
+    first = philox((low, high, stream, torch.full_like(low, int(domain))), key)
+    step_low, step_high = _split(_as_int64(step, samples))
+    second = philox(
+        (step_low, step_high, torch.full_like(low, Stream.SEED), _as_int64(draw, samples) & _WORD), (first[0], first[1])
+    )
+    return second[0] | (second[1] << 32)
+
+
+def draw_seeds(run_seed: int | Tensor, domain: Domain, samples: Tensor, draws: int, step: int | Tensor = 0) -> Tensor:
+    """Seeds (draws, B) of draws 0 .. draws-1 for samples (B,): `derive_seeds` over an added leading dimension."""
+    draw = torch.arange(draws, dtype=torch.int64, device=samples.device)[:, None]
+    return derive_seeds(run_seed, domain, samples[None, :], step, draw)

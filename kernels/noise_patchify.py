@@ -1,0 +1,147 @@
+"""`noise_patchify`: pixels -> normalise + sigma * noise -> patches, for many levels and draws at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from denim.kernels.noise import _check_seeds, normal_noise
+from denim.kernels.patches import channel_vector, check_images, compute_dtype, normalized_patches, patchify, unpatchify
+
+__all__ = ["noise_patchify"]
+
+OUTPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("denim::noise_patchify", mutates_args=())
+def _noise_patchify(
+    images: Tensor,
+    sigma: Tensor,
+    seeds: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Torch reference, and the CPU kernel."""
+    clean = normalized_patches(images, patch_size=patch_size, mean=mean, std=std)
+    height, width = check_images(images, patch_size=patch_size, mean=mean, std=std)
+    draws = seeds.reshape(-1, seeds.shape[-1])
+    noise = normal_noise(draws.flatten(), (height, width, len(mean)))
+    noise = patchify(noise, patch_size).view(*draws.shape, *clean.shape[1:])
+    # Noise is added in pixel space; dividing by std moves it to normalised space with the image.
+    noise = noise.to(clean.dtype) / channel_vector(std, images, patch_size * patch_size)
+    levels = sigma.to(clean.dtype).reshape(-1, 1, sigma.shape[-1], 1, 1) / 255
+    noisy = torch.addcmul(clean, levels, noise)
+    return noisy.to(dtype).reshape(*sigma.shape[:-1], *seeds.shape[:-1], *clean.shape)
+
+
+@_noise_patchify.register_fake
+def _(
+    images: Tensor,
+    sigma: Tensor,
+    seeds: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
+    length = (height // patch_size) * (width // patch_size)
+    shape = (*sigma.shape[:-1], *seeds.shape[:-1], images.shape[0], length, patch_size * patch_size * len(mean))
+    return images.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("denim::noise_patchify_backward", mutates_args=())
+def _noise_patchify_backward(
+    grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """Gradient for float pixels (B, C, H, W). The noise does not depend on them, so nothing is drawn again."""
+    total = grad.reshape(-1, *grad.shape[-3:]).sum(dim=0, dtype=torch.float64 if dtype == torch.float64 else None)
+    scaled = total.to(compute_dtype(total)) / channel_vector(std, total, patch_size * patch_size)
+    pixels = unpatchify(scaled, (height, width), patch_size).permute(0, 3, 1, 2)
+    return pixels.to(dtype).contiguous()
+
+
+@_noise_patchify_backward.register_fake
+def _(grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    return grad.new_empty((grad.shape[-3], len(std), height, width), dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own signature
+    images, _, _, ctx.patch_size, _, ctx.std, _ = inputs
+    ctx.image_shape, ctx.image_dtype = images.shape, images.dtype
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch's own signature
+    if not ctx.needs_input_grad[0]:
+        return None, None, None, None, None, None, None
+    pixels = _noise_patchify_backward(
+        grad, ctx.image_shape[2], ctx.image_shape[3], ctx.patch_size, ctx.std, ctx.image_dtype
+    )
+    return pixels, None, None, None, None, None, None
+
+
+_noise_patchify.register_autograd(_backward, setup_context=_setup_context)
+
+
+def noise_patchify(
+    images: Tensor,
+    sigma: Tensor,
+    seeds: Tensor,
+    *,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Noisy patches in normalised space, for every noise level and every draw, in one pass over the image.
+
+    Equivalent PyTorch::
+
+        noise = normal_noise(seeds, (H, W, C)).permute(..., C, H, W)
+        noisy = ((images - mean) / std) + sigma / 255 * noise / std      # not clipped
+        patches = noisy as (B, L, P * P * C) in (row, column, channel) order
+
+    The result has the outer product of levels and draws in front. Levels share their draws (common random numbers),
+    so differences along a trade-off curve are sharp; for independent levels call once per level with other seeds.
+
+    Args:
+        images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1].
+        sigma: float (B,) or (S, B), noise standard deviation in 0-255 pixel levels.
+        seeds: int64 (B,) or (R, B), one per sample and draw (`derive_seeds`).
+        patch_size: side P of a square patch.
+        mean: per-channel mean in [0, 1] units; its length is the number of channels C.
+        std: per-channel standard deviation in [0, 1] units.
+        dtype: of the patches: float32, bfloat16, float16 or float64.
+
+    Returns:
+        Patches of shape sigma.shape[:-1] + seeds.shape[:-1] + (B, L, D): (S, R, B, L, D) for a sweep. Differentiable
+        in float pixels; the sum over levels and draws in backward has a fixed order. No double backward.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device, or a sigma that requires a gradient.
+
+    Source: You et al. 2023 (arXiv 2302.01056), section 3: the input of noisy image modeling.
+    """
+    check_images(images, patch_size=patch_size, mean=mean, std=std)
+    _check_seeds(seeds)
+    batch = images.shape[0]
+    for name, tensor, outer in (("sigma", sigma, "S"), ("seeds", seeds, "R")):
+        if tensor.dim() not in (1, 2) or tensor.shape[-1] != batch:
+            raise ValueError(
+                f"{name} must have shape ({batch},) or ({outer}, {batch}) for {batch} images, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != images.device:
+            raise ValueError(f"{name} is on {tensor.device} and images are on {images.device}")
+    if not sigma.is_floating_point():
+        raise TypeError(f"sigma must be floating point (0-255 pixel levels), got {sigma.dtype}")
+    if sigma.requires_grad:
+        raise ValueError("noise_patchify is not differentiable in sigma; detach it")
+    if dtype not in OUTPUT_DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, OUTPUT_DTYPES))}, got {dtype}")
+    patches: Tensor = _noise_patchify(images, sigma, seeds, patch_size, list(mean), list(std), dtype)
+    return patches

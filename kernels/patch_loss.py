@@ -1,0 +1,175 @@
+"""`patch_loss`: the reconstruction loss of masked and noisy image modeling, with no target tensor kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from denim.kernels.patches import check_images, compute_dtype, normalized_patches
+
+__all__ = ["VARIANCE_EPS", "patch_loss", "patch_target"]
+
+# Inside the root, as in the published code of MAE and NIM.
+VARIANCE_EPS = 1e-6
+
+
+def patch_target(
+    images: Tensor, *, patch_size: int, mean: Sequence[float], std: Sequence[float], norm_pix: bool
+) -> Tensor:
+    """What the decoder should predict: clean patches (B, L, D) in normalised space.
+
+    With `norm_pix` each patch is normalised by its own mean and unbiased variance, (t - mean) / sqrt(var + 1e-6)
+    (He et al. 2022, section 4.1). float32, float64 for float64 images. Raises what `check_images` raises.
+    """
+    target = normalized_patches(images, patch_size=patch_size, mean=mean, std=std)
+    if norm_pix:
+        variance, centre = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - centre) / torch.sqrt(variance + VARIANCE_EPS)
+    return target
+
+
+def _error(
+    prediction: Tensor, images: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], norm_pix: bool
+) -> Tensor:
+    target = patch_target(images, patch_size=patch_size, mean=mean, std=std, norm_pix=norm_pix)
+    return prediction.to(torch.promote_types(target.dtype, compute_dtype(prediction))) - target
+
+
+@torch.library.custom_op("denim::patch_loss", mutates_args=())
+def _patch_loss(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+) -> Tensor:
+    """Torch reference, and the CPU kernel."""
+    per_patch = _error(prediction, images, patch_size, mean, std, norm_pix).square().mean(dim=-1)
+    if mask is None:
+        return per_patch.mean()
+    return (per_patch * mask).sum() / mask.sum()
+
+
+@_patch_loss.register_fake
+def _(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+) -> Tensor:
+    return prediction.new_empty((), dtype=torch.promote_types(compute_dtype(images), compute_dtype(prediction)))
+
+
+@torch.library.custom_op("denim::patch_loss_backward", mutates_args=())
+def _patch_loss_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+) -> Tensor:
+    """The target is recomputed, so that forward saves nothing but its inputs."""
+    error = _error(prediction, images, patch_size, mean, std, norm_pix)
+    batch, length, width = error.shape
+    if mask is None:
+        scale = grad * (2.0 / (batch * length * width))
+    else:
+        scale = (grad * 2.0 / width / mask.sum()) * mask[..., None]
+    return (error * scale).to(prediction.dtype).contiguous()
+
+
+@_patch_loss_backward.register_fake
+def _(
+    grad: Tensor,
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+) -> Tensor:
+    return prediction.new_empty(prediction.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own signature
+    prediction, images, mask, *ctx.rest = inputs
+    ctx.save_for_backward(prediction, images, mask)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch's own signature
+    prediction, images, mask = ctx.saved_tensors
+    return _patch_loss_backward(grad, prediction, images, mask, *ctx.rest), None, None, None, None, None, None
+
+
+_patch_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def patch_loss(
+    prediction: Tensor,
+    images: Tensor,
+    *,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool = True,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error between predicted and clean patches.
+
+    Equivalent PyTorch::
+
+        target = patchify((images - mean) / std)
+        if norm_pix:
+            target = (target - target.mean(-1)) / (target.var(-1) + 1e-6) ** 0.5     # unbiased variance
+        loss = ((prediction - target) ** 2).mean(-1)                                 # per patch
+        loss = loss.mean()  or  (loss * mask).sum() / mask.sum()
+
+    Args:
+        prediction: (B, L, D) in any floating dtype; squared errors are taken in float32 (float64 for float64).
+        images: the clean images, uint8 (B, H, W, C) or float pixels (B, C, H, W) in [0, 1].
+        patch_size: side P of a square patch.
+        mean: per-channel mean in [0, 1] units.
+        std: per-channel standard deviation in [0, 1] units.
+        norm_pix: normalise each target patch by its own mean and unbiased variance.
+        mask: optional bool (B, L); True patches count. A mask that selects nothing gives NaN.
+
+    Returns:
+        Scalar, float32 (float64 for float64 inputs). Differentiable in `prediction` only. No double backward.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape or device, or images that require a gradient.
+
+    Source: He et al. 2022 (MAE), section 3; You et al. 2023 (NIM), section 3.
+    """
+    height, width = check_images(images, patch_size=patch_size, mean=mean, std=std)
+    length, size = (height // patch_size) * (width // patch_size), patch_size * patch_size * len(mean)
+    expected = (images.shape[0], length, size)
+    if not prediction.is_floating_point():
+        raise TypeError(f"prediction must be floating point, got {prediction.dtype}")
+    if tuple(prediction.shape) != expected:
+        raise ValueError(f"prediction must have shape {expected} for these images, got {tuple(prediction.shape)}")
+    if norm_pix and size < 2:
+        raise ValueError("norm_pix needs at least two values per patch; use norm_pix=False or a larger patch")
+    if images.requires_grad:
+        raise ValueError("patch_loss is not differentiable in the images; detach them")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool (B, L), got {mask.dtype}")
+    if mask is not None and tuple(mask.shape) != expected[:2]:
+        raise ValueError(f"mask must have shape {expected[:2]}, got {tuple(mask.shape)}")
+    for name, tensor in (("images are", images), ("mask is", mask)):
+        if tensor is not None and tensor.device != prediction.device:
+            raise ValueError(f"{name} on {tensor.device} and prediction is on {prediction.device}")
+    loss: Tensor = _patch_loss(prediction, images, mask, patch_size, list(mean), list(std), norm_pix)
+    return loss
