@@ -16,7 +16,9 @@ def _attack_step(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Te
     dtype = torch.promote_types(compute_dtype(pixels), compute_dtype(origin))
     per_sample = (-1, *(1,) * (pixels.dim() - 1))
     step, radius = step_size.to(dtype).reshape(per_sample), epsilon.to(dtype).reshape(per_sample)
-    moved = pixels.to(dtype) + step * gradient.sign()
+    # torch.sign turns NaN into 0, which would hide a broken gradient.
+    direction = torch.where(gradient.isnan(), gradient, gradient.sign()).to(dtype)
+    moved = pixels.to(dtype) + step * direction
     low, high = (origin - radius).clamp(min=0), (origin + radius).clamp(max=1)
     return torch.minimum(torch.maximum(moved, low), high).to(pixels.dtype).contiguous()
 
@@ -53,6 +55,8 @@ def attack_step(
 
     Source: Madry et al. 2018, equation 2 (projected gradient descent).
     """
+    if pixels.dim() == 0:
+        raise ValueError("pixels must have shape (B, ...), got ()")
     sizes: dict[str, Tensor] = {}
     for name, value in (("step_size", step_size), ("epsilon", epsilon)):
         size = value if isinstance(value, Tensor) else torch.tensor(value, dtype=compute_dtype(pixels))

@@ -135,14 +135,16 @@ def _decode_patches_backward(
     pixels = _unclamped(patches, stats, repeat, mean, std)
     upstream = grad.to(dtype).movedim(-3, -1)
     upstream = patchify(upstream.reshape(-1, *upstream.shape[-3:]), patch_size).view(pixels.shape)
-    upstream = upstream * ((pixels >= 0) & (pixels <= 1)) * channel_vector(std, upstream, repeat)
+    inside = (pixels >= 0) & (pixels <= 1)
+    # Selected, not multiplied: a saturated pixel passes nothing of an infinite gradient either.
+    upstream = torch.where(inside, upstream, 0) * channel_vector(std, upstream, repeat)
     if stats is None or source is None:
         return upstream.to(prediction.dtype).contiguous(), prediction.new_empty(0)
     size = patches.shape[-1]
     to_mean = upstream.sum(dim=-1, keepdim=True)
     to_deviation = (upstream * patches).sum(dim=-1, keepdim=True)
     if statistics == "input":  # one image serves every leading index of the prediction
-        lead = (-1, *to_mean.shape[-3:])
+        lead = (to_mean.shape[:-3].numel(), *to_mean.shape[-3:])
         to_mean, to_deviation = to_mean.reshape(lead).sum(dim=0), to_deviation.reshape(lead).sum(dim=0)
     to_variance = to_deviation * stats.slope / (2 * stats.deviation)
     to_source = to_mean / size + to_variance * 2 * stats.centred / (size - 1)
@@ -227,7 +229,8 @@ def decode_patches(
 
     Returns:
         Pixels (..., C, H, W), float32 (float64 where an input is). Differentiable in prediction and source; the
-        gradient of the clamp is that of torch.clamp. No double backward.
+        gradient of the clamp is 1 on [0, 1], both ends included, and 0 outside (at the ends torch.clamp has 1 or 0,
+        depending on its release). No double backward.
 
     Raises:
         TypeError: a wrong dtype.
@@ -261,13 +264,17 @@ def decode_patches(
                 f"source must hold {prediction.shape[-3]} images of {height} x {width}, got {tuple(source.shape)}"
             )
     if source is not None and sigma is not None:
-        if source.shape != prediction.shape or not source.is_floating_point():
+        if not source.is_floating_point():
+            raise TypeError(f"source must be the noisy patches, floating point, got {source.dtype}")
+        if source.shape != prediction.shape:
             raise ValueError(
                 f"source must be the noisy patches in the prediction's shape {tuple(prediction.shape)}, "
-                f"got {source.dtype} {tuple(source.shape)}"
+                f"got {tuple(source.shape)}"
             )
-        if not sigma.is_floating_point() or sigma.requires_grad:
-            raise ValueError("sigma must be floating point (0-255 pixel levels) and need no gradient")
+        if not sigma.is_floating_point():
+            raise TypeError(f"sigma must be floating point (0-255 pixel levels), got {sigma.dtype}")
+        if sigma.requires_grad:
+            raise ValueError("decode_patches is not differentiable in sigma; detach it")
         try:
             sigma.expand(prediction.shape[:-2])
         except RuntimeError:

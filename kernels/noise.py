@@ -161,9 +161,17 @@ def noise_backend() -> str:
 
 @functools.cache
 def _compiled_group_normals() -> Callable[[Tensor, int], Words]:
+    # Compiled once, for every later call. Dynamo's guards would compile again under no_grad, autocast, inference mode or
+    # another number of threads, and after eight times fall back to eager without a word: other last bits in the middle
+    # of a run. The caller settles all that the code depends on (contiguous int64 rows, sizes of at least two), so no
+    # guard is kept, and threads are counted when it runs (a forked loader worker has one).
     # Four outputs instead of one interleaved tensor: inductor keeps them in one vectorised loop, and stacking
     # afterwards is cheaper than its strided stores (1.7 against 6 ns per element).
-    return torch.compile(_group_normals, dynamic=True)
+    options = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp.dynamic_threads": True}
+    compiled: Callable[[Tensor, int], Words] = torch.compile(_group_normals, dynamic=True, options=options)
+    # Sizes that differ: equal ones would share a symbol, and the code would hold for square calls alone.
+    compiled(torch.arange(3, dtype=torch.int64, device="cpu"), 5)
+    return compiled
 
 
 @torch.library.custom_op("denim::normal_noise", mutates_args=())
@@ -171,13 +179,13 @@ def _normal_noise(seeds: Tensor, count: int) -> Tensor:
     flat = seeds.reshape(-1)
     if flat.numel() == 0 or count == 0:
         return torch.empty((*seeds.shape, count), dtype=torch.float32, device=seeds.device)
-    # Sizes of at least two: dynamo specialises on one, which would mean another compilation.
+    # Sizes of at least two: dynamo specialises on one.
     groups = max(2, (count + 3) // 4)
-    rows = flat if flat.numel() > 1 else flat.expand(2).contiguous()
+    rows = (flat if flat.numel() > 1 else flat.expand(2)).contiguous()
     compiled = seeds.device.type == "cpu" and noise_backend() == "compiled"
     parts = (_compiled_group_normals() if compiled else _group_normals)(rows, groups)
     noise = torch.stack(parts, dim=-1).flatten(1)[: flat.numel(), :count]
-    return noise.reshape(*seeds.shape, count).clone(memory_format=torch.contiguous_format)
+    return noise.contiguous().view(*seeds.shape, count)
 
 
 @_normal_noise.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +16,7 @@ __all__ = ["noise_patchify"]
 OUTPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("denim::noise_patchify", mutates_args=())
-def _noise_patchify(
+def _reference(
     images: Tensor,
     sigma: Tensor,
     seeds: Tensor,
@@ -28,14 +28,39 @@ def _noise_patchify(
     """Torch reference, and the CPU kernel."""
     clean = normalized_patches(images, patch_size=patch_size, mean=mean, std=std)
     height, width = check_images(images, patch_size=patch_size, mean=mean, std=std)
-    draws = seeds.reshape(-1, seeds.shape[-1])
+    draws = seeds.reshape(seeds.shape[:-1].numel(), seeds.shape[-1])
     noise = normal_noise(draws.flatten(), (height, width, len(mean)))
     noise = patchify(noise, patch_size).view(*draws.shape, *clean.shape[1:])
     # Noise is added in pixel space; dividing by std moves it to normalised space with the image.
     noise = noise.to(clean.dtype) / channel_vector(std, images, patch_size * patch_size)
-    levels = sigma.to(clean.dtype).reshape(-1, 1, sigma.shape[-1], 1, 1) / 255
+    levels = sigma.to(clean.dtype).reshape(sigma.shape[:-1].numel(), 1, sigma.shape[-1], 1, 1) / 255
     noisy = torch.addcmul(clean, levels, noise)
-    return noisy.to(dtype).reshape(*sigma.shape[:-1], *seeds.shape[:-1], *clean.shape)
+    return noisy.to(dtype).reshape(*sigma.shape[:-1], *seeds.shape[:-1], *clean.shape).contiguous()
+
+
+_noise_patchify = torch.library.custom_op("denim::noise_patchify", _reference, mutates_args=())
+
+
+@_noise_patchify.register_kernel("cuda")
+def _(
+    images: Tensor,
+    sigma: Tensor,
+    seeds: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Triton kernel. The reference serves float64, very many channels, and platforms that have no Triton."""
+    if torch.float64 in (images.dtype, dtype) or importlib.util.find_spec("triton") is None:
+        return _reference(images, sigma, seeds, patch_size, mean, std, dtype)
+    # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
+    from denim.kernels import noise_patchify_triton as kernel
+
+    if len(mean) > kernel.MAX_CHANNELS:
+        return _reference(images, sigma, seeds, patch_size, mean, std, dtype)
+    instructions = kernel.instruction_set(images.device)
+    return kernel.launch(images, sigma, seeds, patch_size, mean, std, dtype, instructions=instructions)
 
 
 @_noise_patchify.register_fake
@@ -59,8 +84,9 @@ def _noise_patchify_backward(
     grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """Gradient for float pixels (B, C, H, W). The noise does not depend on them, so nothing is drawn again."""
-    total = grad.reshape(-1, *grad.shape[-3:]).sum(dim=0, dtype=torch.float64 if dtype == torch.float64 else None)
-    scaled = total.to(compute_dtype(total)) / channel_vector(std, total, patch_size * patch_size)
+    outer = grad.reshape(grad.shape[:-3].numel(), *grad.shape[-3:])
+    total = outer.sum(dim=0, dtype=torch.promote_types(compute_dtype(grad), dtype))
+    scaled = total / channel_vector(std, total, patch_size * patch_size)
     pixels = unpatchify(scaled, (height, width), patch_size).permute(0, 3, 1, 2)
     return pixels.to(dtype).contiguous()
 

@@ -80,11 +80,10 @@ def _patch_loss_backward(
 ) -> Tensor:
     """The target is recomputed, so that forward saves nothing but its inputs."""
     error = _error(prediction, images, patch_size, mean, std, norm_pix)
-    batch, length, width = error.shape
     if mask is None:
-        scale = grad * (2.0 / (batch * length * width))
+        scale = grad * 2.0 / error.numel()
     else:
-        scale = (grad * 2.0 / width / mask.sum()) * mask[..., None]
+        scale = (grad * 2.0 / error.shape[-1] / mask.sum()) * mask[..., None]
     return (error * scale).to(prediction.dtype).contiguous()
 
 

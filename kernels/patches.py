@@ -79,8 +79,9 @@ def unpatchify(patches: Tensor, image_size: tuple[int, int], patch_size: int) ->
     """Patches (..., L, D) to images (..., H, W, C): the inverse of `patchify`."""
     lead = patches.shape[:-2]
     rows, columns = image_size[0] // patch_size, image_size[1] // patch_size
-    tiles = patches.reshape(*lead, rows, columns, patch_size, patch_size, -1).transpose(-4, -3)
-    return tiles.reshape(*lead, *image_size, tiles.shape[-1])
+    channels = patches.shape[-1] // (patch_size * patch_size)
+    tiles = patches.reshape(*lead, rows, columns, patch_size, patch_size, channels).transpose(-4, -3)
+    return tiles.reshape(*lead, *image_size, channels)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
