@@ -1,1 +1,18 @@
-"""..."""
+"""The De^3 defense: the module, attacks on it, evaluation and report."""
+
+from denim.defense.attacks import Attack
+from denim.defense.de3 import De3
+from denim.defense.evaluate import Evaluation, EvaluationSettings, evaluate
+from denim.defense.scores import Interval, Scores, paired_difference, score
+
+__all__ = [
+    "Attack",
+    "De3",
+    "Evaluation",
+    "EvaluationSettings",
+    "Interval",
+    "Scores",
+    "evaluate",
+    "paired_difference",
+    "score",
+]

@@ -1,0 +1,175 @@
+"""L-infinity attacks on randomized defenses: FGSM and PGD with expectation over transformation (EOT)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from denim.defense.de3 import De3
+from denim.kernels import Domain, Stream, attack_step, derive_seeds, uniform_noise
+
+__all__ = ["Attack", "Attacked"]
+
+_FORM = "NAME:EPSILON[,steps=N][,eot=N][,restarts=N][,gray], such as fgsm:4/255 or pgd:4/255,steps=20,eot=20"
+LOSSES = ("mean loss", "mean probability")
+
+
+class Attacked(NamedTuple):
+    """Result of an attack on one batch.
+
+    Attributes:
+        pixels: (B, C, H, W), the candidates.
+        zero_gradients: images whose gradient was zero at some step.
+        bad_gradients: images whose gradient was not finite at some step.
+    """
+
+    pixels: Tensor
+    zero_gradients: int
+    bad_gradients: int
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An L-infinity attack, white box unless `gray`.
+
+    White box: the exact gradient through noise, denoiser, clamp and classifier, averaged over `eot` draws (Athalye et
+    al. 2018). Both ways to average are run, the gradient of the mean loss and that of the loss of the mean
+    probability, and every restart; of these candidates the one that misleads most *selection* draws is taken, by
+    image. Gray box: the attacker knows the classifier but not that it is defended.
+
+    Attributes:
+        name: fgsm (Goodfellow et al. 2015: one step of size epsilon) or pgd (Madry et al. 2018).
+        epsilon: radius in [0, 1] units.
+        steps: of PGD. The step size is epsilon / 4, halved after half and again after three quarters of the steps.
+        eot: draws per gradient, and for selection.
+        restarts: random starts of PGD, uniform in the ball.
+        gray: attack the classifier alone.
+    """
+
+    name: str
+    epsilon: float
+    steps: int = 20
+    eot: int = 20
+    restarts: int = 1
+    gray: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in ("fgsm", "pgd"):
+            raise ValueError(f"unknown attack {self.name!r}; choose fgsm or pgd")
+        if not (math.isfinite(self.epsilon) and 0 < self.epsilon <= 1):
+            raise ValueError(f"epsilon must be in (0, 1], such as 4/255, got {self.epsilon}")
+        for name in ("steps", "eot", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Attack:
+        """Read the text form, `pgd:4/255,steps=20,eot=20,restarts=1,gray`.
+
+        Raises:
+            ValueError: not of that form.
+        """
+        name, _, rest = text.partition(":")
+        epsilon, *options = rest.split(",")
+        settings: dict[str, int | bool] = {}
+        try:
+            radius = float(Fraction(epsilon))
+            for option in options:
+                key, _, value = option.partition("=")
+                if key == "gray" and not value:
+                    settings[key] = True
+                elif key in ("steps", "eot", "restarts"):
+                    settings[key] = int(value)
+                else:
+                    raise ValueError(key)
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"attack {text!r} is not of the form {_FORM}") from None
+        return cls(name, radius, **settings)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        radius = self.epsilon * 255
+        text = f"{self.name}:{radius:.4g}/255"
+        if self.name == "pgd":
+            text += f",steps={self.steps}"
+        text += f",eot={self.eot}"
+        if self.restarts > 1:
+            text += f",restarts={self.restarts}"
+        return text + (",gray" if self.gray else "")
+
+    def run(self, defense: De3, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Attacked:
+        """Attack one batch.
+
+        Args:
+            defense: the target; gray box attacks see its classifier alone.
+            pixels: (B, C, H, W) in [0, 1].
+            labels: int64 (B,).
+            ids: int64 (B,), sample ids: they key the starts and the draws, so a sample's attack does not depend on its
+                batch.
+            seed: of the evaluation.
+
+        Returns:
+            Candidates within epsilon of the pixels, and the health of the gradients.
+        """
+        target = De3(None, defense.classifier, None).to(pixels.device) if self.gray else defense
+        eot = self.eot if target.is_random else 1
+        # With one draw the two ways to average are the same.
+        losses = LOSSES if eot * target.draws > 1 else LOSSES[:1]
+        best, best_rank = pixels, torch.full((len(pixels),), -math.inf, device=pixels.device)
+        zero = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
+        bad = torch.zeros_like(zero)
+        restarts = self.restarts if self.name == "pgd" else 1
+        steps = self.steps if self.name == "pgd" else 1
+        for restart in range(restarts):
+            for kind in losses:
+                iterate = pixels
+                if self.name == "pgd":
+                    starts = derive_seeds(seed, Domain.ATTACK, ids, restart)
+                    noise = uniform_noise(starts, pixels.shape[1:], Stream.START).to(pixels.dtype)
+                    iterate = (pixels + self.epsilon * (2 * noise - 1)).clamp(0, 1)
+                for step in range(steps):
+                    seeds = target.seeds(seed, Domain.ATTACK, ids, eot, (restart << 32) + step + 1)
+                    gradient = _gradient(target, iterate, labels, seeds, kind)
+                    largest = gradient.flatten(1).abs().amax(dim=1)
+                    bad |= ~largest.isfinite()
+                    zero |= largest == 0
+                    size = self.epsilon if self.name == "fgsm" else self._step_size(step)
+                    iterate = attack_step(iterate, pixels, gradient.nan_to_num(), step_size=size, epsilon=self.epsilon)
+                rank = _selection_rank(target, iterate, labels, target.seeds(seed, Domain.SELECTION, ids, eot))
+                better = rank > best_rank
+                best = torch.where(better.view(-1, 1, 1, 1), iterate, best)
+                best_rank = torch.where(better, rank, best_rank)
+        return Attacked(best, int(zero.sum()), int(bad.sum()))
+
+    def _step_size(self, step: int) -> float:
+        done = step / self.steps
+        return self.epsilon / 4 * (1.0 if done < 0.5 else 0.5 if done < 0.75 else 0.25)
+
+
+def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: str) -> Tensor:
+    """Gradient of the loss to be raised, averaged over draws, with respect to pixels."""
+    with torch.enable_grad():
+        leaf = pixels.detach().requires_grad_()
+        logits = target.draw_logits(leaf, seeds, surrogate=True)
+        log_probability = logits.log_softmax(dim=-1)
+        if kind == "mean loss":
+            loss = -log_probability.mean(dim=0)
+        else:
+            loss = math.log(len(logits)) - log_probability.logsumexp(dim=0)
+        return torch.autograd.grad(loss.gather(1, labels[:, None]).sum(), leaf)[0]
+
+
+@torch.no_grad()
+def _selection_rank(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
+    """(B,), higher is worse for the defense: misled draws first, mean loss second."""
+    logits = target.draw_logits(pixels, seeds)
+    misled = (logits.argmax(dim=-1) != labels).float().mean(dim=0)
+    expanded = labels.expand(len(logits), -1)
+    loss = F.cross_entropy(logits.flatten(0, 1), expanded.flatten(), reduction="none").view_as(expanded).mean(dim=0)
+    # loss / (1 + loss) lies in [0, 1): it can order equal counts, and never outweigh one draw.
+    return misled * len(logits) + torch.nan_to_num(loss / (1 + loss), nan=0.0)

@@ -1,0 +1,375 @@
+"""De3: degrade, denoise, then classify, as one ordinary module from pixels to logits."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
+from denim.kernels.patches import unpatchify
+from denim.nim import Autoencoder, Mask, add_noise, reconstruct
+from denim.nim.finetune import training_images
+from denim.nim.reconstruct import DEGRADATIONS
+
+__all__ = ["De3"]
+
+
+def _entropy() -> int:
+    return int.from_bytes(os.urandom(8), "little", signed=True)
+
+
+class De3(nn.Module):
+    """Degrade (noise of level sigma), denoise, classify (You et al. 2023, arXiv 2302.01056, section 4).
+
+    An ordinary module from pixels (B, C, H, W) in [0, 1] to logits (B, K), differentiable end to end. Its noise comes
+    from its own stream: the global torch generator is neither read nor seeded, every call draws afresh, and copies of
+    the module and ranks of a job draw differently. `frozen` gives a deterministic function of the image instead.
+
+    Args:
+        denoiser: an `Autoencoder`, or None for noise alone (a classifier fine-tuned on noise; not clipped).
+        classifier: any module from pixels in [0, 1] to logits. Normalisation lives inside it.
+        sigma: noise level in 0-255 pixel levels, the dial between accuracy and robustness; None turns the defense off.
+        draws: draws of the noise per call, aggregated.
+        aggregate: "logits" (their mean over the draws) or "vote" (majority vote: the logs of the shares of votes, ties
+            broken by the mean probability; its gradient is that of the log of the mean probability).
+        degrade: "noise" (NIM), "mask" (MAE; give sigma=0) or "both" (DMAE).
+        mask_ratio: share of hidden patches, the dial of "mask".
+        statistics: where a denoiser of the normalised target gets each patch's mean and variance: "input" (as
+            published; two noise-free numbers per patch of the attacked image reach the classifier) or "noisy" (a
+            diagnostic). Without effect for a raw target, which needs none.
+        seed: int64; None takes one from the operating system.
+
+    Raises:
+        ValueError: an unknown option (the valid ones are listed), or options that do not fit together.
+
+    Warns:
+        UserWarning: the classifier records that it was fine-tuned on images of another case.
+    """
+
+    _key: Tensor
+    _calls: Tensor
+
+    def __init__(
+        self,
+        denoiser: Autoencoder | None,
+        classifier: nn.Module,
+        sigma: float | None,
+        *,
+        draws: int = 1,
+        aggregate: str = "logits",
+        degrade: str = "noise",
+        mask_ratio: float = 0.75,
+        statistics: str = "input",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if draws < 1:
+            raise ValueError(f"draws must be at least 1, got {draws}")
+        if aggregate not in ("logits", "vote"):
+            raise ValueError(f'aggregate must be "logits" or "vote", got {aggregate!r}')
+        if degrade not in DEGRADATIONS:
+            raise ValueError(f"degrade must be one of {', '.join(DEGRADATIONS)}, got {degrade!r}")
+        if denoiser is None and degrade != "noise":
+            raise ValueError(f"degrade={degrade!r} needs a denoiser")
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
+        if statistics not in ("input", "noisy"):
+            raise ValueError(f'statistics must be "input" or "noisy", got {statistics!r}')
+        self.denoiser, self.classifier = denoiser, classifier
+        self.draws, self.aggregate = draws, aggregate
+        self.degrade, self.mask_ratio, self.statistics = degrade, mask_ratio, statistics
+        self.seed = seed
+        self._is_frozen = False
+        self._copies = self._replica = 0
+        # Tensors, so that seeds are derived on the device and a compiled or captured call still draws afresh.
+        key = _entropy() if seed is None else seed
+        self.register_buffer("_key", torch.tensor(key, dtype=torch.int64), persistent=False)
+        self.register_buffer("_calls", torch.tensor(0, dtype=torch.int64), persistent=False)
+        self.sigma = sigma
+        trained_on = getattr(getattr(classifier, "config", None), "images", None)
+        if sigma is not None and trained_on is not None and trained_on != self.case:
+            warnings.warn(
+                f"the classifier was fine-tuned on images of the case {trained_on!r} and is used on {self.case!r}",
+                stacklevel=2,
+            )
+
+    @property
+    def sigma(self) -> float | None:
+        """Noise level in 0-255 pixel levels; None is off. May be set at any time."""
+        return self._sigma
+
+    @sigma.setter
+    def sigma(self, value: float | None) -> None:
+        if value is not None:
+            _check_sigma(value)
+            if self.degrade == "mask" and value != 0:
+                raise ValueError(f'degrade="mask" adds no noise: give sigma=0, or degrade="both"; got sigma={value}')
+        self._sigma = None if value is None else float(value)
+
+    @property
+    def case(self) -> str:
+        """What the classifier sees, as a word: "noise, raw target", "noise, input statistics", "noisy", ..."""
+        return training_images(self.denoiser, self.degrade, self.statistics)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether this is a deterministic function of the image with fixed noise (see `frozen`)."""
+        return self._is_frozen
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two calls on one image may differ."""
+        degrades = self.degrade != "noise" or self.sigma != 0
+        return self.sigma is not None and degrades and not self._is_frozen
+
+    def extra_repr(self) -> str:
+        """Settings, for print."""
+        return (
+            f"sigma={self.sigma}, draws={self.draws}, aggregate={self.aggregate!r}, degrade={self.degrade!r}, "
+            f"case={self.case!r}, frozen={self._is_frozen}"
+        )
+
+    def frozen(self, seed: int = 0) -> De3:
+        """The same defense with noise that is fixed and known to an attacker.
+
+        The noise is a function of `seed` alone, the same for every image, so the result is a deterministic function
+        of the image, whatever the batch. The modules are shared, not copied.
+        """
+        twin = De3(
+            self.denoiser,
+            self.classifier,
+            None,
+            draws=self.draws,
+            aggregate=self.aggregate,
+            degrade=self.degrade,
+            mask_ratio=self.mask_ratio,
+            statistics=self.statistics,
+            seed=seed,
+        ).to(self._key.device)
+        twin.sigma = self.sigma
+        twin._is_frozen = True
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copying and pickling both come through here: the copy gets a number, from which its stream follows.
+        self._copies += 1
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._is_frozen:
+            return
+        with torch.no_grad():
+            if self.seed is None:
+                self._key = torch.full_like(self._key, _entropy())
+            else:
+                self._key = derive_seeds(self._key, Domain.COPY, torch.full_like(self._key, self._copies))
+            self._copies, self._calls = 0, torch.zeros_like(self._calls)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # DataParallel makes new replicas at every call and throws them away: their own counters never move.
+        self._copies += 1
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._replica = self._copies
+        return replica
+
+    def seeds(
+        self, run_seed: int | Tensor, domain: Domain, ids: Tensor, draws: int = 1, step: int | Tensor = 0
+    ) -> Tensor:
+        """Seeds (draws * self.draws, B) for draws of this defense on samples with ids (B,).
+
+        A frozen defense answers with its fixed seeds, one for all images.
+        """
+        count = draws * self.draws
+        if self._is_frozen:
+            return draw_seeds(self._key, Domain.FROZEN, torch.zeros_like(ids), self.draws).repeat(draws, 1)
+        return draw_seeds(run_seed, domain, ids, count, step)
+
+    def _next_seeds(self, batch: int) -> Tensor:
+        ids = torch.arange(batch, dtype=torch.int64, device=self._key.device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ids = ids + (torch.distributed.get_rank() << 32)
+        ids = ids + (self._replica << 48)
+        seeds = self.seeds(self._key, Domain.DEFENSE, ids, 1, self._calls)
+        with torch.no_grad():
+            self._calls += 1
+        return seeds
+
+    def _check(self, pixels: Tensor) -> None:
+        if pixels.dim() != 4:
+            raise ValueError(f"pixels must have shape (B, C, H, W), got {tuple(pixels.shape)}")
+        capturing = pixels.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not torch.compiler.is_compiling() and not capturing:
+            check_pixels(pixels)
+
+    def _rebuild(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
+        """sigma (B,) or (S, B), seeds (R, B) -> (S, R, B, C, H, W) or (R, B, C, H, W)."""
+        if self.denoiser is None:
+            return add_noise(pixels, sigma, seeds)
+        rebuilt = reconstruct(
+            self.denoiser,
+            pixels,
+            None if self.degrade == "mask" else sigma,
+            seeds,
+            degrade=self.degrade,
+            mask_ratio=self.mask_ratio,
+            statistics=self.statistics,
+        )
+        # Masks know no levels: every level has the same images.
+        return rebuilt.expand(*sigma.shape[:-1], *rebuilt.shape) if self.degrade == "mask" else rebuilt
+
+    def _classify(self, images: Tensor) -> Tensor:
+        """(..., C, H, W) -> (..., K)."""
+        logits: Tensor = self.classifier(images.reshape(-1, *images.shape[-3:]))
+        return logits.reshape(*images.shape[:-3], logits.shape[-1])
+
+    def _aggregate(self, logits: Tensor, surrogate: bool) -> Tensor:
+        """(..., draws * self.draws, B, K) -> (..., draws, B, K)."""
+        grouped = logits.unflatten(-3, (-1, self.draws))
+        if self.aggregate == "logits":
+            return grouped.mean(dim=-3)
+        mean_log = grouped.log_softmax(dim=-1).logsumexp(dim=-3) - math.log(self.draws)
+        if surrogate:
+            return mean_log
+        votes = F.one_hot(grouped.argmax(dim=-1), grouped.shape[-1]).to(logits.dtype).mean(dim=-3)
+        # Less than half a vote in all: it orders ties and classes without a vote, and changes nothing else.
+        shares = votes + mean_log.exp() / (4 * self.draws)
+        return shares.log().detach() + (mean_log - mean_log.detach())
+
+    def draw_logits(self, pixels: Tensor, seeds: Tensor, *, surrogate: bool = False) -> Tensor:
+        """Logits of several draws, for given seeds.
+
+        Args:
+            pixels: (B, C, H, W) in [0, 1].
+            seeds: int64 (draws * self.draws, B), see `seeds`.
+            surrogate: for "vote", the log of the mean probability instead of the votes: what an attack should climb.
+
+        Returns:
+            (draws, B, K), aggregated over self.draws. Differentiable in pixels. Values are not checked.
+        """
+        if self.sigma is None:
+            return self._classify(pixels).expand(seeds.shape[0] // self.draws, -1, -1)
+        sigma = torch.full((pixels.shape[0],), self.sigma, dtype=pixels.dtype, device=pixels.device)
+        return self._aggregate(self._classify(self._rebuild(pixels, sigma, seeds)), surrogate)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (B, K) for pixels (B, C, H, W) in [0, 1].
+
+        Raises:
+            TypeError, ValueError: pixels of another dtype, rank, size or range.
+        """
+        self._check(pixels)
+        if self.sigma is None:
+            return self._classify(pixels)
+        return self.draw_logits(pixels, self._next_seeds(pixels.shape[0]).to(pixels.device))[0]
+
+    def degraded(self, pixels: Tensor, seeds: Tensor) -> Tensor:
+        """The degraded image that `denoise` rebuilds, for pictures: noisy pixels, hidden patches grey; not clipped.
+
+        Args:
+            pixels: (B, C, H, W) in [0, 1].
+            seeds: int64 (B,).
+        """
+        images = pixels
+        if self.sigma:
+            images = add_noise(images, torch.full_like(seeds, self.sigma, dtype=pixels.dtype), seeds)
+        if self.sigma is None or self.degrade == "noise" or self.denoiser is None:
+            return images
+        config = self.denoiser.config
+        hidden = Mask.random(seeds, config.length, self.mask_ratio).hidden.unsqueeze(-1)
+        squares = unpatchify(hidden.expand(-1, -1, config.patch_size**2), config.image_size, config.patch_size)
+        return torch.where(squares.movedim(-1, -3), images.new_tensor(0.5), images)
+
+    def denoise(self, pixels: Tensor, sigma: float | None = None, *, seeds: Tensor | None = None) -> Tensor:
+        """What the classifier would see: degraded and rebuilt pixels.
+
+        Args:
+            pixels: (B, C, H, W) in [0, 1].
+            sigma: noise level in 0-255 pixel levels; by default the defense's own.
+            seeds: int64 (B,); by default the next of the defense's stream.
+
+        Returns:
+            (B, C, H, W), in [0, 1] with a denoiser, not clipped without; the pixels themselves where both are None.
+        """
+        self._check(pixels)
+        level = self.sigma if sigma is None else sigma
+        if level is None:
+            return pixels
+        _check_sigma(level)
+        chosen = self._next_seeds(pixels.shape[0])[0] if seeds is None else seeds
+        levels = torch.full((pixels.shape[0],), level, dtype=pixels.dtype, device=pixels.device)
+        return self._rebuild(pixels, levels, chosen.to(pixels.device).unsqueeze(0))[0]
+
+    @torch.no_grad()
+    def sweep(
+        self,
+        pixels: Tensor,
+        sigmas: Sequence[float],
+        draws: int,
+        *,
+        seeds: Tensor | None = None,
+        max_batch: int = 256,
+    ) -> Tensor:
+        """Logits at many noise levels and draws, in batched passes of bounded memory, without gradients.
+
+        Levels share their draws, so differences along the curve are paired.
+
+        Args:
+            pixels: (B, C, H, W) in [0, 1].
+            sigmas: S noise levels in 0-255 pixel levels.
+            draws: draws per level.
+            seeds: int64 (draws * self.draws, B), see `seeds`; by default fresh ones of the defense's stream.
+            max_batch: images that go through the networks in one pass; memory grows with it, the result does not
+                depend on it.
+
+        Returns:
+            (S, draws, B, K).
+
+        Raises:
+            ValueError: no level, a bad level, draws or max_batch below 1.
+        """
+        self._check(pixels)
+        if not sigmas or draws < 1 or max_batch < 1:
+            raise ValueError(
+                f"sweep needs levels, draws and max_batch of at least 1, got {sigmas}, {draws}, {max_batch}"
+            )
+        for sigma in sigmas:
+            _check_sigma(sigma)
+        batch = pixels.shape[0]
+        if seeds is None:
+            seeds = torch.cat([self._next_seeds(batch) for _ in range(draws)])
+        seeds = seeds.to(pixels.device)
+        levels = torch.tensor(list(sigmas), dtype=pixels.dtype, device=pixels.device)
+        logits: Tensor | None = None
+        # The largest blocks of (images, draws, levels) that fit: all levels of a draw first, for they share it.
+        level_block = min(len(levels), max_batch)
+        draw_block = min(len(seeds), max(1, max_batch // level_block))
+        image_block = min(batch, max(1, max_batch // (level_block * draw_block)))
+        for image in range(0, batch, image_block):
+            images = slice(image, image + image_block)
+            for draw in range(0, len(seeds), draw_block):
+                rows = slice(draw, draw + draw_block)
+                for level in range(0, len(levels), level_block):
+                    columns = slice(level, level + level_block)
+                    chosen = pixels[images]
+                    sigma = levels[columns, None].expand(-1, chosen.shape[0])
+                    part = self._classify(self._rebuild(chosen, sigma, seeds[rows, images]))
+                    if logits is None:
+                        logits = part.new_empty((len(levels), len(seeds), batch, part.shape[-1]))
+                    logits[columns, rows, images] = part
+        assert logits is not None
+        return self._aggregate(logits, surrogate=False)
+
+
+def _check_sigma(sigma: float) -> None:
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(
+            f"sigma must be a finite number of 0-255 pixel levels, 0 or more, got {sigma}; None turns the defense off"
+        )

@@ -1,0 +1,410 @@
+"""Evaluation: defenses x attacks, one record per image, scored on fresh draws, resumable.
+
+Three disjoint sets of draws (docs/method.md): the attack chooses its candidate on *selection* draws, *confirmation*
+draws choose the worst attack per image, and *score* draws, which nothing has seen, are used once, at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from denim.defense.attacks import Attack
+from denim.defense.de3 import De3
+from denim.defense.scores import Interval, Scores, paired_difference, score
+from denim.kernels import Domain
+from denim.nim.checkpoint import atomic_write
+from denim.nim.data import Loader
+
+__all__ = ["Cell", "Evaluation", "EvaluationSettings", "Examples", "evaluate"]
+
+CLEAN = "none"
+WORST = "worst"
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of an evaluation.
+
+    Attributes:
+        attacks: text forms of attacks, see `Attack`; the row without an attack is always there.
+        draws: R, fresh draws per image for the score, and again for the confirmation.
+        seed: of the evaluation.
+        max_batch: images that go through the networks in one pass; bounds memory.
+        examples: images that are kept for the gallery.
+    """
+
+    attacks: tuple[str, ...]
+    draws: int = 20
+    seed: int = 0
+    max_batch: int = 256
+    examples: int = 6
+
+    def __post_init__(self) -> None:
+        for name in ("draws", "max_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for attack in self.attacks:
+            Attack.parse(attack)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One defense under one attack.
+
+    Attributes:
+        defense: name of the defense.
+        sigma: its noise level, None for off.
+        frozen: whether its noise is fixed and known to the attacker.
+        case: what its classifier sees, see `De3.case`; "undefended" for off.
+        attack: text form, "none", or "worst EPSILON" (per image the attack of that radius that misleads most
+            confirmation draws).
+        epsilon: radius in [0, 1] units, None without an attack.
+        scores: accuracy on the score draws.
+        difference: of the mean to the first defense under the same attack, paired over images.
+    """
+
+    defense: str
+    sigma: float | None
+    frozen: bool
+    case: str
+    attack: str
+    epsilon: float | None
+    scores: Scores
+    difference: Interval | None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images for the gallery, of one defense under one attack; all (N, C, H, W), on the CPU.
+
+    Attributes:
+        clean, attacked: what came in.
+        noisy, denoised: one score draw of the degraded and the rebuilt attacked image; the image itself for off.
+        labels: int64 (N,).
+        clean_predictions, predictions: int64 (N,), of that draw, for the clean and the attacked image.
+    """
+
+    clean: Tensor
+    attacked: Tensor
+    noisy: Tensor
+    denoised: Tensor
+    labels: Tensor
+    clean_predictions: Tensor
+    predictions: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns and writes as results.json."""
+
+    cells: tuple[Cell, ...]
+    classes: tuple[str, ...]
+    settings: EvaluationSettings
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+    examples: dict[tuple[str, str], Examples]
+
+
+def evaluate(
+    defenses: Mapping[str, De3],
+    loader: Loader,
+    settings: EvaluationSettings,
+    out: Path,
+    *,
+    classes: Sequence[str] = (),
+    console: Console | None = None,
+) -> Evaluation:
+    """Attack and score defenses.
+
+    Every (defense, attack, image) gives one line in `out/records.jsonl`; a call on the same folder goes on where an
+    earlier one stopped, with the same result.
+
+    Args:
+        defenses: by name; the first one is what the others are compared with.
+        loader: its epoch 0 yields the images, in any order.
+        settings: attacks, draws and seed.
+        out: folder of the evaluation.
+        classes: names of the classes, for the report.
+        console: where progress goes.
+
+    Raises:
+        ValueError: no defense, or `out` holds an evaluation with other settings.
+    """
+    console = console or Console(stderr=True)
+    if not defenses:
+        raise ValueError("evaluate needs at least one defense")
+    attacks: list[Attack | None] = [None, *(Attack.parse(text) for text in settings.attacks)]
+    _claim_folder(out, defenses, settings)
+    records = _Records(out / "records.jsonl")
+    notes: list[str] = []
+    work = [(name, defense, attack) for name, defense in defenses.items() for attack in attacks]
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    task = progress.add_task("evaluating", total=len(work), state="")
+    with progress:
+        for number, (name, defense, attack) in enumerate(work):
+            text = CLEAN if attack is None else str(attack)
+            progress.update(task, completed=number, state=f"{name}, {text}")
+            _evaluate_cell(name, defense, attack, text, loader, settings, out, records)
+            if not console.is_terminal and attack is attacks[-1]:
+                console.print(f"evaluating: {name} done")
+        progress.update(task, completed=len(work), state="")
+    cells = _cells(defenses, attacks, records)
+    notes += _health(defenses, cells, records)
+    evaluation = Evaluation(
+        cells,
+        tuple(classes),
+        settings,
+        tuple(notes),
+        {package: version(package) for package in ("torch", "timm", "numpy", "denim-vision")},
+        {(name, CLEAN if a is None else str(a)): _load_examples(out, name, a) for name in defenses for a in attacks}
+        if settings.examples
+        else {},
+    )
+    content = {
+        "settings": asdict(settings),
+        "versions": evaluation.versions,
+        "classes": evaluation.classes,
+        "warnings": evaluation.warnings,
+        "cells": [asdict(cell) for cell in cells],
+    }
+    with atomic_write(out / "results.json") as staged:
+        staged.write_text(json.dumps(content, indent=2) + "\n")
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return evaluation
+
+
+def _claim_folder(out: Path, defenses: Mapping[str, De3], settings: EvaluationSettings) -> None:
+    # max_batch changes nothing but memory.
+    content = {
+        "settings": {key: value for key, value in asdict(settings).items() if key != "max_batch"},
+        "defenses": {name: defense.extra_repr() for name, defense in defenses.items()},
+    }
+    content = json.loads(json.dumps(content))
+    file = out / "evaluation.json"
+    if file.exists() and json.loads(file.read_text()) != content:
+        raise ValueError(
+            f"{out} holds an evaluation with other settings; see {file.name} there, or choose another folder"
+        )
+    if not file.exists():
+        with atomic_write(file) as staged:
+            staged.write_text(json.dumps(content, indent=2) + "\n")
+
+
+class _Records:
+    """records.jsonl: one line per (defense, attack, image), appended batch by batch."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+        if file.exists():
+            for line in file.read_text().splitlines():
+                if line.endswith("}"):  # a kill can leave the last line half written
+                    self._add(json.loads(line))
+            # Written again without such a line, so that the next one does not continue it.
+            with atomic_write(file) as staged:
+                staged.write_text(
+                    "".join(json.dumps(row) + "\n" for cell in self.rows.values() for row in cell.values())
+                )
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self.rows.setdefault((row["defense"], row["attack"]), {})[row["id"]] = row
+
+    def cell(self, name: str, attack: str) -> dict[int, dict[str, Any]]:
+        return self.rows.get((name, attack), {})
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as handle:
+            handle.write("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            self._add(row)
+
+
+@torch.no_grad()
+def _predict(defense: De3, pixels: Tensor, seeds: Tensor, max_batch: int) -> Tensor:
+    """Predictions (draws, B) for seeds (draws * defense.draws, B), in passes of at most max_batch images."""
+    if not defense.is_random:
+        once = defense.draw_logits(pixels, seeds[: defense.draws]).argmax(dim=-1)
+        return once.expand(len(seeds) // defense.draws, -1)
+    block = max(1, max_batch // (len(pixels) * defense.draws)) * defense.draws
+    parts = [defense.draw_logits(pixels, part).argmax(dim=-1) for part in seeds.split(block)]
+    return torch.cat(parts)
+
+
+def _evaluate_cell(
+    name: str,
+    defense: De3,
+    attack: Attack | None,
+    text: str,
+    loader: Loader,
+    settings: EvaluationSettings,
+    out: Path,
+    records: _Records,
+) -> None:
+    device = next((tensor.device for tensor in defense.classifier.parameters()), torch.device("cpu"))
+    done, kept = records.cell(name, text), _examples_file(out, name, attack)
+    # The attack's passes hold eot draws of every image.
+    rows = max(1, settings.max_batch // (attack.eot * defense.draws if attack and defense.is_random else 1))
+    wanted = 0 if kept.exists() else settings.examples
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for batch in loader.epoch(0):
+        for part in range(0, len(batch.ids), rows):
+            chosen = slice(part, part + rows)
+            missing = sum(len(item[0]) for item in found) < wanted
+            open_ids = torch.tensor([int(i) not in done or missing for i in batch.ids[chosen]])
+            if not open_ids.any():
+                continue
+            ids, labels = batch.ids[chosen][open_ids].to(device), batch.labels[chosen][open_ids].to(device)
+            clean = batch.images[chosen][open_ids].to(device).permute(0, 3, 1, 2).float() / 255
+            zero = bad = 0
+            pixels = clean
+            if attack is not None:
+                pixels, zero, bad = attack.run(defense, clean, labels, ids, settings.seed)
+            confirmation = defense.seeds(settings.seed, Domain.CONFIRMATION, ids, settings.draws)
+            fresh = defense.seeds(settings.seed, Domain.SCORE, ids, settings.draws)
+            confirmed = _predict(defense, pixels, confirmation, settings.max_batch)
+            scored = _predict(defense, pixels, fresh, settings.max_batch)
+            missed = (confirmed != labels).sum(dim=0).tolist()
+            records.append(
+                [
+                    {
+                        "defense": name,
+                        "attack": text,
+                        "id": int(ids[row]),
+                        "label": int(labels[row]),
+                        "missed": missed[row],
+                        "predictions": scored[:, row].tolist(),
+                        # Counted by part; kept on its first image, so that sums over images are right.
+                        "zero_gradients": zero if row == 0 else 0,
+                        "bad_gradients": bad if row == 0 else 0,
+                    }
+                    for row in range(len(ids))
+                ]
+            )
+            if missing:
+                found.append((clean.cpu(), pixels.cpu(), labels.cpu(), ids.cpu()))
+    if wanted and found:
+        clean, attacked, labels, ids = (torch.cat(parts)[:wanted] for parts in zip(*found, strict=True))
+        _save_examples(kept, defense, clean, attacked, labels, ids, settings.seed, device)
+
+
+def _examples_file(out: Path, name: str, attack: Attack | None) -> Path:
+    text = f"{name} {CLEAN if attack is None else attack}"
+    return out / "examples" / f"{''.join(c if c.isalnum() else '-' for c in text)}.safetensors"
+
+
+@torch.no_grad()
+def _save_examples(
+    file: Path,
+    defense: De3,
+    clean: Tensor,
+    attacked: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    seed: int,
+    device: torch.device,
+) -> None:
+    seeds = defense.seeds(seed, Domain.SCORE, ids.to(device), 1)[: defense.draws]
+    pixels = attacked.to(device)
+    tensors = {
+        "clean": clean,
+        "attacked": attacked,
+        "noisy": defense.degraded(pixels, seeds[0]).cpu(),
+        "denoised": defense.denoise(pixels, seeds=seeds[0]).cpu(),
+        "labels": labels,
+        "clean_predictions": defense.draw_logits(clean.to(device), seeds)[0].argmax(dim=-1).cpu(),
+        "predictions": defense.draw_logits(pixels, seeds)[0].argmax(dim=-1).cpu(),
+    }
+    with atomic_write(file) as staged:
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, staged)  # some are one tensor
+
+
+def _load_examples(out: Path, name: str, attack: Attack | None) -> Examples:
+    return Examples(**load_file(_examples_file(out, name, attack)))
+
+
+def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], records: _Records) -> tuple[Cell, ...]:
+    """Scores of every defense under every attack, then under the worst attack of every radius."""
+    by_radius: dict[float, list[str]] = {}
+    for attack in attacks:
+        if attack is not None:
+            by_radius.setdefault(attack.epsilon, []).append(str(attack))
+    columns: list[tuple[str, float | None, list[str]]] = [
+        (CLEAN if attack is None else str(attack), None if attack is None else attack.epsilon, []) for attack in attacks
+    ]
+    for epsilon, names in by_radius.items():
+        if len(names) > 1:
+            columns.append((f"{WORST} {epsilon * 255:.4g}/255", epsilon, names))
+    cells: list[Cell] = []
+    reference: dict[str, np.ndarray[Any, Any]] = {}
+    for name, defense in defenses.items():
+        for text, epsilon, candidates in columns:
+            rows = [records.cell(name, candidate) for candidate in candidates or [text]]
+            ids = sorted(rows[0])
+            # A stable maximum: of attacks that miss as often, the first.
+            worst = [max((row[i] for row in rows), key=lambda record: record["missed"]) for i in ids]
+            predictions = np.array([record["predictions"] for record in worst])
+            labels = np.array([record["label"] for record in worst])
+            shares = (predictions == labels[:, None]).mean(axis=1)
+            first = reference.setdefault(text, shares)
+            cells.append(
+                Cell(
+                    name,
+                    defense.sigma,
+                    defense.is_frozen,
+                    "undefended" if defense.sigma is None else defense.case,
+                    text,
+                    epsilon,
+                    score(predictions, labels),
+                    None if first is shares or len(ids) < 2 else paired_difference(shares, first),
+                )
+            )
+    return tuple(cells)
+
+
+def _health(defenses: Mapping[str, De3], cells: Sequence[Cell], records: _Records) -> list[str]:
+    """Checks that tell an attack that failed from a defense that held (docs/method.md, "Health checks")."""
+    notes = []
+    for (name, text), rows in records.rows.items():
+        zero = sum(row["zero_gradients"] for row in rows.values())
+        bad = sum(row["bad_gradients"] for row in rows.values())
+        if bad or zero > len(rows) / 20:
+            notes.append(
+                f"{name} under {text}: the gradient was zero at some step for {zero} and not finite for {bad} of "
+                f"{len(rows)} images; the attack is weaker than it looks (docs/method.md, health checks)"
+            )
+    by_place = {(cell.defense, cell.attack): cell for cell in cells}
+    for cell in cells:
+        if not cell.frozen or cell.epsilon is None:
+            continue
+        for name, defense in defenses.items():
+            other = by_place[name, cell.attack]
+            same = not other.frozen and other.case == cell.case and defense.sigma == cell.sigma
+            if same and cell.scores.mean.high < other.scores.mean.low:
+                notes.append(
+                    f"{name} under {cell.attack}: frozen accuracy {cell.scores.mean} is below the random defense's "
+                    f"{other.scores.mean}: randomness, not denoising, carries the difference "
+                    "(docs/method.md, health checks)"
+                )
+    return notes

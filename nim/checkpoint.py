@@ -1,0 +1,192 @@
+"""Checkpoints: a folder with model.safetensors and config.json, written atomically, as on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+__all__ = ["CheckpointError", "Pretrained", "atomic_folder", "atomic_write", "read_safetensors"]
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, truncated, of another format or of another architecture."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    staged = Path(name)
+    try:
+        yield staged
+        staged.chmod(0o644)
+        _sync(staged)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which must not exist; on success it takes that name in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield staged
+        staged.chmod(0o755)
+        for file in staged.iterdir():
+            _sync(file)
+        staged.rename(path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    """Bring a file to disk before its name: after a power cut the name must not point at nothing."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+class Pretrained(nn.Module):
+    """`save_pretrained` and `from_pretrained` for a model that is built from one config dataclass."""
+
+    config_class: ClassVar[type[Any]]
+    config: Any
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.json. Each file is replaced in one step.
+
+        Args:
+            folder: made where absent; files of an earlier model in it are replaced.
+        """
+        folder = Path(folder)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        content = json.dumps({"model": type(self).__name__, **dataclasses.asdict(self.config)}, indent=2)
+        with atomic_write(folder / WEIGHTS_FILE) as staged:
+            save_file(tensors, staged, metadata={"format": "pt"})
+        with atomic_write(folder / CONFIG_FILE) as staged:
+            staged.write_text(content + "\n")
+
+    def push_to_hub(self, repo_id: str, *, token: str | None = None) -> None:
+        """Upload to a repository on the Hugging Face hub, which is made where absent."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            huggingface_hub.create_repo(repo_id, token=token, exist_ok=True)
+            huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
+        """A model from a local folder (nothing is downloaded) or a repository on the Hugging Face hub.
+
+        Args:
+            source: folder, or "owner/name" on the hub.
+            revision: branch, tag or commit on the hub.
+            token: for private repositories.
+
+        Returns:
+            The model, on the CPU, in evaluation mode.
+
+        Raises:
+            CheckpointError: nothing there, truncated files, another kind of model or another architecture.
+        """
+        folder = _fetch(source, revision, token)
+        config = cls._read_config(folder)
+        # The initial weights are thrown away; drawing them must not move the caller's generator.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(config)
+        file = folder / WEIGHTS_FILE
+        model.load_weights(read_safetensors(file), f"{file} is of another architecture than its {CONFIG_FILE}")
+        return model.eval()
+
+    @classmethod
+    def _read_config(cls, folder: Path) -> Any:
+        file = folder / CONFIG_FILE
+        if not file.is_file():
+            raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: not a checkpoint folder of Denim")
+        try:
+            content = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+        kind = content.pop("model", None) if isinstance(content, dict) else None
+        if kind != cls.__name__:
+            raise CheckpointError(f"{file} describes a {kind or 'model of another library'}, expected {cls.__name__}")
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        unknown = sorted(content.keys() - known)
+        if unknown:
+            raise CheckpointError(f"{file} has unknown entries {unknown}; known are {sorted(known)}")
+        try:
+            return cls.config_class(**content)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{file} does not describe a {cls.__name__}: {error}") from error
+
+    def load_weights(self, state: Mapping[str, Tensor], complaint: str) -> None:
+        """Take all weights by name, every one of them and no other.
+
+        Raises:
+            CheckpointError: names or shapes differ; `complaint` opens its message. Nothing has been changed then.
+        """
+        own = self.state_dict()
+        problems = [f"{name} is missing" for name in own if name not in state]
+        problems += [f"{name} is unknown" for name in state if name not in own]
+        problems += [
+            f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{complaint}: {'; '.join(problems[:4])}"
+                + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+            )
+        self.load_state_dict(state)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors file, on the CPU.
+
+    Raises:
+        CheckpointError: missing, truncated or of another format.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+
+
+def _fetch(source: str | Path, revision: str | None, token: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{source} is a file; a checkpoint of Denim is a folder (foreign files: `load_foreign`)")
+    if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise CheckpointError(f"no folder {source}, and it has not the form owner/name of a repository on the hub")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                source, revision=revision, token=token, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
+            )
+        )
+    except (OSError, HFValidationError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise CheckpointError(f"no folder {source}, and the hub gave no repository of that name: {error}") from error

@@ -1,0 +1,124 @@
+"""The classifier: a plain timm ViT that takes pixels in [0, 1] and normalises them inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, AutoencoderConfig, check_architecture
+from denim.nim.checkpoint import Pretrained
+
+__all__ = ["Classifier", "ClassifierConfig"]
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Architecture of a classifier, its pixel statistics, and what it was fine-tuned on.
+
+    Attributes:
+        num_classes: number of logits.
+        image_size: (H, W) in pixels.
+        patch_size, width, depth, heads: of the ViT.
+        mean, std: per-channel statistics in [0, 1] units; their length is the number of channels.
+        pool: "avg" (mean over patch tokens, LayerNorm after it, as published) or "token" (class token).
+        drop_path: rate of stochastic depth in training.
+        classes: names of the classes, may be empty.
+        images: the case of its training images: clean, noisy, or denoised with raw, input or noisy statistics.
+    """
+
+    num_classes: int = 1000
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    pool: Literal["avg", "token"] = "avg"
+    drop_path: float = 0.0
+    classes: tuple[str, ...] = ()
+    images: str = "clean"
+
+    def __post_init__(self) -> None:
+        check_architecture(self, "num_classes")
+        object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+        if self.pool not in ("avg", "token"):
+            raise ValueError(f"pool must be avg or token, got {self.pool!r}")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} class names for {self.num_classes} classes")
+
+    @classmethod
+    def for_encoder(cls, encoder: AutoencoderConfig, num_classes: int, **other: Any) -> ClassifierConfig:
+        """The classifier whose body is the encoder of an autoencoder."""
+        shared = ("image_size", "patch_size", "width", "depth", "heads", "mean", "std")
+        return cls(num_classes, **{name: getattr(encoder, name) for name in shared}, **other)
+
+
+class Classifier(Pretrained, VisionTransformer):
+    """A timm `VisionTransformer` from pixels (B, C, H, W) in [0, 1] to logits (B, K).
+
+    Its state dict has timm's names and nothing else, so it goes into `timm.create_model` and back unchanged.
+    """
+
+    config_class: ClassVar[type[Any]] = ClassifierConfig
+    head: nn.Linear
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            in_chans=len(config.mean),
+            num_classes=config.num_classes,
+            global_pool=config.pool,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            drop_path_rate=config.drop_path,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+        self.config = config
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]  # no attention masks
+        """Logits (B, K) for pixels (B, C, H, W) in [0, 1]."""
+        logits: Tensor = super().forward((pixels - self.mean) / self.std)
+        return logits
+
+    def load_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Take the encoder's weights by name: of an autoencoder, a classifier or a plain timm ViT.
+
+        The final norm comes along only for the pool that has it ("token"); the published mean pool starts a new one.
+
+        Raises:
+            ValueError: a weight is missing, has another shape, or belongs to a part that this classifier does not have
+                (registers, layer scale, more blocks, ...); nothing has been changed then.
+        """
+        own = self.state_dict()
+        wanted = [name for name in own if not name.startswith(("head.", "fc_norm."))]
+        missing = [name for name in wanted if name not in state]
+        if missing:
+            raise ValueError(f"no encoder for this classifier: {len(missing)} weights missing, first {missing[:3]}")
+        left = ("head.", "fc_norm.", "norm.", "decoder_", "mask_token")
+        unknown = [name for name in state if name not in own and not name.startswith(left)]
+        if unknown:
+            raise ValueError(f"encoder of another architecture: {len(unknown)} weights unknown, first {unknown[:3]}")
+        for name in wanted:
+            if state[name].shape != own[name].shape:
+                raise ValueError(
+                    f"encoder of another architecture: {name} has shape {tuple(state[name].shape)}, "
+                    f"expected {tuple(own[name].shape)}"
+                )
+        self.load_state_dict({name: state[name] for name in wanted}, strict=False)

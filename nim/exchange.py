@@ -1,0 +1,399 @@
+"""Checkpoints of other code, and plain timm ViTs in both directions.
+
+The published checkpoints of MAE and NIM-AdvDef and timm's plain ViTs name their weights as this package does, so
+nothing is renamed or reshaped here: the architecture is read off the weights, and whatever does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pickle
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from timm.layers import GELU, DropPath, LayerNorm, PatchDropout, PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, Autoencoder, AutoencoderConfig
+from denim.nim.checkpoint import CheckpointError, read_safetensors
+from denim.nim.classifier import Classifier, ClassifierConfig
+
+__all__ = ["from_timm", "load_foreign", "read_state_dict", "to_timm"]
+
+_EXCHANGEABLE = (
+    "Plain ViTs can be exchanged: timm's VisionTransformer with square patches, a class token, learned or fixed "
+    "absolute positions, pre-norm blocks of LayerNorm (eps 1e-6), attention with qkv bias and a GELU MLP of ratio 4, "
+    'and global_pool="token" (final norm) or "avg" (fc_norm)'
+)
+
+# ------------------------------------------------------------------------------------------------- files of other code
+
+
+def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, Tensor]:
+    """The weights in a file that other code wrote, by name, on the CPU. Runs no code from the file.
+
+    Args:
+        path: a .safetensors file, or what `torch.save` wrote, in its zip or its old format.
+        part: which entry to take where the file holds several state dicts (such as "model" and "classifier"). By
+            default the only one of "model", "classifier" and "state_dict", or the file itself.
+
+    Returns:
+        The state dict, without the `module.` that DistributedDataParallel puts before every name.
+
+    Raises:
+        CheckpointError: missing, truncated, not a checkpoint, Python objects that only running code from the file could
+            rebuild, no state dict inside, or more than one and no `part`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; `from_pretrained` reads the folders that Denim writes")
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}")
+    content = read_safetensors(path) if path.suffix == ".safetensors" else _torch_load(path)
+    state = _choose_part(content, part, path)
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        # The finetuned checkpoints of MAE keep their command line, a Namespace, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever they happen to mean to the unpickler
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise CheckpointError(
+                f"{path} holds Python objects ({refused[1]}), and rebuilding them would run code from the file; "
+                "save the state_dict of that model instead, and load that"
+            ) from error
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start in (b"PK", b"\x80\x02"):  # a zip archive, or a pickle of the protocol that torch.save uses
+            reason = [type(error).__name__, *str(error).split("WeightsUnpickler error:")[-1].split("\n")]
+            raise CheckpointError(
+                f"{path} is truncated, damaged or not written by torch.save ({': '.join(filter(None, reason[:2]))})"
+            ) from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint: neither a .safetensors file nor written by torch.save (starts with {start!r})"
+        ) from error
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    )
+
+
+def _choose_part(content: Any, part: str | None, path: Path) -> Mapping[str, Tensor]:
+    if _is_state_dict(content) and part is None:
+        return cast(Mapping[str, Tensor], content)
+    parts = [name for name, value in content.items() if _is_state_dict(value)] if isinstance(content, Mapping) else []
+    usual = [name for name in ("model", "classifier", "state_dict") if name in parts]
+    chosen = part if part is not None else usual[0] if len(usual) == 1 else None
+    if chosen in parts:
+        return cast(Mapping[str, Tensor], content[chosen])
+    if part is not None:
+        raise CheckpointError(f"{path} has no part {part!r}; state dicts inside: {parts or 'none but the file itself'}")
+    if parts:
+        raise CheckpointError(f"{path} holds no or several usual state dicts; choose one of {parts} with `part`")
+    inside = f"keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    raise CheckpointError(f"{path} holds {inside}, and no state dict under model, classifier or state_dict")
+
+
+# Weights do not tell how many heads share a width. These are the published ones: ViT-Ti, S, B, L, H, and MAE's decoder.
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+_DECODER_HEADS = {512: 16}
+
+
+def load_foreign(
+    path: str | Path,
+    *,
+    part: str | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    norm_pix: bool = True,
+    objective: str = "nim",
+    images: str = "clean",
+) -> Autoencoder | Classifier:
+    """A model from a checkpoint of MAE, NIM-AdvDef or timm; its architecture is read off the weights.
+
+    Args:
+        path: see `read_state_dict`.
+        part: see `read_state_dict`.
+        heads: number of attention heads; by default that of the published ViT of this width.
+        decoder_heads: of the decoder; by default the published number.
+        image_size: in pixels; needed for images that are not square.
+        mean, std: per-channel statistics in [0, 1] units; by default ImageNet's, needed unless there are three
+            channels. Many of timm's own ViTs were trained with 0.5 and 0.5: nothing in the weights tells.
+        norm_pix: for an autoencoder, whether its target was normalised per patch.
+        objective: for an autoencoder, what it was pretrained for: nim, mae or dmae.
+        images: for a classifier, the case of its training images (see `ClassifierConfig`).
+
+    Returns:
+        An `Autoencoder` where there is a decoder, a `Classifier` where there is a head; on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: see `read_state_dict`; an encoder alone; weights that are no plain ViT's.
+        ValueError: an option is needed that the weights do not tell, or one contradicts them.
+    """
+    state = read_state_dict(path, part)
+    decoder, head = "decoder_pred.weight" in state, "head.weight" in state
+    if not decoder and not head:
+        if "patch_embed.proj.weight" in state:
+            raise CheckpointError(
+                f"{path} holds an encoder alone, neither decoder nor head: "
+                "give it to a classifier with Classifier.load_encoder(read_state_dict(path))"
+            )
+        raise CheckpointError(f"{path} holds no ViT: neither decoder_pred nor head, first weights {list(state)[:4]}")
+
+    width, channels, patch_size, across = _shape(state, "patch_embed.proj.weight", 4, path)
+    if patch_size != across:
+        raise CheckpointError(f"{path} has patches of {patch_size} x {across}. {_EXCHANGEABLE}.")
+    _shape(state, "cls_token", 3, path)
+    length = _shape(state, "pos_embed", 3, path)[1] - 1
+    if (mean is None or std is None) and channels != 3:
+        raise ValueError(f"{path} takes images of {channels} channels: mean and std are needed, one value per channel")
+    body: dict[str, Any] = {
+        "image_size": _image_size(image_size, length, patch_size, path),
+        "patch_size": patch_size,
+        "width": width,
+        "depth": _depth(state, "blocks"),
+        "heads": _heads("heads", heads, width, _HEADS),
+        "mean": tuple(IMAGENET_MEAN if mean is None else mean),
+        "std": tuple(IMAGENET_STD if std is None else std),
+    }
+    if len(body["mean"]) != channels:
+        raise ValueError(f"{path} takes images of {channels} channels, got mean {body['mean']}")
+    config: Any
+    if decoder:
+        decoder_width = _shape(state, "decoder_pred.weight", 2, path)[1]
+        config = AutoencoderConfig(
+            **body,
+            decoder_width=decoder_width,
+            decoder_depth=_depth(state, "decoder_blocks"),
+            decoder_heads=_heads("decoder_heads", decoder_heads, decoder_width, _DECODER_HEADS),
+            norm_pix=norm_pix,
+            objective=objective,
+        )
+    else:
+        pool: Any = "avg" if "fc_norm.weight" in state else "token"
+        classes = _shape(state, "head.weight", 2, path)[0]
+        config = ClassifierConfig(**body, num_classes=classes, pool=pool, images=images)
+    # The initial weights are thrown away; drawing them must not move the caller's generator.
+    with torch.random.fork_rng(devices=[]):
+        model = Autoencoder(config) if decoder else Classifier(config)
+    model.load_weights(state, f"{path} holds no plain ViT. {_EXCHANGEABLE}. In the way")
+    return model.eval()
+
+
+def _shape(state: Mapping[str, Tensor], name: str, rank: int, path: str | Path) -> torch.Size:
+    if name not in state or state[name].dim() != rank:
+        found = f"has {rank} dimensions, here {tuple(state[name].shape)}" if name in state else "is missing"
+        raise CheckpointError(f"{path} holds no plain ViT: {name} {found}. {_EXCHANGEABLE}.")
+    return state[name].shape
+
+
+def _depth(state: Mapping[str, Tensor], blocks: str) -> int:
+    return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
+
+
+def _heads(option: str, given: int | None, width: int, published: Mapping[int, int]) -> int:
+    if given is None and width not in published:
+        raise ValueError(
+            f"{option} is needed: the weights do not tell how many attention heads share a width of {width} "
+            f"(known: {', '.join(f'{size}: {count}' for size, count in published.items())})"
+        )
+    return published[width] if given is None else given
+
+
+def _image_size(given: int | tuple[int, int] | None, length: int, patch_size: int, path: str | Path) -> tuple[int, int]:
+    if given is None:
+        side = math.isqrt(length)
+        if side * side != length:
+            raise ValueError(f"{path} has {length} patches, no square: image_size=(H, W) is needed")
+        return side * patch_size, side * patch_size
+    height, width = (given, given) if isinstance(given, int) else given
+    if (height // patch_size) * (width // patch_size) != length:
+        raise ValueError(
+            f"{path} has positions for {length} patches of {patch_size}, which no image of {height} x {width} has"
+        )
+    return height, width
+
+
+# --------------------------------------------------------------------------------------------------------- timm's ViTs
+
+
+def to_timm(model: Autoencoder | Classifier) -> VisionTransformer:
+    """A plain timm ViT with copies of a model's weights; it takes *normalised* images, as all of timm's.
+
+    A classifier becomes one with the same logits. Of an autoencoder the encoder is kept, with its final norm, class
+    token pooling and no head (`reset_classifier` makes one). Drop rates are settings of training and are left at zero.
+
+    Returns:
+        The ViT, on the device and in the dtype of the model, in evaluation mode.
+    """
+    config, classifies = model.config, isinstance(model, Classifier)
+    with torch.random.fork_rng(devices=[]):
+        vit = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            in_chans=len(config.mean),
+            num_classes=config.num_classes if classifies else 0,
+            global_pool=config.pool if classifies else "token",
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+    state = model.state_dict()
+    vit.load_state_dict({name: state[name] for name in vit.state_dict()})
+    return vit.to(model.cls_token).eval()
+
+
+def from_timm(
+    vit: nn.Module, *, mean: Sequence[float], std: Sequence[float], classes: Sequence[str] = ()
+) -> Classifier:
+    """A classifier with copies of a plain timm ViT's weights and the same logits.
+
+    Args:
+        vit: timm's `VisionTransformer`, with a head.
+        mean, std: per-channel statistics in [0, 1] units of the images that it was trained on (timm keeps them in
+            `vit.pretrained_cfg`); the classifier takes pixels in [0, 1] and normalises inside.
+        classes: names of the classes, may be empty.
+
+    Returns:
+        The classifier, on the device and in the dtype of the ViT, in evaluation mode. Drop rates are settings of
+        training and are left at zero.
+
+    Raises:
+        ValueError: the ViT is a variant that cannot be exchanged; the message names all that is in the way.
+    """
+    if type(vit) is not VisionTransformer:
+        raise _refusal([f"it is a {type(vit).__name__}, not timm's VisionTransformer itself"])
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise _refusal([f"patch_embed is {type(vit.patch_embed).__name__}, a plain ViT has PatchEmbed"])
+    heads = getattr(getattr(vit.blocks[0], "attn", None), "num_heads", 1)
+    obstacles = _unusual_settings(vit) + _unusual_modules(vit, heads)
+    if obstacles:
+        raise _refusal(obstacles)
+    config = ClassifierConfig(
+        num_classes=vit.num_classes,
+        image_size=vit.patch_embed.img_size,
+        patch_size=vit.patch_embed.patch_size[0],
+        width=vit.embed_dim,
+        depth=len(vit.blocks),
+        heads=heads,
+        mean=tuple(mean),
+        std=tuple(std),
+        pool="avg" if vit.global_pool == "avg" else "token",
+        classes=tuple(classes),
+    )
+    if len(config.mean) != vit.patch_embed.proj.in_channels:
+        raise ValueError(f"the ViT takes {vit.patch_embed.proj.in_channels} channels, got mean {config.mean}")
+    with torch.random.fork_rng(devices=[]):
+        classifier = Classifier(config)
+    classifier.load_state_dict(vit.state_dict())
+    return classifier.to(vit.cls_token).eval()
+
+
+def _refusal(obstacles: list[str]) -> ValueError:
+    return ValueError(f"this ViT cannot be exchanged: {'; '.join(obstacles)}. {_EXCHANGEABLE}.")
+
+
+def _unusual_settings(vit: Any) -> list[str]:
+    """What a ViT's settings say against it."""
+    embed = vit.patch_embed
+    square = embed.patch_size[0] == embed.patch_size[1]
+    settings = {
+        f"{vit.num_reg_tokens} register tokens": vit.num_reg_tokens > 0,
+        "no class token": not vit.has_class_token,
+        "no absolute positions": vit.pos_embed is None,
+        "no position of the class token (no_embed_class)": vit.no_embed_class,
+        f"global_pool={vit.global_pool!r}": vit.global_pool not in ("token", "avg"),
+        "pooling includes the class token (pool_include_prefix)": vit.pool_include_prefix,
+        "dynamic image size": vit.dynamic_img_size or embed.dynamic_img_pad or not embed.strict_img_size,
+        f"patches of {embed.patch_size}": not square,
+        f"image size {embed.img_size}, no multiple of the patch size": square
+        and any(side % patch for side, patch in zip(embed.img_size, embed.patch_size, strict=True)),
+        "no head (num_classes=0)": vit.num_classes < 1,
+    }
+    return [words for words, present in settings.items() if present]
+
+
+_TERMS = {
+    "ls1": "layer scale",
+    "ls2": "layer scale",
+    "q_norm": "qk-norm",
+    "k_norm": "qk-norm",
+    "norm_pre": "a norm before the blocks",
+    "fc_norm": "another place of the final norm",
+}
+# Modules that compute the same: dropout does nothing in evaluation mode.
+_KINDS: dict[type[nn.Module], str] = {
+    **dict.fromkeys((nn.Identity, nn.Dropout, DropPath, PatchDropout), "Identity"),
+    **dict.fromkeys((nn.LayerNorm, LayerNorm), "LayerNorm"),
+    **dict.fromkeys((nn.GELU, GELU), "GELU"),
+}
+_SETTINGS = ("eps", "approximate", "num_heads", "scale", "stride", "padding", "dilation", "groups")
+
+
+def _unusual_modules(vit: Any, heads: int) -> list[str]:
+    """What a ViT's modules and weights say against it, each said once for all blocks.
+
+    They are compared with those of a plain one, so that variants which timm has yet to invent are caught too.
+    """
+    with torch.random.fork_rng(devices=[]):
+        plain = VisionTransformer(  # one block: those of the ViT are all compared with it
+            img_size=vit.patch_embed.img_size,
+            patch_size=vit.patch_embed.patch_size,
+            in_chans=vit.patch_embed.proj.in_channels,
+            num_classes=vit.num_classes,
+            global_pool="avg" if vit.global_pool == "avg" else "token",
+            embed_dim=vit.embed_dim,
+            depth=1,
+            num_heads=heads,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+    found: dict[str, None] = {}  # in order, without repetitions
+    skipped: tuple[str, ...] = ()
+
+    def report(name: str, words: str) -> None:
+        term, place = _TERMS.get(name.rpartition(".")[2]), re.sub(r"^blocks\.\d+", "blocks.*", name)
+        found[f"{term} ({place} {words})" if term else f"{place} {words}"] = None
+
+    def pairs(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        for name in [*theirs, *(name for name in ours if name not in theirs)]:
+            if name and not name.startswith(skipped):
+                yield name, theirs.get(name), ours.get(re.sub(r"^blocks\.\d+", "blocks.0", name))
+
+    for name, module, usual in pairs(dict(vit.named_modules()), dict(plain.named_modules())):
+        kind, usual_kind = (
+            "nothing" if each is None else _KINDS.get(type(each), type(each).__name__) for each in (module, usual)
+        )
+        if kind != usual_kind:
+            report(name, f"is {kind}, a plain ViT has {usual_kind}")
+            skipped += (f"{name}.",)
+            continue
+        for setting in _SETTINGS:
+            value, usual_value = getattr(module, setting, None), getattr(usual, setting, None)
+            if value != usual_value and None not in (value, usual_value):
+                report(name, f"has {setting} {value}, a plain ViT {usual_value}")
+    for name, weight, usual in pairs(vit.state_dict(), plain.state_dict()):
+        if weight is None or usual is None:
+            report(name, "is missing" if weight is None else "is unknown")
+        elif weight.shape != usual.shape:
+            report(name, f"is {tuple(weight.shape)}, a plain ViT has {tuple(usual.shape)}")
+    return list(found)

@@ -1,0 +1,72 @@
+"""Pretraining objectives: noisy image modeling and its closest relatives, by one switch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from denim.kernels import noise_patchify, normalized_patches, patch_loss
+from denim.nim.autoencoder import Autoencoder, Mask
+from denim.nim.sigma import Sigma
+
+__all__ = ["OBJECTIVES", "Objective"]
+
+# Published noise levels: Gamma(25, 3) for NIM (You et al. 2023), 0.25 in [0, 1] units for DMAE (Wu et al. 2023).
+OBJECTIVES: dict[str, str | None] = {"nim": "gamma:25,3", "mae": None, "dmae": "63.75"}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is done to the input, and which patches count.
+
+    ========  ======  =====  =====================
+    name      noise   mask   loss over
+    ========  ======  =====  =====================
+    nim       yes     no     all patches
+    mae       no      yes    hidden patches
+    dmae      yes     yes    all patches
+    ========  ======  =====  =====================
+
+    Attributes:
+        name: nim, mae or dmae.
+        sigma: distribution of noise levels; None for mae.
+        mask_ratio: share of hidden patches; without effect for nim.
+    """
+
+    name: str
+    sigma: Sigma | None
+    mask_ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"unknown objective {self.name!r}; choose one of {', '.join(OBJECTIVES)}")
+        if (self.sigma is None) != (self.name == "mae"):
+            raise ValueError(f"objective {self.name} {'takes no' if self.name == 'mae' else 'needs a'} sigma")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
+
+    @classmethod
+    def published(cls, name: str, sigma: str | None = None, mask_ratio: float = 0.75) -> Objective:
+        """An objective with its published noise levels where `sigma` does not say otherwise."""
+        text = sigma if sigma is not None else OBJECTIVES.get(name)
+        return cls(name, None if text is None else Sigma.parse(text), mask_ratio)
+
+    def loss(self, autoencoder: Autoencoder, images: Tensor, sigma: Tensor | None, seeds: Tensor) -> Tensor:
+        """Reconstruction loss of one batch, a scalar.
+
+        Args:
+            autoencoder: the model in training.
+            images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1].
+            sigma: float (B,), one level per image in 0-255 pixel levels; None for mae.
+            seeds: int64 (B,); they key the noise and the mask.
+        """
+        config = autoencoder.config
+        pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
+        if sigma is None:
+            patches = normalized_patches(images, **pixel)
+        else:
+            patches = noise_patchify(images, sigma, seeds, **pixel)
+        mask = None if self.name == "nim" else Mask.random(seeds, config.length, self.mask_ratio)
+        hidden = mask.hidden if mask is not None and self.name == "mae" else None
+        return patch_loss(autoencoder(patches, mask), images, norm_pix=config.norm_pix, mask=hidden, **pixel)

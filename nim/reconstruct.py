@@ -1,0 +1,123 @@
+"""Degrade and rebuild: what the defense does at test time and fine-tuning does to its training images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from denim.kernels import decode_patches, noise_patchify, normalized_patches
+from denim.kernels.patches import unpatchify
+from denim.nim.autoencoder import Autoencoder, Mask
+
+__all__ = ["DEGRADATIONS", "add_noise", "reconstruct"]
+
+DEGRADATIONS = ("noise", "mask", "both")
+
+
+def add_noise(images: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
+    """Noisy pixels, not clipped.
+
+    Args:
+        images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1].
+        sigma: float (B,) or (S, B), 0-255 pixel levels.
+        seeds: int64 (B,) or (R, B).
+
+    Returns:
+        Float pixels of shape sigma.shape[:-1] + seeds.shape[:-1] + (B, C, H, W). Raises what `noise_patchify` raises.
+    """
+    if images.dim() != 4:
+        raise ValueError(f"images must be uint8 (B, H, W, C) or float (B, C, H, W), got {tuple(images.shape)}")
+    image_size = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
+    channels = images.shape[3] if images.dtype == torch.uint8 else images.shape[1]
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    # With patches of one pixel, the patch layout is the pixel layout.
+    noisy = noise_patchify(
+        images, sigma, seeds, patch_size=1, mean=(0.0,) * channels, std=(1.0,) * channels, dtype=dtype
+    )
+    return unpatchify(noisy, (image_size[0], image_size[1]), 1).movedim(-1, -3)
+
+
+def reconstruct(
+    autoencoder: Autoencoder,
+    images: Tensor,
+    sigma: Tensor | None,
+    seeds: Tensor,
+    *,
+    degrade: str = "noise",
+    mask_ratio: float = 0.75,
+    statistics: str = "input",
+) -> Tensor:
+    """Degrade images, rebuild them with an autoencoder, clamp to [0, 1].
+
+    Args:
+        autoencoder: the denoiser.
+        images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1], of the autoencoder's size.
+        sigma: float (B,) or (S, B), 0-255 pixel levels; None for degrade="mask".
+        seeds: int64 (B,) or (R, B); they key the noise and the mask.
+        degrade: "noise" (NIM), "mask" (MAE: visible patches are kept, hidden ones predicted) or "both" (DMAE: all
+            patches are predicted from the noisy visible ones).
+        mask_ratio: share of hidden patches, for "mask" and "both".
+        statistics: where a decoder of the normalised target gets each patch's mean and variance: "input" (as
+            published, from the un-degraded image) or "noisy"; without effect for a raw target.
+
+    Returns:
+        Pixels of shape sigma.shape[:-1] + seeds.shape[:-1] + (B, C, H, W). Differentiable in float images.
+
+    Raises:
+        ValueError: sizes or options that do not fit together.
+
+    Source: You et al. 2023 (arXiv 2302.01056), section 4.
+    """
+    config = autoencoder.config
+    image_size = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4])
+    if image_size != config.image_size:
+        raise ValueError(f"the denoiser takes images of {config.image_size}, got {image_size}")
+    if degrade not in DEGRADATIONS:
+        raise ValueError(f"degrade must be one of {', '.join(DEGRADATIONS)}, got {degrade!r}")
+    if (sigma is None) != (degrade == "mask"):
+        raise ValueError(f"degrade={degrade!r} {'takes no' if degrade == 'mask' else 'needs a'} sigma")
+    if statistics not in ("input", "noisy"):
+        raise ValueError(f'statistics must be "input" or "noisy", got {statistics!r}')
+    if degrade == "mask" and config.norm_pix and statistics == "noisy":
+        raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
+
+    pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
+    if sigma is None:
+        if seeds.dim() not in (1, 2) or seeds.shape[-1] != images.shape[0]:
+            raise ValueError(
+                f"seeds must have shape ({images.shape[0]},) or (R, {images.shape[0]}) for {images.shape[0]} images, "
+                f"got {tuple(seeds.shape)}"
+            )
+        clean = normalized_patches(images, **pixel)
+        patches = clean.expand(*seeds.shape[:-1], *clean.shape)
+    else:
+        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+        patches = noise_patchify(images, sigma, seeds, dtype=dtype, **pixel)
+    lead = patches.shape[:-2]
+
+    mask = None
+    if degrade != "noise":
+        mask = Mask.random(seeds.expand(lead).reshape(-1), config.length, mask_ratio)
+    prediction = autoencoder(patches.reshape(-1, *patches.shape[-2:]), mask).reshape(patches.shape)
+
+    source, levels = None, None
+    if config.norm_pix and statistics == "input":
+        source = images
+    elif config.norm_pix:
+        assert sigma is not None
+        source, levels = patches, sigma if seeds.dim() == 1 else sigma.unsqueeze(-2)
+    pixels = decode_patches(
+        prediction,
+        image_size=config.image_size,
+        statistics=statistics if config.norm_pix else None,
+        source=source,
+        sigma=levels,
+        **pixel,
+    )
+    if degrade == "mask":
+        assert mask is not None
+        hidden = mask.hidden.view(*lead, config.length, 1).expand(*patches.shape)
+        hidden = unpatchify(hidden, config.image_size, config.patch_size).movedim(-1, -3)
+        kept = images.permute(0, 3, 1, 2) / 255 if images.dtype == torch.uint8 else images
+        pixels = torch.where(hidden, pixels, kept.to(pixels.dtype))
+    return pixels

@@ -1,0 +1,76 @@
+"""Distributions of the noise level: constant, gamma and uniform, with a text form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import special
+from torch import Tensor
+
+from denim.kernels import Stream, noise_words
+
+__all__ = ["Sigma"]
+
+_FORMS = "a number (70), gamma:CONCENTRATION,SCALE (gamma:25,3) or uniform:LOW,HIGH (uniform:0,30)"
+
+
+@dataclass(frozen=True)
+class Sigma:
+    """A distribution of noise levels in 0-255 pixel levels, one level per image.
+
+    Text forms: `70`, `gamma:25,3` (concentration, scale: mean 75, standard deviation 15), `uniform:0,30`.
+    """
+
+    kind: str
+    values: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, text: str | float) -> Sigma:
+        """Read a text form.
+
+        Raises:
+            ValueError: not a text form, negative or not finite, or an empty range.
+        """
+        kind, _, rest = str(text).partition(":") if ":" in str(text) else ("constant", ":", str(text))
+        try:
+            values = tuple(float(value) for value in rest.split(","))
+        except ValueError:
+            raise ValueError(f"sigma {text!r} is not {_FORMS}") from None
+        expected = {"constant": 1, "gamma": 2, "uniform": 2}.get(kind)
+        if expected != len(values):
+            raise ValueError(f"sigma {text!r} is not {_FORMS}")
+        if not all(math.isfinite(value) and value >= 0 for value in values):
+            raise ValueError(f"sigma {text!r}: values must be finite and not negative (0-255 pixel levels)")
+        if kind == "gamma" and 0 in values:
+            raise ValueError(f"sigma {text!r}: concentration and scale must be positive")
+        if kind == "uniform" and values[0] > values[1]:
+            raise ValueError(f"sigma {text!r}: the lower end is above the upper end")
+        return cls(kind, values)
+
+    def __str__(self) -> str:
+        numbers = ",".join(repr(value).removesuffix(".0") for value in self.values)
+        return numbers if self.kind == "constant" else f"{self.kind}:{numbers}"
+
+    def sample(self, seeds: Tensor) -> Tensor:
+        """One level per seed, by inversion of the distribution function: a pure function of the seed.
+
+        Args:
+            seeds: int64 (B,), on the CPU: the inverse gamma distribution is scipy's. Move the result to the device.
+
+        Returns:
+            float32 (B,), in 0-255 pixel levels.
+        """
+        if self.kind == "constant":
+            return torch.full(seeds.shape, self.values[0], dtype=torch.float32)
+        words = noise_words(seeds, 1, Stream.SIGMA).squeeze(-1).numpy()
+        uniform = (words.astype(np.float64) + 0.5) * 2.0**-32
+        if self.kind == "uniform":
+            low, high = self.values
+            levels = low + (high - low) * uniform
+        else:
+            concentration, scale = self.values
+            levels = special.gammaincinv(concentration, uniform) * scale
+        return torch.from_numpy(np.asarray(levels, dtype=np.float32))
