@@ -1,1 +1,56 @@
-"""..."""
+"""The `denim` command: one thin file per subcommand."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "pretrain, fine-tune and evaluate on digits in a few minutes on a CPU",
+    "pretrain": "pretrain a denoiser (NIM, MAE or DMAE)",
+    "finetune": "fine-tune a classifier on denoised, noisy or clean images",
+    "evaluate": "attack and score a defense, and write a report",
+    "denoise": "show what a denoiser makes of a picture",
+    "doctor": "say what is usable on this machine, and why the rest is not",
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(("usage: denim COMMAND [OPTIONS]", "", *lines, "", "denim COMMAND --help lists its options."))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one subcommand. A mistake of the user's ends in one line on stderr and status 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        raise SystemExit(0 if words else 2)
+    if words[0] not in COMMANDS:
+        print(f"denim: unknown command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
+        raise SystemExit(2)
+    # Only the chosen command is imported, so that help and mistakes answer at once.
+    command = importlib.import_module(f"denim.cli.{words[0]}")
+    import tyro
+
+    chosen = tyro.cli(command.main, args=words[1:], prog=f"denim {words[0]}", return_unknown_args=False)
+    raise SystemExit(chosen)
+
+
+def run() -> None:
+    """Entry point: `main` without tracebacks for mistakes of the user's."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("DENIM_TRACEBACK"):
+            raise
+        print(f"denim: {error}\n(DENIM_TRACEBACK=1 shows where)", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("denim: interrupted; run the same command with --resume to go on", file=sys.stderr)
+        raise SystemExit(130) from None

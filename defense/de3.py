@@ -176,7 +176,7 @@ class De3(nn.Module):
     def _replicate_for_data_parallel(self) -> Any:
         # DataParallel makes new replicas at every call and throws them away: their own counters never move.
         self._copies += 1
-        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica = super()._replicate_for_data_parallel()
         replica._replica = self._copies
         return replica
 
@@ -232,7 +232,7 @@ class De3(nn.Module):
 
     def _aggregate(self, logits: Tensor, surrogate: bool) -> Tensor:
         """(..., draws * self.draws, B, K) -> (..., draws, B, K)."""
-        grouped = logits.unflatten(-3, (-1, self.draws))
+        grouped = logits.view(*logits.shape[:-3], -1, self.draws, *logits.shape[-2:])
         if self.aggregate == "logits":
             return grouped.mean(dim=-3)
         mean_log = grouped.log_softmax(dim=-1).logsumexp(dim=-3) - math.log(self.draws)
@@ -340,8 +340,8 @@ class De3(nn.Module):
             raise ValueError(
                 f"sweep needs levels, draws and max_batch of at least 1, got {sigmas}, {draws}, {max_batch}"
             )
-        for sigma in sigmas:
-            _check_sigma(sigma)
+        for level in sigmas:
+            _check_sigma(level)
         batch = pixels.shape[0]
         if seeds is None:
             seeds = torch.cat([self._next_seeds(batch) for _ in range(draws)])
@@ -356,8 +356,8 @@ class De3(nn.Module):
             images = slice(image, image + image_block)
             for draw in range(0, len(seeds), draw_block):
                 rows = slice(draw, draw + draw_block)
-                for level in range(0, len(levels), level_block):
-                    columns = slice(level, level + level_block)
+                for first in range(0, len(levels), level_block):
+                    columns = slice(first, first + level_block)
                     chosen = pixels[images]
                     sigma = levels[columns, None].expand(-1, chosen.shape[0])
                     part = self._classify(self._rebuild(chosen, sigma, seeds[rows, images]))

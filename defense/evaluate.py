@@ -353,9 +353,9 @@ def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], record
     columns: list[tuple[str, float | None, list[str]]] = [
         (CLEAN if attack is None else str(attack), None if attack is None else attack.epsilon, []) for attack in attacks
     ]
-    for epsilon, names in by_radius.items():
+    for radius, names in by_radius.items():
         if len(names) > 1:
-            columns.append((f"{WORST} {epsilon * 255:.4g}/255", epsilon, names))
+            columns.append((f"{WORST} {radius * 255:.4g}/255", radius, names))
     cells: list[Cell] = []
     reference: dict[str, np.ndarray[Any, Any]] = {}
     for name, defense in defenses.items():

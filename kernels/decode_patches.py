@@ -150,8 +150,8 @@ def _decode_patches_backward(
     to_source = to_mean / size + to_variance * 2 * stats.centred / (size - 1)
     if statistics == "input":
         to_source = to_source / channel_vector(std, to_source, repeat)
-        image_size = (source.shape[-2], source.shape[-1]) if source.is_floating_point() else tuple(source.shape[1:3])
-        to_source = unpatchify(to_source, image_size, patch_size).permute(0, 3, 1, 2)
+        image_size = source.shape[2:4] if source.is_floating_point() else source.shape[1:3]
+        to_source = unpatchify(to_source, (image_size[0], image_size[1]), patch_size).permute(0, 3, 1, 2)
     grad_dtype = source.dtype if source.is_floating_point() else dtype
     return (upstream * stats.deviation).to(prediction.dtype).contiguous(), to_source.to(grad_dtype).contiguous()
 

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,13 +162,13 @@ def noise_backend() -> str:
 
 @functools.cache
 def _compiled_group_normals() -> Callable[[Tensor, int], Words]:
-    # Compiled once, for every later call. Dynamo's guards would compile again under no_grad, autocast, inference mode or
-    # another number of threads, and after eight times fall back to eager without a word: other last bits in the middle
-    # of a run. The caller settles all that the code depends on (contiguous int64 rows, sizes of at least two), so no
-    # guard is kept, and threads are counted when it runs (a forked loader worker has one).
+    # Compiled once, for every later call. Dynamo's guards would compile again under no_grad, autocast, inference mode
+    # or another number of threads, and after eight times fall back to eager without a word: other last bits in the
+    # middle of a run. The caller settles all that the code depends on (contiguous int64 rows, sizes of at least two),
+    # so no guard is kept, and threads are counted when it runs (a forked loader worker has one).
     # Four outputs instead of one interleaved tensor: inductor keeps them in one vectorised loop, and stacking
     # afterwards is cheaper than its strided stores (1.7 against 6 ns per element).
-    options = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp.dynamic_threads": True}
+    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp.dynamic_threads": True}
     compiled: Callable[[Tensor, int], Words] = torch.compile(_group_normals, dynamic=True, options=options)
     # Sizes that differ: equal ones would share a symbol, and the code would hold for square calls alone.
     compiled(torch.arange(3, dtype=torch.int64, device="cpu"), 5)

@@ -81,9 +81,8 @@ def _patch_loss_backward(
     """The target is recomputed, so that forward saves nothing but its inputs."""
     error = _error(prediction, images, patch_size, mean, std, norm_pix)
     if mask is None:
-        scale = grad * 2.0 / error.numel()
-    else:
-        scale = (grad * 2.0 / error.shape[-1] / mask.sum()) * mask[..., None]
+        return (error * (grad * 2.0 / error.numel())).to(prediction.dtype).contiguous()
+    scale = (grad * 2.0 / error.shape[-1] / mask.sum()) * mask[..., None]
     return (error * scale).to(prediction.dtype).contiguous()
 
 

@@ -25,7 +25,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from denim.kernels import Domain, derive_seeds
-from denim.nim.checkpoint import CheckpointError, Pretrained, atomic_folder, atomic_write
+from denim.nim.checkpoint import (
+    WEIGHTS_FILE,
+    CheckpointError,
+    Pretrained,
+    atomic_folder,
+    atomic_write,
+    read_safetensors,
+)
 from denim.nim.data import Batch, Loader
 
 __all__ = ["TrainConfig", "latest_checkpoint", "pick_device", "train"]
@@ -174,7 +181,7 @@ def _prepare_folder(config: TrainConfig) -> None:
 
 
 def _load_training(folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer) -> int:
-    model._load_weights(folder / "model.safetensors")
+    model.load_weights(read_safetensors(folder / WEIGHTS_FILE), f"{folder} is of another architecture")
     try:
         state = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])

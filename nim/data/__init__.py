@@ -1,7 +1,7 @@
 """Data as the trainers see it: sources of images, keyed views of them, and loaders that own the order."""
 
 from denim.nim.data.loader import Batch, Loader, TorchLoader
-from denim.nim.data.sources import Digits, ImageFolder, Source, open_source
+from denim.nim.data.sources import Digits, ImageFolder, Source, Subset, open_source
 from denim.nim.data.views import EvalView, TrainView, View, keyed_globals, sample_rng
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ImageFolder",
     "Loader",
     "Source",
+    "Subset",
     "TorchLoader",
     "TrainView",
     "View",

@@ -14,7 +14,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["Digits", "ImageFolder", "Source", "open_source"]
+from denim.kernels import Domain, derive_seeds, noise_words
+
+__all__ = ["Digits", "ImageFolder", "Source", "Subset", "open_source"]
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
 # Decoders by content, not by extension. Others stay shut: Pillow would start Ghostscript for PostScript named .jpg.
@@ -178,6 +180,35 @@ class ImageFolder:
         except Exception as error:  # Pillow's decoders raise nearly anything on malformed files
             return _reason(error)
         return ""
+
+
+class Subset:
+    """A fixed random part of a source: the same images for the same seed, whatever comes of the rest.
+
+    Args:
+        source: the whole.
+        count: number of images, at most those of the source.
+        seed: any int64.
+
+    Raises:
+        ValueError: more images than there are, or none.
+    """
+
+    def __init__(self, source: Source, count: int, seed: int = 0) -> None:
+        if not 0 < count <= len(source):
+            raise ValueError(f"a subset of {source.name} has 1 to {len(source)} images, got {count}")
+        words = noise_words(derive_seeds(seed, Domain.AUGMENT, source.ids), 1).squeeze(-1)
+        self._chosen = words.argsort(stable=True)[:count].sort().values
+        self._source = source
+        self.name, self.classes, self.channels = source.name, source.classes, source.channels
+        self.labels, self.ids, self.skipped = source.labels[self._chosen], source.ids[self._chosen], source.skipped
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> Image.Image:
+        """Image number `index` of the subset."""
+        return self._source.read(int(self._chosen[index]))
 
 
 def open_source(name_or_path: str | Path, split: str, channels: int | None = None) -> Source:

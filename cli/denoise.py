@@ -1,0 +1,80 @@
+"""`denim denoise`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from denim.kernels import Domain, draw_seeds
+from denim.nim import Autoencoder, add_noise, reconstruct
+from denim.nim.checkpoint import atomic_write
+from denim.nim.data import EvalView, sample_rng
+from denim.nim.engine import pick_device
+
+DEMO_DENOISER = Path("runs/demo/pretraining/model")
+
+
+def main(
+    photo: Annotated[Path, tyro.conf.Positional],
+    sigma: tuple[float, ...] = (70.0, 140.0),
+    denoiser: Path = DEMO_DENOISER,
+    out: Path | None = None,
+    statistics: str = "input",
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Write a picture: a photo as the denoiser sees it, with noise, and rebuilt, at every noise level.
+
+    Args:
+        photo: an image file; its shorter side is resized to the denoiser's size, and its centre cut out.
+        sigma: noise levels, 0-255 pixel levels.
+        denoiser: folder of a pretrained denoiser; by default the one that `denim demo` made.
+        out: the picture; by default PHOTO-denoised.png in the current folder.
+        statistics: input or noisy; without effect for a raw target.
+        seed: of the noise.
+        device: auto, or a torch device.
+    """
+    if not sigma or any(not (np.isfinite(level) and level >= 0) for level in sigma):
+        raise ValueError(f"sigma takes finite noise levels of 0-255 pixel levels, 0 or more, got {sigma}")
+    if denoiser == DEMO_DENOISER and not denoiser.exists():
+        raise ValueError(f"no denoiser in {denoiser}: run `denim demo`, or give --denoiser FOLDER")
+    where = pick_device(device)
+    model = Autoencoder.from_pretrained(denoiser).to(where)
+    if model.config.channels not in (1, 3):
+        raise ValueError(f"photos have 1 or 3 channels, this denoiser takes {model.config.channels}")
+    try:
+        with Image.open(photo) as opened:
+            image = ImageOps.exif_transpose(opened).convert("L" if model.config.channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{photo} cannot be read as an image: {error}") from error
+    pixels = EvalView(model.config.image_size[0])(image, sample_rng(seed, 0, 0))
+    images = torch.from_numpy(pixels)[None].to(where)
+    levels = torch.tensor(sigma, device=where)[:, None]
+    seeds = draw_seeds(seed, Domain.DEFENSE, torch.zeros(1, dtype=torch.int64, device=where), 1)[0]
+    with torch.no_grad():
+        noisy = add_noise(images, levels, seeds)[:, 0].clamp(0, 1)
+        rebuilt = reconstruct(model, images, levels, seeds, statistics=statistics)[:, 0]
+
+    figure = Figure(figsize=(2.2 * (1 + len(sigma)), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 1 + len(sigma), squeeze=False)
+    clean = images[0].permute(2, 0, 1).float() / 255
+    pictures = [[clean, *noisy], [None, *rebuilt]]
+    titles = [["clean", *(f"sigma {level:g}" for level in sigma)], ["", *("denoised" for _ in sigma)]]
+    for row in range(2):
+        for axis, picture, title in zip(axes[row], pictures[row], titles[row], strict=True):
+            axis.set_axis_off()
+            axis.set_title(title, fontsize=10)
+            if picture is not None:
+                axis.imshow(picture.permute(1, 2, 0).cpu().squeeze(-1), cmap="gray", vmin=0, vmax=1)
+    target = out or Path(f"{photo.stem}-denoised.png")
+    with atomic_write(target) as staged:
+        figure.savefig(staged, format="png", dpi=150)
+    print(target)

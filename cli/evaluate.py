@@ -1,0 +1,89 @@
+"""`denim evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from denim.defense import De3, EvaluationSettings, evaluate
+from denim.defense.report import print_table, write_report
+from denim.nim import Autoencoder, Classifier
+from denim.nim.data import EvalView, Subset, TorchLoader, open_source
+from denim.nim.engine import pick_device
+
+
+def main(
+    classifier: Path,
+    denoiser: Path | None = None,
+    out: Path = Path("runs/evaluation"),
+    data: str = "digits",
+    split: str = "test",
+    images: int = 512,
+    sigmas: tuple[float, ...] = (0.0, 35.0, 70.0, 105.0, 140.0),
+    frozen: float | None = 70.0,
+    mask_ratios: tuple[float, ...] = (),
+    degrade: str = "noise",
+    statistics: str = "input",
+    clean_classifier: Path | None = None,
+    attacks: tuple[str, ...] = ("fgsm:4/255", "pgd:4/255,steps=20,eot=20", "pgd:4/255,steps=20,eot=20,gray"),
+    draws: int = 20,
+    max_batch: int = 256,
+    examples: int = 6,
+    workers: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Attack and score a defense at many noise levels; write table, curve and gallery.
+
+    Run again with the same options, it goes on where it stopped.
+
+    Args:
+        classifier: folder of the fine-tuned classifier.
+        denoiser: folder of the denoiser; without one, noise alone is the defense.
+        out: folder of the evaluation.
+        data: "digits" or a folder of class folders.
+        split: of the data.
+        images: size of the fixed random subset that is evaluated; 0 for all.
+        sigmas: noise levels, 0-255 pixel levels.
+        frozen: level whose noise is also evaluated fixed and known to the attacker; None for none.
+        mask_ratios: for degrade=mask: the shares of hidden patches, in place of sigmas.
+        degrade: noise, mask or both.
+        statistics: input or noisy; without effect for a raw target.
+        clean_classifier: folder of an ordinary classifier, as a reference row.
+        attacks: such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray.
+        draws: fresh draws per image for the score.
+        max_batch: images per pass; lower it if memory runs out.
+        examples: images in the gallery.
+        workers: processes that decode images.
+        seed: of the evaluation.
+        device: auto, or a torch device.
+    """
+    console = Console()
+    where = pick_device(device)
+    settings = EvaluationSettings(attacks, draws, seed, max_batch, examples)
+    model = Classifier.from_pretrained(classifier).to(where)
+    rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False).to(where)
+    defenses: dict[str, De3] = {}
+    if clean_classifier is not None:
+        reference = Classifier.from_pretrained(clean_classifier).to(where)
+        defenses["clean classifier"] = De3(None, reference, None).to(where)
+    defenses["defense off"] = De3(rebuild, model, None).to(where)
+    if degrade == "mask":
+        for ratio in mask_ratios or (0.75,):
+            masked = De3(rebuild, model, 0.0, degrade="mask", mask_ratio=ratio, statistics=statistics, seed=seed)
+            defenses[f"mask {ratio:g}"] = masked.to(where)
+    else:
+        for sigma in sigmas:
+            defended = De3(rebuild, model, sigma, degrade=degrade, statistics=statistics, seed=seed).to(where)
+            defenses[f"sigma {sigma:g}"] = defended
+            if frozen == sigma:
+                defenses[f"sigma {sigma:g} frozen"] = defended.frozen(seed)
+    source = open_source(data, split, len(model.config.mean))
+    chosen = Subset(source, images, seed) if 0 < images < len(source) else source
+    view = EvalView(model.config.image_size[0])
+    loader = TorchLoader(chosen, view, min(256, len(chosen)), shuffle=False, drop_last=False, workers=workers)
+    evaluation = evaluate(defenses, loader, settings, out, classes=model.config.classes, console=console)
+    report = write_report(evaluation, out, title=f"De3 on {source.name}, {len(chosen)} images")
+    print_table(evaluation, console)
+    console.print(f"report: {report}", soft_wrap=True)

@@ -1,0 +1,15 @@
+"""`denim pretrain`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from denim.nim import PretrainConfig, pretrain
+
+
+def main(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Pretrain a denoiser. The defaults are the published recipe for ViT-B."""
+    pretrain(config)
+    print(f"the denoiser is in {config.out / 'model'}")
