@@ -52,5 +52,8 @@ def run() -> None:
         print(f"denim: {error}\n(DENIM_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("denim: interrupted; run the same command with --resume to go on", file=sys.stderr)
+        print(
+            "denim: interrupted; the same command goes on where it stopped (pretrain, finetune: with --resume)",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None

@@ -10,9 +10,11 @@ for. This module is the torch twin of the arithmetic that the GPU kernels run: w
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
@@ -65,6 +67,8 @@ class Domain(IntEnum):
     FROZEN = 7
     COPY = 8
     AUGMENT = 9
+    FINETUNING = 10
+    SUBSET = 11
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
@@ -170,8 +174,24 @@ def _compiled_group_normals() -> Callable[[Tensor, int], Words]:
     # afterwards is cheaper than its strided stores (1.7 against 6 ns per element).
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp.dynamic_threads": True}
     compiled: Callable[[Tensor, int], Words] = torch.compile(_group_normals, dynamic=True, options=options)
-    # Sizes that differ: equal ones would share a symbol, and the code would hold for square calls alone.
-    compiled(torch.arange(3, dtype=torch.int64, device="cpu"), 5)
+    # torch warns at its first compilation where a CUDA toolkit is installed and no GPU is: not about this code.
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        # Sizes that differ: equal ones would share a symbol, and the code would hold for square calls alone.
+        compiled(torch.arange(3, dtype=torch.int64, device="cpu"), 5)
+    except Exception as error:  # a compiler without headers or libraries fails in as many ways as there are compilers
+        if os.environ.get("DENIM_NOISE") == "compiled":
+            raise
+        warnings.warn(
+            f"noise is drawn eagerly, which is slower: torch could not compile it ({type(error).__name__}: {error}); "
+            "DENIM_NOISE=eager says so without this warning",
+            stacklevel=3,
+        )
+        return _group_normals
+    finally:
+        logger.setLevel(level)
     return compiled
 
 

@@ -35,7 +35,7 @@ from denim.nim.checkpoint import (
 )
 from denim.nim.data import Batch, Loader
 
-__all__ = ["TrainConfig", "latest_checkpoint", "pick_device", "train"]
+__all__ = ["TrainConfig", "keyed_torch", "latest_checkpoint", "pick_device", "train"]
 
 TRAINING_FILE = "training.pt"
 KEPT_CHECKPOINTS = 2
@@ -145,11 +145,17 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 @contextmanager
-def keyed_torch(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Inside, the global torch generator is a function of (seed, step), for layers that draw from it (drop path)."""
-    key = int(derive_seeds(seed, Domain.AUGMENT, torch.tensor(step)))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(key)
+def keyed_torch(key: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators of the CPU and `device` are a function of the key; after, they are as before.
+
+    For initialisation and for layers that draw from nothing else (drop path).
+    """
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_cuda else []):
+        torch.default_generator.manual_seed(key)
+        if on_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
         yield
 
 
@@ -240,7 +246,7 @@ def train(
         model: on its device.
         groups: AdamW's parameter groups, with `lr_scale` where layers learn at different rates.
         loader: yields parts of `config.part_size` images.
-        loss: scalar loss of a part, from the part (on the CPU) and its number, which counts through all epochs.
+        loss: scalar loss of a part, from the part (on the CPU) and the epoch.
         title: what the progress bar says.
         console: where progress goes.
 
@@ -285,9 +291,10 @@ def train(
                     scheduler.step_update(update)
                     optimizer.zero_grad(set_to_none=True)
                     for part in range(config.accumulate):
-                        step = update * config.accumulate + part
-                        with keyed_torch(config.seed, step, device), _autocast(device, config.precision):
-                            value = loss(next(parts), step)
+                        number = torch.tensor(update * config.accumulate + part)
+                        key = int(derive_seeds(config.seed, Domain.AUGMENT, number))
+                        with keyed_torch(key, device), _autocast(device, config.precision):
+                            value = loss(next(parts), epoch)
                         (value / config.accumulate).backward()
                         losses += value.detach() / config.accumulate
                     optimizer.step()

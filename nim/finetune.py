@@ -19,7 +19,7 @@ from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
 from denim.nim.data import Batch, EvalView, Source, TorchLoader, TrainView, keyed_globals, open_source
-from denim.nim.engine import TrainConfig, pick_device, train
+from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train
 from denim.nim.reconstruct import DEGRADATIONS, add_noise, reconstruct
 from denim.nim.sigma import Sigma
 
@@ -130,8 +130,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         auto_augment=config.auto_augment,
     )
     loader = TorchLoader(source, view, config.part_size, seed=config.seed, workers=config.workers)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with keyed_torch(config.seed, torch.device("cpu")):
         model = Classifier(architecture)
     try:
         model.load_encoder(autoencoder.state_dict())
@@ -162,8 +161,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
             statistics=config.statistics,
         )
 
-    def loss(batch: Batch, step: int) -> Tensor:
-        seeds = derive_seeds(config.seed, Domain.TRAINING, batch.ids, step // loader.steps_per_epoch)
+    def loss(batch: Batch, epoch: int) -> Tensor:
+        seeds = derive_seeds(config.seed, Domain.FINETUNING, batch.ids, epoch)
         labels = batch.labels.to(device, non_blocking=True)
         pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
         target: Tensor | None = None

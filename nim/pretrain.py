@@ -12,7 +12,7 @@ from torch import Tensor
 from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import PRESETS, Autoencoder, preset
 from denim.nim.data import Batch, TorchLoader, TrainView, open_source
-from denim.nim.engine import TrainConfig, pick_device, train
+from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train
 from denim.nim.objectives import Objective
 
 __all__ = ["PretrainConfig", "pretrain"]
@@ -88,14 +88,13 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         zoom=config.zoom,
     )
     loader = TorchLoader(source, view, config.part_size, seed=config.seed, workers=config.workers)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with keyed_torch(config.seed, torch.device("cpu")):
         model = Autoencoder(architecture)
     model.to(device)
 
-    def loss(batch: Batch, step: int) -> Tensor:
+    def loss(batch: Batch, epoch: int) -> Tensor:
         # Keyed by the epoch and the sample alone: the same noise on any number of ranks.
-        seeds = derive_seeds(config.seed, Domain.TRAINING, batch.ids, step // loader.steps_per_epoch)
+        seeds = derive_seeds(config.seed, Domain.TRAINING, batch.ids, epoch)
         sigma = None if objective.sigma is None else objective.sigma.sample(seeds).to(device, non_blocking=True)
         images, seeds = batch.images.to(device, non_blocking=True), seeds.to(device, non_blocking=True)
         return objective.loss(model, images, sigma, seeds)

@@ -197,7 +197,7 @@ class Subset:
     def __init__(self, source: Source, count: int, seed: int = 0) -> None:
         if not 0 < count <= len(source):
             raise ValueError(f"a subset of {source.name} has 1 to {len(source)} images, got {count}")
-        words = noise_words(derive_seeds(seed, Domain.AUGMENT, source.ids), 1).squeeze(-1)
+        words = noise_words(derive_seeds(seed, Domain.SUBSET, source.ids), 1).squeeze(-1)
         self._chosen = words.argsort(stable=True)[:count].sort().values
         self._source = source
         self.name, self.classes, self.channels = source.name, source.classes, source.channels

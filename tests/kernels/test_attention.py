@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from denim.kernels import attention, attention_backends
+
+CPU_BACKENDS = ("auto", "sdpa", "math")
+
+
+def make(shape=(2, 3, 5, 8), length=None, width=None, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    batch, heads, queries, dim = shape
+    length, width = length or queries, width or dim
+    sizes = ((queries, dim), (length, dim), (length, width))
+    return [torch.randn((batch, heads, *s), generator=generator, dtype=torch.float64).to(dtype) for s in sizes]
+
+
+def reference(query, key, value):
+    query, key, value = (tensor.detach().double().numpy() for tensor in (query, key, value))
+    scores = np.einsum("bhnd,bhmd->bhnm", query, key) / np.sqrt(query.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return torch.from_numpy(np.einsum("bhnm,bhme->bhne", weights / weights.sum(-1, keepdims=True), value))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "length", "width"), [((2, 3, 5, 8), None, None), ((1, 2, 7, 12), 3, 5), ((2, 1, 1, 1), 9, 1)]
+)
+def test_equals_the_definition(backend, dtype, shape, length, width, global_rng_untouched):
+    tensors = make(shape, length, width, dtype)
+    out = attention(*tensors, backend=backend)
+    assert out.dtype == dtype
+    # Weighted means of values below 4; scores of bfloat16 are rounded at 2^-8 before the softmax.
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4 * 3 * 2**-8}[dtype]
+    torch.testing.assert_close(out.double(), reference(*tensors), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_gradcheck(backend):
+    tensors = [tensor.requires_grad_() for tensor in make((2, 2, 3, 4), 5, 3, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, backend=backend), tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_views_of_packed_qkv(backend):
+    """(B, N, 3, heads, head_dim), as a ViT block has it, taken without a copy; gradients reach the packed tensor."""
+    packed = torch.randn((2, 5, 3, 4, 8), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
+    assert not query.is_contiguous()
+    out = attention(query, key, value, backend=backend)
+    torch.testing.assert_close(out.double(), reference(query, key, value), rtol=0, atol=2e-6)
+    (grad,) = torch.autograd.grad(out.square().sum(), packed)
+    other = packed.detach().double().requires_grad_()
+    exact = attention(*other.permute(2, 0, 3, 1, 4).unbind(0), backend="math")
+    (expected,) = torch.autograd.grad(exact.square().sum(), other)
+    torch.testing.assert_close(grad.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_backends_give_their_reasons():
+    reasons = attention_backends(*make())
+    assert list(reasons) == ["xformers", "sdpa", "math"]
+    assert reasons["sdpa"] == reasons["math"] == []
+    assert "CUDA" in reasons["xformers"][0]
+    assert "cpu" in reasons["xformers"][0]
+
+
+def test_auto_takes_the_first_that_serves():
+    tensors = make()
+    assert torch.equal(attention(*tensors), attention(*tensors, backend="sdpa"))
+
+
+def test_forced_backend_that_cannot_serve_says_why():
+    with pytest.raises(
+        ValueError, match=r"'xformers' cannot serve torch.float32 \(2, 3, 5, 8\) on cpu: .*CUDA and ROCm"
+    ):
+        attention(*make(), backend="xformers")
+
+
+def test_unknown_backend_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="must be auto, xformers, sdpa, math, got 'flash'"):
+        attention(*make(), backend="flash")
+
+
+def test_cpu_calls_do_not_import_xformers():
+    code = (
+        "import sys, torch; from denim.kernels import attention, attention_backends\n"
+        "q = torch.zeros(1, 1, 2, 4); attention(q, q, q); attention_backends(q, q, q)\n"
+        "print('xformers' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert printed.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_compiles_into_one_graph(backend):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *t: attention(*t, backend=backend), fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 5):
+        tensors = [tensor.requires_grad_() for tensor in make((batch, 3, 6, 8))]
+        expected = attention(*tensors, backend=backend)
+        out = compiled(*tensors)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+        grads = torch.autograd.grad(out.square().sum(), tensors)
+        for grad, plain in zip(grads, torch.autograd.grad(expected.square().sum(), tensors), strict=True):
+            torch.testing.assert_close(grad, plain, rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+GOOD = (2, 3, 5, 8)
+
+
+@pytest.mark.parametrize("call", [attention, attention_backends])
+@pytest.mark.parametrize(
+    ("place", "tensor", "error", "message"),
+    [
+        (0, torch.zeros(3, 5, 8), ValueError, r"takes \(B, heads, N, head_dim\) tensors"),
+        (1, torch.zeros(3, 5, 8), ValueError, r"key \(3, 5, 8\)"),
+        (2, torch.zeros(3, 5, 8), ValueError, r"value \(3, 5, 8\)"),
+        (2, torch.zeros(2, 3, 4, 8), ValueError, "key and value of one length"),
+        (0, torch.zeros(2, 3, 5, 4), ValueError, "agree in batch, heads and head_dim"),
+        (0, torch.zeros(2, 1, 5, 8), ValueError, "agree in batch, heads and head_dim"),
+        (0, torch.zeros(1, 3, 5, 8), ValueError, "agree in batch, heads and head_dim"),
+        (1, torch.zeros(GOOD, dtype=torch.float64), TypeError, "key is torch.float64 and query is torch.float32"),
+        (2, torch.zeros(GOOD, dtype=torch.bfloat16), TypeError, "value is torch.bfloat16"),
+        (1, torch.zeros(GOOD, device="meta"), ValueError, "key is on meta and query is on cpu"),
+        (2, torch.zeros(GOOD, device="meta"), ValueError, "value is on meta and query is on cpu"),
+    ],
+)
+def test_bad_input_is_refused(call, place, tensor, error, message):
+    tensors = [torch.zeros(GOOD) for _ in range(3)]
+    call(*tensors)
+    tensors[place] = tensor
+    with pytest.raises(error, match=message):
+        call(*tensors)
+
+
+def test_integers_are_refused():
+    with pytest.raises(TypeError, match="takes floating point tensors"):
+        attention(*(torch.zeros(GOOD, dtype=torch.int64) for _ in range(3)))

@@ -1,0 +1,190 @@
+"""What torch asks of an operator, of every one in denim.kernels: honest fakes, no aliases, one compiled graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+from denim.kernels import (
+    attack_step,
+    decode_patches,
+    derive_seeds,
+    draw_seeds,
+    noise_patchify,
+    normal_noise,
+    normalized_patches,
+    patch_loss,
+    uniform_noise,
+)
+from denim.kernels.noise import Domain, Stream
+
+OPS = torch.ops.denim
+MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.5, 1.0]
+
+
+def rand(*shape, dtype=torch.float32, grad=False, strided=False, seed=0):
+    """Values in [0, 1); strided ones have gaps and another order of dimensions."""
+    tensor = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    if strided:
+        tensor = torch.stack([tensor.T.contiguous() if tensor.dim() == 2 else tensor] * 2, dim=-1)[..., 0]
+        tensor = tensor.T if tensor.dim() == 2 else tensor
+        if tensor.dim() > 2:
+            tensor = tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return tensor.requires_grad_(grad)
+
+
+def bytes_(*shape, strided=False):
+    tensor = (rand(*shape) * 256).to(torch.uint8)
+    return torch.stack([tensor, tensor], dim=-1)[..., 0] if strided else tensor
+
+
+def ids(*shape, strided=False):
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    return torch.stack([tensor, tensor], dim=-1)[..., 0] if strided else tensor
+
+
+def arguments(s):
+    """Arguments of every operator; `s` makes all tensors strided."""
+    size = {"strided": s}
+    mask = torch.stack([rand(2, 6) < 0.5] * 2, dim=-1)[..., 0] if s else rand(2, 6) < 0.5
+    geometry = (4, MEAN, STD)
+    raw = (None, None, 8, 12, *geometry, "raw")
+    prediction = {"grad": True, **size}
+    return [
+        ("normal_noise", (ids(2, 3, **size), 37)),
+        ("normal_noise", (ids(1), 1)),
+        (
+            "noise_patchify",
+            (bytes_(2, 8, 12, 3, **size), rand(3, 2, **size), ids(2, 2, **size), *geometry, torch.bfloat16),
+        ),
+        (
+            "noise_patchify",
+            (rand(2, 3, 8, 12, **prediction), rand(2, **size), ids(2, **size), *geometry, torch.float32),
+        ),
+        # Patches of one pixel: the patchified image is a strided view, and the result must not inherit its strides.
+        ("noise_patchify", (rand(2, 3, 8, 12, **prediction), rand(2), ids(2), 1, MEAN, STD, torch.float16)),
+        ("noise_patchify_backward", (rand(3, 2, 2, 6, 48, **size), 8, 12, 4, STD, torch.float32)),
+        ("noise_patchify_backward", (rand(2, 96, 3, **size), 8, 12, 1, STD, torch.bfloat16)),
+        ("patch_loss", (rand(2, 6, 48, **prediction), bytes_(2, 8, 12, 3, **size), mask, *geometry, True)),
+        ("patch_loss", (rand(2, 6, 48, **prediction), rand(2, 3, 8, 12, **size), None, *geometry, False)),
+        (
+            "patch_loss_backward",
+            (torch.tensor(2.0), rand(2, 6, 48, **size), bytes_(2, 8, 12, 3, **size), mask, *geometry, True),
+        ),
+        ("decode_patches", (rand(2, 2, 6, 48, **prediction), *raw)),
+        ("decode_patches", (rand(2, 96, 3, **prediction), None, None, 8, 12, 1, MEAN, STD, "raw")),
+        (
+            "decode_patches",
+            (rand(2, 2, 6, 48, **prediction), rand(2, 3, 8, 12, **prediction), None, 8, 12, *geometry, "input"),
+        ),
+        (
+            "decode_patches",
+            (rand(2, 6, 48, **prediction), bytes_(2, 8, 12, 3, **size), None, 8, 12, *geometry, "input"),
+        ),
+        (
+            "decode_patches",
+            (rand(2, 6, 48, **prediction), rand(2, 6, 48, **prediction), rand(2) * 90, 8, 12, *geometry, "noisy"),
+        ),
+        ("decode_patches_backward", (rand(2, 3, 8, 12, **size), rand(2, 6, 48, **size), None, None, *geometry, "raw")),
+        (
+            "decode_patches_backward",
+            (rand(2, 3, 8, 12, **size), rand(2, 6, 48, **size), bytes_(2, 8, 12, 3, **size), None, *geometry, "input"),
+        ),
+        ("attack_step", (*(rand(2, 3, 8, 12, seed=i, **size) for i in range(3)), rand(2, **size), torch.tensor(0.1))),
+    ]
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("index", range(len(arguments(False))), ids=[name for name, _ in arguments(False)])
+def test_opcheck(index, strided):
+    name, args = arguments(strided)[index]
+    opcheck(getattr(OPS, name).default, args)
+
+
+def test_every_operator_is_checked():
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("denim::")}
+    assert registered == {name for name, _ in arguments(False)}
+
+
+GEOMETRY = {"patch_size": 4, "mean": MEAN, "std": STD}
+
+
+def train_step(pixels, prediction, ids):
+    seeds = derive_seeds(5, Domain.TRAINING, ids, step=3)
+    sigma = 90 * uniform_noise(seeds, (), Stream.SIGMA)
+    noisy = noise_patchify(pixels, sigma, seeds, **GEOMETRY)
+    return patch_loss(noisy * prediction, pixels.detach(), **GEOMETRY)
+
+
+def masked_loss(pixels, prediction, ids):
+    mask = uniform_noise(ids, (6,), Stream.MASK) < 0.9
+    return patch_loss(prediction, pixels.detach(), **GEOMETRY, norm_pix=False, mask=mask) + 0 * pixels.sum()
+
+
+def sweep(pixels, prediction, ids):
+    sigma = torch.tensor([20.0, 60.0, 120.0])[:, None].expand(3, ids.shape[0])
+    noisy = noise_patchify(pixels, sigma, draw_seeds(5, Domain.SCORE, ids, 2), **GEOMETRY)
+    levels = sigma[:, None, :]
+    options = {"image_size": (8, 12), **GEOMETRY}
+    decoded = decode_patches(noisy * prediction, **options, statistics="noisy", source=noisy, sigma=levels)
+    return (decoded - decode_patches(noisy * prediction, **options, statistics="input", source=pixels)).square().mean()
+
+
+def raw_target(pixels, prediction, ids):
+    patches = normalized_patches(pixels, **GEOMETRY) + normal_noise(ids, (6, 48))
+    return decode_patches(patches * prediction, image_size=(8, 12), **GEOMETRY).square().mean()
+
+
+def attack(pixels, prediction, ids):
+    moved = attack_step(pixels, pixels, prediction.reshape(pixels.shape), step_size=0.01, epsilon=0.03)
+    radius = uniform_noise(ids, (), Stream.START)
+    moved = attack_step(moved, pixels, pixels - 0.5, step_size=radius, epsilon=radius)
+    return (moved * pixels * prediction.reshape(pixels.shape)).sum()
+
+
+@pytest.mark.parametrize("function", [train_step, masked_loss, sweep, raw_target, attack])
+def test_one_graph_for_every_batch(function):
+    """fullgraph, forward and backward; the trace of the first batch size serves the others."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    traces = []
+    for batch in (2, 3, 7):
+        inputs = [rand(batch, 3, 8, 12, grad=True), rand(batch, 6, 48, grad=True, seed=1)]
+        expected = function(*inputs, ids(batch))
+        loss = compiled(*inputs, ids(batch))
+        # The operators are the same; only the glue between them may be summed in another order.
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        gradients = torch.autograd.grad(loss, inputs)
+        for gradient, plain in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+            assert plain.abs().sum() > 0 or function is masked_loss
+            torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-7)
+        traces.append(counter.frame_count)
+    assert traces[0] == traces[-1] > 0
+
+
+def test_inductor_forward_and_backward():
+    """The default backend, whose layouts differ from aot_eager's."""
+    compiled = torch.compile(sweep, fullgraph=True, dynamic=True)
+    inputs = [rand(3, 3, 8, 12, grad=True), rand(3, 6, 48, grad=True, seed=1)]
+    expected = sweep(*inputs, ids(3))
+    loss = compiled(*inputs, ids(3))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    gradients = torch.autograd.grad(loss, inputs)
+    for gradient, plain in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_unwritten_memory_is_nan():
+    """The fixture in conftest works; without it the tests above would trust luck."""
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(3, dtype=torch.bfloat16)).isnan().all()
+    assert torch.zeros(3).new_empty((2, 2)).isnan().all()
+    assert torch.empty(3, dtype=torch.int64).dtype == torch.int64
+
+    def allocate(x):
+        return torch.empty(x.shape[0]).fill_(1) + x.new_empty(x.shape).fill_(2) + torch.empty_like(x).fill_(3)
+
+    compiled = torch.compile(allocate, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.zeros(3)).tolist() == [6, 6, 6]

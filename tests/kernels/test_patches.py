@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from denim.kernels import check_pixels, normalized_patches
+from denim.kernels.patches import patchify, unpatchify
+
+GEOMETRY = {"patch_size": 2, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+
+
+def random_images(shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.uint8:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "patch"),
+    [(4, 6, 1, 2), (8, 12, 3, 4), (21, 14, 5, 7), (28, 42, 1, 14), (32, 48, 3, 16), (5, 3, 3, 1)],
+)
+def test_patch_vectors_run_by_row_column_channel(height, width, channels, patch):
+    images = torch.arange(2 * height * width * channels).reshape(2, height, width, channels)
+    patches = patchify(images, patch)
+    columns = width // patch
+    for index in range(patches.shape[1]):
+        top, left = index // columns * patch, index % columns * patch
+        expected = images[:, top : top + patch, left : left + patch, :].reshape(2, -1)
+        assert torch.equal(patches[:, index], expected)
+    assert torch.equal(unpatchify(patches, (height, width), patch), images)
+    lead = torch.stack([patches, patches + 1])[None]
+    assert torch.equal(unpatchify(lead, (height, width), patch)[0, 1], images + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_normalized_patches(dtype):
+    shape = (2, 4, 6, 3) if dtype == torch.uint8 else (2, 3, 4, 6)
+    images = random_images(shape, dtype)
+    nhwc = images.numpy() / 255.0 if dtype == torch.uint8 else images.double().permute(0, 2, 3, 1).numpy()
+    normal = (nhwc - np.array(GEOMETRY["mean"])) / np.array(GEOMETRY["std"])
+    patches = normalized_patches(images, **GEOMETRY)
+    assert patches.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # Three float32 roundings of numbers below 3; bfloat16 and float16 images are exact once they are upcast.
+    tolerance = 1e-15 if dtype == torch.float64 else 1e-6
+    expected = torch.from_numpy(np.stack([normal[:, r : r + 2, c : c + 2] for r in (0, 2) for c in (0, 2, 4)], axis=1))
+    torch.testing.assert_close(patches.double(), expected.flatten(2), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pixels_in_range_pass(dtype):
+    check_pixels(torch.tensor([0.0, 0.5, 1.0], dtype=dtype))
+    check_pixels(torch.empty(0, dtype=dtype))
+
+
+def test_pixels_may_leave_the_range_by_1e_4():
+    check_pixels(torch.tensor([-0.99e-4, 1 + 0.99e-4]))
+    for value in (-1.01e-4, 1 + 1.01e-4):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            check_pixels(torch.tensor([0.5, value]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.5, 2.0, 255.0])
+@pytest.mark.parametrize("place", [0, 1, 1500, -1])
+def test_bad_pixels_are_refused_wherever_they_are(value, place):
+    pixels = torch.full((2, 3, 16, 16), 0.5)
+    pixels.view(-1)[place] = value
+    with pytest.raises(ValueError, match="normalisation lives inside the model"):
+        check_pixels(pixels)
+
+
+def test_integer_pixels_are_refused():
+    with pytest.raises(TypeError, match="divide uint8 images by 255"):
+        check_pixels(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("images", "changes", "error", "message"),
+    [
+        (torch.zeros(2, 4, 6, 3, dtype=torch.int64), {}, TypeError, "uint8 .* or float .* got torch.int64"),
+        (torch.zeros(2, 4, 6, 3, dtype=torch.bool), {}, TypeError, "got torch.bool"),
+        (torch.zeros(3, 4, 6), {}, ValueError, r"\(B, C, H, W\), got \(3, 4, 6\)"),
+        (torch.zeros(4, 6, 3, dtype=torch.uint8), {}, ValueError, r"\(B, H, W, C\), got \(4, 6, 3\)"),
+        (torch.zeros(2, 4, 6, 3), {}, ValueError, r"mean and std have 3 channels, got images .* with 4"),
+        (torch.zeros(2, 3, 4, 6, dtype=torch.uint8), {}, ValueError, "3 channels, got images .* with 6"),
+        (torch.zeros(2, 3, 5, 6), {}, ValueError, "multiples of the patch size 2, got 5 x 6"),
+        (torch.zeros(2, 4, 7, 3, dtype=torch.uint8), {}, ValueError, "multiples of the patch size 2, got 4 x 7"),
+        (torch.zeros(2, 3, 0, 6), {}, ValueError, "got 0 x 6"),
+        (torch.zeros(2, 3, 4, 6), {"patch_size": 0}, ValueError, "patch size 0"),
+        (torch.zeros(2, 3, 4, 6), {"std": (0.2, 0.0, 0.4)}, ValueError, "std must be positive"),
+        (torch.zeros(2, 3, 4, 6), {"std": (0.2, -0.1, 0.4)}, ValueError, "std must be positive"),
+        (torch.zeros(2, 3, 4, 6), {"std": (0.2, float("nan"), 0.4)}, ValueError, "std must be positive"),
+        (torch.zeros(2, 3, 4, 6), {"std": (0.2, 0.3)}, ValueError, "one value per channel each, got 3 and 2"),
+        (torch.zeros(2, 3, 4, 6), {"mean": (), "std": ()}, ValueError, "one value per channel each"),
+    ],
+)
+def test_bad_images_are_refused(images, changes, error, message):
+    with pytest.raises(error, match=message):
+        normalized_patches(images, **{**GEOMETRY, **changes})

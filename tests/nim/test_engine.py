@@ -1,0 +1,253 @@
+"""The training loop: schedule, accumulation, and above all resumption."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from denim.nim.checkpoint import CheckpointError, Pretrained
+from denim.nim.data import Batch
+from denim.nim.engine import TrainConfig, latest_checkpoint, pick_device, train
+
+QUIET = Console(quiet=True)
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int = 3
+
+
+class Line(Pretrained):
+    """A linear model with dropout, so that a step depends on the random state as well."""
+
+    config_class = Size
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layer = nn.Linear(config.width, 1)
+        self.dropout = nn.Dropout(0.5)
+        nn.init.ones_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+
+class Numbers:
+    """A loader of numbers: 5 parts of 2 samples in an epoch."""
+
+    steps_per_epoch = 5
+
+    def epoch(self, epoch, start_step=0):
+        for step in range(start_step, self.steps_per_epoch):
+            ids = torch.arange(2) + 2 * step + 100 * epoch
+            yield Batch(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), ids % 7, ids)
+
+
+def configure(out, **changes):
+    defaults = {
+        "epochs": 4, "warmup_epochs": 1, "batch_size": 2, "base_lr": 1.0, "betas": (0.9, 0.95),
+        "crop_scale": None, "log_every": 1,
+    }  # fmt: skip
+    return TrainConfig(out=out, **{**defaults, **changes})
+
+
+def run(config, *, stop_at=None, loader=None, loss=None):
+    model = Line(Size())
+    seen = []
+
+    def default_loss(batch, epoch):
+        step = 5 * epoch + int(batch.ids[0]) % 100 // 2
+        if step == stop_at:
+            raise KeyboardInterrupt
+        seen.append(step)
+        features = torch.stack([(batch.ids * k % 11).float() / 11 for k in (1, 2, 3)], dim=1)
+        return (model.layer(model.dropout(features)).squeeze(-1) - batch.labels / 7).square().mean()
+
+    train(config, model, [{"params": list(model.parameters())}], loader or Numbers(), loss or default_loss,
+          title="", console=QUIET)  # fmt: skip
+    return model, seen
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_schedule_is_linear_warm_up_then_cosine_at_every_update(tmp_path):
+    config = configure(tmp_path / "run", min_lr=1e-4)
+    run(config)
+    peak = 1.0 * 2 / 256  # scaled linearly with the batch
+    for record in metrics(config.out):
+        update = record["update"] - 1  # the rate that this update used
+        if update < 5:
+            expected = peak * update / 5
+        else:
+            expected = 1e-4 + (peak - 1e-4) * 0.5 * (1 + math.cos(math.pi * (update - 5) / 15))
+        assert record["lr"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 4, 5, 7, 19])
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, stop_at):
+    whole, _ = run(configure(tmp_path / "whole", checkpoint_every=2))
+    config = configure(tmp_path / "stopped", checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop_at=stop_at)
+    resumed, seen = run(configure(tmp_path / "stopped", checkpoint_every=2, resume=True))
+    assert seen[0] == stop_at - stop_at % 2  # from the last checkpoint, not from the start
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+    drop = ("images_per_second",)
+    strip = [
+        [{k: v for k, v in r.items() if k not in drop} for r in metrics(tmp_path / n)] for n in ("whole", "stopped")
+    ]
+    assert strip[0] == strip[1]
+
+
+def test_a_finished_run_resumes_at_once(tmp_path):
+    first, _ = run(configure(tmp_path / "run"))
+    second, seen = run(configure(tmp_path / "run", resume=True))
+    assert seen == []
+    assert torch.equal(first.layer.weight, second.layer.weight)
+
+
+def test_accumulation_averages_the_parts(tmp_path):
+    class Halves(Numbers):
+        steps_per_epoch = 10
+
+        def epoch(self, epoch, start_step=0):
+            for batch in Numbers().epoch(epoch):
+                for row in range(2):
+                    yield Batch(*(part[row : row + 1] for part in (batch.images, batch.labels, batch.ids)))
+
+    def loss_of(model):
+        def loss(batch, epoch):
+            features = torch.stack([(batch.ids * k % 11).float() / 11 for k in (1, 2, 3)], dim=1)
+            return (model.layer(features).squeeze(-1) - batch.labels / 7).square().mean()
+
+        return loss
+
+    models = []
+    for accumulate, loader in ((1, Numbers()), (2, Halves())):
+        model = Line(Size())
+        config = configure(tmp_path / str(accumulate), accumulate=accumulate)
+        train(config, model, [{"params": list(model.parameters())}], loader, loss_of(model), title="", console=QUIET)
+        models.append(model)
+    # Sums in another order: float32 rounding, which AdamW's normalisation of tiny gradients magnifies a little.
+    torch.testing.assert_close(models[0].layer.weight, models[1].layer.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    before = []
+
+    def loss(batch, epoch):
+        return model.layer(model.dropout(torch.ones(2, 3))).sum()
+
+    model = Line(Size())
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before.append(torch.get_rng_state())
+        config = configure(tmp_path / str(seed), epochs=1)
+        train(config, model, [{"params": list(model.parameters())}], Numbers(), loss, title="", console=QUIET)
+        assert torch.equal(before[-1], torch.get_rng_state())
+
+
+def test_two_checkpoints_are_kept_and_each_is_a_model(tmp_path):
+    config = configure(tmp_path / "run")
+    model, _ = run(config)
+    kept = sorted(path.name for path in (config.out / "checkpoints").iterdir())
+    assert kept == ["00000015", "00000020"]
+    assert torch.equal(Line.from_pretrained(config.out / "checkpoints" / kept[1]).layer.weight, model.layer.weight)
+    assert torch.equal(Line.from_pretrained(config.out / "model").layer.weight, model.layer.weight)
+
+
+def test_a_folder_with_a_run_needs_resume_and_the_same_settings(tmp_path):
+    run(configure(tmp_path / "run", epochs=1))
+    with pytest.raises(ValueError, match="holds a run already; resume it"):
+        run(configure(tmp_path / "run", epochs=1))
+    with pytest.raises(ValueError, match=r"epochs was 1, is 2"):
+        run(configure(tmp_path / "run", epochs=2, resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="lower base_lr"):
+        run(configure(tmp_path / "run"), loss=lambda batch, epoch: torch.tensor(math.nan, requires_grad=True))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    config = configure(tmp_path / "run")
+    run(config)
+    newest = latest_checkpoint(config.out)
+    file = newest / "training.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"training\.pt"):
+        run(configure(tmp_path / "run", resume=True))
+
+
+def test_an_epoch_must_hold_one_update(tmp_path):
+    with pytest.raises(ValueError, match="smaller batch_size"):
+        run(configure(tmp_path / "run", batch_size=12, accumulate=6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 3, "accumulate": 2}, "multiple of accumulate"),
+        ({"warmup_epochs": 5}, "warmup_epochs"),
+        ({"base_lr": math.nan}, "base_lr"),
+        ({"precision": "fp8"}, "auto, bf16 or fp32"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        configure(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_are_checked():
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="unknown device"):
+        pick_device("abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="denim doctor"):
+            pick_device("cuda")
+
+
+def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path):
+    """SIGKILL in the middle of the second checkpoint's training state, in a process of its own."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        from pathlib import Path
+        import torch
+        import test_engine as here
+        real = torch.save
+        def save(content, path):
+            real(content, path)
+            if content["update"] == 10:
+                path.write_bytes(path.read_bytes()[:50])
+                os.kill(os.getpid(), signal.SIGKILL)
+        torch.save = save
+        here.run(here.configure(Path(sys.argv[2])))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert latest_checkpoint(tmp_path / "run").name == "00000005"
+    resumed, seen = run(configure(tmp_path / "run", resume=True))
+    assert seen[0] == 5
+    whole, _ = run(configure(tmp_path / "whole"))
+    assert torch.equal(whole.layer.weight, resumed.layer.weight)

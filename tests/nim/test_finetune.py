@@ -1,0 +1,171 @@
+"""Fine-tuning: the recipe's parameter groups, the training images, and that it learns."""
+
+import json
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from timm.optim import param_groups_layer_decay
+
+from denim.nim import (
+    Autoencoder,
+    CheckpointError,
+    Classifier,
+    ClassifierConfig,
+    FinetuneConfig,
+    add_noise,
+    finetune,
+    preset,
+    reconstruct,
+)
+from denim.nim.data import open_source
+from denim.nim.finetune import accuracy
+
+QUIET = Console(quiet=True)
+PLAIN = {"drop_path": 0.0, "auto_augment": None, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+FAST = {
+    "data": "digits", "epochs": 1, "warmup_epochs": 0, "batch_size": 256, "base_lr": 2e-3, "crop_scale": None,
+    "flip": False, "log_every": 1, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def denoiser(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("denoiser")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Autoencoder(preset("micro", norm_pix=True)).save_pretrained(folder)
+    return folder
+
+
+def test_defaults_are_the_published_recipe(denoiser, tmp_path):
+    config = FinetuneConfig(out=tmp_path, denoiser=denoiser)
+    assert (config.epochs, config.warmup_epochs, config.batch_size) == (100, 5, 1024)
+    assert config.lr == pytest.approx(4e-3)
+    assert (config.min_lr, config.betas, config.weight_decay) == (1e-6, (0.9, 0.999), 0.05)
+    assert (config.layer_decay, config.drop_path, config.crop_scale) == (0.75, 0.1, (0.08, 1.0))
+    assert (config.auto_augment, config.erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (config.mixup, config.cutmix, config.smoothing) == (0.8, 1.0, 0.1)
+    assert (config.images, config.sigma) == ("denoised", "uniform:0,30")
+
+
+def test_parameter_groups_are_those_of_the_published_code():
+    """Layer 0: tokens, positions, patches; layer i + 1: block i; last: norm and head (He et al. 2022, code)."""
+    model = Classifier(ClassifierConfig.for_encoder(preset("micro"), 10))
+    groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.75)
+    found = {id(parameter): group for group in groups for parameter in group["params"]}
+    depth = model.config.depth
+    for name, parameter in model.named_parameters():
+        if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            layer = depth + 1
+        group = found[id(parameter)]
+        assert group["lr_scale"] == pytest.approx(0.75 ** (depth + 1 - layer)), name
+        free = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+        assert group["weight_decay"] == (0.0 if free else 0.05), name
+
+
+def test_it_learns_the_digits(denoiser, tmp_path):
+    settings = {**FAST, **PLAIN, "epochs": 12, "batch_size": 128, "base_lr": 6e-3, "layer_decay": 1.0}
+    model = finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, images="clean", **settings), QUIET)
+    # Chance is 10 %; a network that does not learn stays within a few percent of it.
+    assert accuracy(model, open_source("digits", "test")) > 0.5
+    saved = Classifier.from_pretrained(tmp_path / "run" / "model")
+    assert saved.config.images == "clean"
+    assert saved.config.classes == tuple(str(digit) for digit in range(10))
+
+
+@pytest.mark.parametrize(
+    ("images", "degrade", "case"),
+    [
+        ("clean", "noise", "clean"),
+        ("noisy", "noise", "noisy"),
+        ("denoised", "noise", "noise, input statistics"),
+        ("denoised", "mask", "mask, input statistics"),
+        ("denoised", "both", "both, input statistics"),
+    ],
+)
+def test_the_classifier_sees_the_images_that_it_records(denoiser, tmp_path, monkeypatch, images, degrade, case):
+    """Every batch is degraded as written by hand from the pixels before."""
+    seen = []
+    forward = Classifier.forward
+
+    def record(self, pixels):
+        seen.append(pixels)
+        return forward(self, pixels)
+
+    made = []
+
+    def spy(function):
+        def call(*arguments, **options):
+            made.append(function(*arguments, **options))
+            return made[-1]
+
+        return call
+
+    monkeypatch.setattr(Classifier, "forward", record)
+    module = sys.modules[finetune.__module__]  # the package exports the function under the module's name
+    monkeypatch.setattr(module, "reconstruct", spy(reconstruct))
+    monkeypatch.setattr(module, "add_noise", spy(add_noise))
+    config = FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, images=images, degrade=degrade, **FAST, **PLAIN)
+    model = finetune(config, QUIET)
+    assert model.config.images == case
+    assert len(made) == (0 if images == "clean" else 4)
+    for shown, wanted in zip(seen, made, strict=False):
+        assert torch.equal(shown, wanted)
+    if images == "noisy":
+        assert any((pixels < 0).any() for pixels in seen)  # not clipped
+    else:
+        assert all(pixels.min() >= 0 and pixels.max() <= 1 for pixels in seen)
+
+
+def test_the_full_recipe_is_keyed(denoiser, tmp_path):
+    """Erasing, mixup, cutmix, drop path and RandAugment draw from keyed streams: two runs are one run."""
+    import random
+
+    import numpy as np
+
+    results = []
+    for name, noise in (("first", 1), ("second", 2)):
+        random.seed(noise)
+        np.random.seed(noise)  # noqa: NPY002
+        with torch.random.fork_rng():
+            torch.manual_seed(noise)
+            out = tmp_path / name
+            finetune(FinetuneConfig(out=out, denoiser=denoiser, **FAST), QUIET)
+        results.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert results[0] == results[1]
+
+
+def test_the_denoiser_stays_frozen(denoiser, tmp_path):
+    before = Autoencoder.from_pretrained(denoiser).state_dict()
+    model = finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, **FAST, **PLAIN), QUIET)
+    after = Autoencoder.from_pretrained(denoiser).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, before["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": "blurred"}, "denoised, noisy or clean"),
+        ({"degrade": "blur"}, "noise, mask, both"),
+        ({"statistics": "none"}, '"input" or "noisy"'),
+        ({"batch_size": 255}, "odd number"),
+        ({"smoothing": 1.5}, "smoothing"),
+        ({"data": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(denoiser, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, **{**FAST, **changes}), QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_denoiser_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        finetune(FinetuneConfig(out=tmp_path / "run", denoiser=tmp_path / "nowhere", **FAST), QUIET)

@@ -1,0 +1,95 @@
+"""Pretraining on the digits: it learns, it keys its noise, and a resumed run is the same run."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from denim.nim import Autoencoder, Objective, PretrainConfig, pretrain
+from denim.nim.engine import latest_checkpoint
+
+QUIET = Console(quiet=True)
+FAST = {
+    "preset": "micro", "data": "digits", "epochs": 2, "warmup_epochs": 0, "batch_size": 256, "base_lr": 2e-3,
+    "crop_scale": None, "flip": False, "log_every": 1, "device": "cpu",
+}  # fmt: skip
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_defaults_are_the_published_recipe(tmp_path):
+    config = PretrainConfig(out=tmp_path)
+    assert (config.epochs, config.warmup_epochs, config.batch_size) == (800, 40, 4096)
+    assert config.lr == pytest.approx(1.5e-4 * 16)
+    assert (config.betas, config.weight_decay, config.crop_scale) == ((0.9, 0.95), 0.05, (0.2, 1.0))
+    assert str(Objective.published(config.objective, config.sigma).sigma) == "gamma:25,3"
+    assert (config.preset, config.target) == ("base", "norm")
+
+
+@pytest.mark.parametrize(("objective", "target"), [("nim", "raw"), ("mae", "norm"), ("dmae", "norm")])
+def test_every_objective_learns(tmp_path, objective, target):
+    out = tmp_path / "run"
+    model = pretrain(PretrainConfig(out=out, objective=objective, target=target, **FAST), QUIET)
+    values = losses(out)
+    assert len(values) == 8
+    assert values[-1] < 0.8 * values[0]
+    saved = Autoencoder.from_pretrained(out / "model")
+    assert saved.config.objective == objective
+    assert saved.config.norm_pix == (target == "norm")
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
+    assert list((out / "tensorboard").glob("events*"))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path):
+    first, again, other = (
+        losses_of(tmp_path / name, seed) for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert first == again
+    assert first != other
+
+
+def losses_of(out, seed):
+    pretrain(PretrainConfig(out=out, seed=seed, **{**FAST, "epochs": 1}), QUIET)
+    return losses(out)
+
+
+def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole = pretrain(PretrainConfig(out=tmp_path / "whole", checkpoint_every=3, **FAST), QUIET)
+    calls = []
+
+    def interrupted(self, *arguments):
+        calls.append(0)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    original = Objective.loss
+    monkeypatch.setattr(Objective, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(PretrainConfig(out=tmp_path / "run", checkpoint_every=3, **FAST), QUIET)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path / "run").name == "00000003"
+    resumed = pretrain(PretrainConfig(out=tmp_path / "run", checkpoint_every=3, resume=True, **FAST), QUIET)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert losses(tmp_path / "whole") == losses(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "giant"}, "micro, tiny, small, base, large, huge"),
+        ({"target": "pixels"}, "norm or raw"),
+        ({"objective": "simmim"}, "nim, mae, dmae"),
+        ({"sigma": "gauss:3"}, "gamma:CONCENTRATION,SCALE"),
+        ({"data": "no/such/folder"}, "no/such/folder"),
+        ({"image_size": 18}, "multiples of the patch size"),
+        ({"batch_size": 4096}, "smaller batch_size"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(PretrainConfig(out=tmp_path / "run", **{**FAST, **changes}), QUIET)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+LAYERS = ("kernels", "nim", "defense", "cli")
+
+# In the order of the layers, so that nothing above has loaded what a module below must not load.
+PROBE = """
+import importlib, json, os, sys, tempfile, traceback
+
+out = os.dup(1)
+with tempfile.TemporaryFile("w+") as printed:
+    os.dup2(printed.fileno(), 1)
+    os.dup2(printed.fileno(), 2)
+    found = {}
+    for name in sys.argv[1:]:
+        try:
+            importlib.import_module(name)
+        except Exception:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        printed.seek(0)
+        text = printed.read()
+        printed.truncate(0)
+        printed.seek(0)
+        loaded = [other for other in ("xformers", "nvidia.dali", "triton") if other in sys.modules]
+        found[name] = {"printed": text, "loaded": loaded, "cuda": sys.modules["torch"].cuda.is_initialized()}
+os.write(out, json.dumps(found).encode())
+"""
+
+
+def modules() -> list[str]:
+    found = []
+    for layer in LAYERS:
+        # Triton kernels last: they alone may load Triton.
+        for path in sorted((REPOSITORY / layer).rglob("*.py"), key=lambda path: (path.stem.endswith("_triton"), path)):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            if parts[-1] != "__main__":
+                found.append(".".join(["denim", *(part for part in parts if part != "__init__")]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> dict:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", PROBE, *modules()],
+        env=environment,
+        cwd=tmp_path_factory.mktemp("elsewhere"),  # the repository's own folders must not be importable by luck
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_import_is_silent_and_touches_no_gpu(imported, name):
+    found = imported[name]
+    assert found["printed"] == ""
+    assert not found["cuda"]
+    # Optional and heavy: loaded by the call that needs them.
+    assert "xformers" not in found["loaded"]
+    if "dali" not in name:
+        assert "nvidia.dali" not in found["loaded"]
+    if name.startswith("denim.kernels") and not name.endswith("_triton"):
+        assert "triton" not in found["loaded"]
