@@ -115,7 +115,7 @@ class AutoencoderConfig:
 
 # base, large and huge as published (You et al. 2023; He et al. 2022, appendix A).
 PRESETS: dict[str, AutoencoderConfig] = {
-    "micro": AutoencoderConfig((16, 16), 4, 64, 4, 4, 64, 2, 4, mean=(0.5,), std=(0.25,)),
+    "micro": AutoencoderConfig((16, 16), 4, 64, 3, 4, 64, 1, 4, mean=(0.5,), std=(0.25,)),
     "tiny": AutoencoderConfig(width=192, depth=12, heads=3, decoder_width=192, decoder_depth=4, decoder_heads=3),
     "small": AutoencoderConfig(width=384, depth=12, heads=6, decoder_width=256, decoder_depth=4, decoder_heads=8),
     "base": AutoencoderConfig(),

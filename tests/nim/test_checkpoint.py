@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from denim.nim.autoencoder import Autoencoder, AutoencoderConfig
+from denim.nim.checkpoint import CheckpointError, atomic_folder, atomic_write
+from denim.nim.classifier import Classifier, ClassifierConfig
+
+CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3), norm_pix=False)
+
+
+def build(seed: int = 0, config: AutoencoderConfig = CONFIG) -> Autoencoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Autoencoder(config)
+
+
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    build().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ----------------------------------------------------------------------------------------------------- round trips
+
+
+def test_autoencoder_comes_back_bit_for_bit(tmp_path, global_rng_untouched):
+    model = build()
+    model.save_pretrained(tmp_path / "not" / "there" / "yet")
+    loaded = Autoencoder.from_pretrained(tmp_path / "not" / "there" / "yet")
+    assert same(loaded, model)
+    assert loaded.config == CONFIG
+    assert not loaded.training
+    assert [parameter.requires_grad for parameter in loaded.parameters()] == [
+        parameter.requires_grad for parameter in model.parameters()
+    ]
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_classifier_comes_back_bit_for_bit(tmp_path, pool):
+    config = ClassifierConfig.for_encoder(CONFIG, 2, pool=pool, classes=("cat", "dög"), images="noise, raw target")
+    with torch.random.fork_rng(devices=[]):
+        model = Classifier(config)
+    model.save_pretrained(tmp_path)
+    loaded = Classifier.from_pretrained(str(tmp_path))
+    assert same(loaded, model)
+    assert loaded.config == config
+    assert torch.equal(loaded.mean, model.mean)
+
+
+def test_a_folder_holds_two_plain_files(saved):
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+    content = json.loads((saved / "config.json").read_text())
+    assert content["model"] == "Autoencoder"
+    assert content["image_size"] == [8, 12]
+    assert set(load_file(saved / "model.safetensors")) == set(build().state_dict())
+
+
+def test_saving_again_replaces(saved):
+    other = build(1, replace(CONFIG, depth=2))
+    other.save_pretrained(saved)
+    assert same(Autoencoder.from_pretrained(saved), other)
+    assert len(list(saved.iterdir())) == 2
+
+
+def test_views_and_half_precision_can_be_saved(tmp_path):
+    model = build().to(torch.bfloat16)
+    model.decoder_pred.weight = torch.nn.Parameter(model.decoder_pred.weight.t().contiguous().t())
+    model.save_pretrained(tmp_path)
+    assert same(Autoencoder.from_pretrained(tmp_path), model.float())
+
+
+# ----------------------------------------------------------------------------------------------------- bad folders
+
+
+def edit(folder: Path, **changes) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+def truncate(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json: not a checkpoint folder of Denim"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (lambda folder: truncate(folder / "model.safetensors", 0), "truncated or not a safetensors file"),
+        (lambda folder: truncate(folder / "model.safetensors", 100), "truncated or not a safetensors file"),
+        (lambda folder: truncate(folder / "model.safetensors", -1), "truncated or not a safetensors file"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"PK" * 99), "not a safetensors file"),
+        (lambda folder: truncate(folder / "config.json", 40), r"config\.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[1, 2]"), "describes a model of another library"),
+        (lambda folder: edit(folder, model=None), "describes a model of another library, expected Autoencoder"),
+        (lambda folder: edit(folder, model="Classifier"), "describes a Classifier, expected Autoencoder"),
+        (lambda folder: edit(folder, depht=3), r"unknown entries \['depht'\]; known are \['decoder_depth', "),
+        (lambda folder: edit(folder, depth="3"), "does not describe a Autoencoder: depth must be a positive integer"),
+        (lambda folder: edit(folder, patch_size=0), "patch_size must be a positive integer"),
+        (lambda folder: edit(folder, patch_size=5), "multiples of the patch size 5"),
+        (lambda folder: edit(folder, image_size=8), "does not describe a Autoencoder"),
+        (lambda folder: edit(folder, std=["a", "b"]), "does not describe a Autoencoder"),
+        (
+            lambda folder: edit(folder, depth=2),
+            "another architecture than its config.json: blocks.1.norm1.weight is",
+        ),
+        (lambda folder: edit(folder, width=32), r"cls_token is \(1, 1, 16\), expected \(1, 1, 32\).*and \d+ more"),
+        (
+            lambda folder: save_file(
+                {**load_file(folder / "model.safetensors"), "extra": torch.ones(1)}, folder / "model.safetensors"
+            ),
+            "extra is unknown",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_named_and_refused(saved, damage, message):
+    damage(saved)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Autoencoder.from_pretrained(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_a_file_is_not_a_folder(saved):
+    with pytest.raises(CheckpointError, match=r"is a file; a checkpoint of Denim is a folder.*load_foreign"):
+        Autoencoder.from_pretrained(saved / "model.safetensors")
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./runs/x", "~/model", "name", "a/b/c", Path("owner/name")])
+def test_no_such_folder_asks_no_hub(source, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(CheckpointError, match=r"no folder .*not the form owner/name"):
+        Autoencoder.from_pretrained(source)
+
+
+# --------------------------------------------------------------------------------------------------------- the hub
+
+
+def test_the_hub_gives_a_folder(saved, monkeypatch):
+    asked = {}
+
+    def download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(saved)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert same(Autoencoder.from_pretrained("owner/name", revision="v1"), build())
+    assert asked["repo"] == "owner/name"
+    assert asked["revision"] == "v1"
+    assert asked["allow_patterns"] == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("no route to host"),
+        huggingface_hub.errors.LocalEntryNotFoundError("no route to host"),
+        huggingface_hub.errors.HFValidationError("no route to host"),
+    ],
+)
+def test_no_network(error, monkeypatch):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(CheckpointError, match=r"no folder owner/name, and the hub gave.*no route to host"):
+        Autoencoder.from_pretrained("owner/name")
+
+
+def test_push_uploads_what_is_saved(monkeypatch):
+    uploaded = {}
+
+    def upload(*, repo_id, folder_path, token):
+        uploaded["model"] = Autoencoder.from_pretrained(folder_path)
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo_id, **_: uploaded.update(repo=repo_id))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    build().push_to_hub("owner/name")
+    assert uploaded["repo"] == "owner/name"
+    assert same(uploaded["model"], build())
+
+
+# -------------------------------------------------------------------------------------------------- atomic writing
+
+
+class InterruptedSavingError(Exception):
+    pass
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    file = tmp_path / "folder" / "file"
+    with atomic_write(file) as staged:
+        staged.write_text("old")
+        assert not file.exists()
+    with pytest.raises(InterruptedSavingError), atomic_write(file) as staged:  # noqa: PT012  # the write comes first
+        staged.write_text("half")
+        raise InterruptedSavingError
+    assert file.read_text() == "old"
+    assert list(file.parent.iterdir()) == [file]
+    with atomic_write(file) as staged:
+        staged.write_text("new")
+    assert file.read_text() == "new"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path):
+    folder = tmp_path / "folder"
+    with pytest.raises(InterruptedSavingError), atomic_folder(folder) as staged:  # noqa: PT012
+        (staged / "file").write_text("half")
+        raise InterruptedSavingError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(folder) as staged:
+        (staged / "file").write_text("whole")
+        assert not folder.exists()
+    assert list(tmp_path.iterdir()) == [folder]
+    assert (folder / "file").read_text() == "whole"
+    with pytest.raises(OSError), atomic_folder(folder) as staged:  # noqa: PT011  # errno differs between systems
+        (staged / "file").write_text("other")
+    assert (folder / "file").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_model_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
+    def full_disk(tensors, file, **_):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("denim.nim.checkpoint.save_file", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            build(1).save_pretrained(saved)
+    other = build(1)
+    other.config = replace(CONFIG, objective="mae")
+    object.__setattr__(other.config, "norm_pix", torch.tensor(1))  # what JSON cannot hold
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        other.save_pretrained(saved)
+    assert same(Autoencoder.from_pretrained(saved), build())
+    assert len(list(saved.iterdir())) == 2
+
+
+# Saves over a model in a child process, which is killed with half the weights written, or after the weights and before
+# the config, or before the folder gets its name.
+KILLED = """
+import contextlib, os, signal, sys
+from pathlib import Path
+import denim.nim.checkpoint as checkpoint
+from denim.nim.autoencoder import Autoencoder
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(tensors, file, **options):
+    whole(tensors, file, **options)
+    os.truncate(file, os.path.getsize(file) // 2)
+    kill()
+
+whole = checkpoint.save_file
+for moment in ("weights", "config", "folder"):
+    folder = Path(sys.argv[1]) / moment
+    model = Autoencoder.from_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data.fill_(1)
+    child = os.fork()
+    if child == 0:
+        if moment == "weights":
+            checkpoint.save_file = half
+        if moment == "config":
+            Path.write_text = kill
+        new = checkpoint.atomic_folder(folder / "next") if moment == "folder" else contextlib.nullcontext(folder)
+        with new as target:
+            model.save_pretrained(target)
+            kill()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    moments = ("weights", "config", "folder")
+    for moment in moments:
+        build().save_pretrained(tmp_path / moment)
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert run.stdout.split() == ["-9"] * 3, run.stderr
+    loaded = {moment: Autoencoder.from_pretrained(tmp_path / moment) for moment in moments}
+    assert same(loaded["weights"], build())
+    # The weights are the new ones, whole; the config was and is the same.
+    assert all((parameter == 1).all() for parameter in loaded["config"].parameters())
+    assert same(loaded["folder"], build())
+    assert not (tmp_path / "folder" / "next").exists()
