@@ -6,8 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from denim.defense import De3, EvaluationSettings, evaluate
-from denim.defense.report import print_table, write_report
+from denim.defense import De3, EvaluationSettings, evaluate, print_table, write_report
 from denim.nim import Autoencoder, Classifier
 from denim.nim.data import EvalView, Subset, TorchLoader, open_source
 from denim.nim.engine import pick_device

@@ -3,6 +3,7 @@
 from denim.defense.attacks import Attack
 from denim.defense.de3 import De3
 from denim.defense.evaluate import Evaluation, EvaluationSettings, evaluate
+from denim.defense.report import print_table, write_report
 from denim.defense.scores import Interval, Scores, paired_difference, score
 
 __all__ = [
@@ -14,5 +15,7 @@ __all__ = [
     "Scores",
     "evaluate",
     "paired_difference",
+    "print_table",
     "score",
+    "write_report",
 ]

@@ -1,0 +1,589 @@
+"""Report of an evaluation: a table for the terminal, a CSV, the trade-off curve, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from denim.defense.evaluate import CLEAN, WORST, Cell, Evaluation, Examples
+from denim.defense.scores import Interval
+from denim.nim.checkpoint import atomic_write
+
+__all__ = ["Curve", "curves", "print_table", "tradeoff", "write_report"]
+
+# Okabe and Ito (2008), "Color Universal Design", without the yellow, which white paper swallows.
+PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "os^DvPX<>*"
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
+DPI = 160
+
+GALLERY_VALUES = 12_000_000  # numbers in the gallery's pictures; about 16 MB of base64 where none compresses
+SMALL, LARGE = 80, 128  # CSS pixels: smaller images are enlarged to about the first, larger ones shrunk to the second
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean accuracy by noise level, of the random defenses of one case under one attack.
+
+    Attributes:
+        case: see `De3.case`; with the names of the defenses where some of that case share a level.
+        attack: text form, as in `Cell`.
+        sigmas: ascending noise levels in 0-255 pixel levels.
+        means: accuracy in [0, 1], one for each level.
+    """
+
+    case: str
+    attack: str
+    sigmas: tuple[float, ...]
+    means: tuple[Interval, ...]
+
+
+def curves(evaluation: Evaluation) -> tuple[Curve, ...]:
+    """Curves of the trade-off, of at least two levels each: by case in order of appearance, then by attack."""
+    cells = _by_place(evaluation)
+    return tuple(
+        Curve(case, attack, tuple(names), tuple(cells[name, attack].scores.mean for name in names.values()))
+        for case, names in _series(evaluation).items()
+        for attack in _attacks(evaluation)
+    )
+
+
+def _series(evaluation: Evaluation) -> dict[str, dict[float, str]]:
+    """By case, the random defenses by ascending level, where there are at least two."""
+    found: dict[tuple[str, int], dict[float, str]] = {}
+    for name, cell in _defenses(evaluation).items():
+        if cell.sigma is not None and not cell.frozen:
+            place = 0
+            while cell.sigma in found.get((cell.case, place), {}):
+                place += 1
+            found.setdefault((cell.case, place), {})[cell.sigma] = name
+    return {
+        f"{case} ({', '.join(names.values())})" if (case, 1) in found else case: dict(sorted(names.items()))
+        for (case, _), names in found.items()
+        if len(names) > 1
+    }
+
+
+def tradeoff(evaluation: Evaluation) -> Figure:
+    """The trade-off as a picture: accuracy in percent against sigma, one line per case and attack with its 95 % band.
+
+    Defenses that are on no curve (off, frozen, or the only level of their case) stand in a panel beside it, by name.
+    """
+    attacks, cells = _attacks(evaluation), _by_place(evaluation)
+    drawn, cases = curves(evaluation), list(_series(evaluation))
+    on_curves = {name for names in _series(evaluation).values() for name in names.values()}
+    references = [name for name in _defenses(evaluation) if name not in on_curves]
+    looks = _looks(attacks)
+    widths = [4.6] * bool(drawn) + [max(1.3 if drawn else 3.6, 0.4 + 0.9 * len(references))] * bool(references)
+    figure = Figure(figsize=(sum(widths) + 1.9, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0])
+    for axes in panels:
+        axes.set_ylim(-3, 103)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy (%)")
+    if drawn:
+        axes = panels[0]
+        for curve in drawn:
+            look = {**looks[curve.attack], "linestyle": DASHES[cases.index(curve.case) % len(DASHES)]}
+            value, low, high = _percent(curve.means)
+            axes.fill_between(curve.sigmas, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            axes.plot(curve.sigmas, value, linewidth=1.6, **look)
+        levels = sorted({sigma for curve in drawn for sigma in curve.sigmas})
+        if np.diff(levels).min() >= np.ptp(levels) / 14:
+            axes.set_xticks(levels, [f"{level:g}" for level in levels])
+        axes.set_xlabel(r"noise level $\sigma$ (0-255 pixel levels)")
+    if references:
+        axes = panels[-1]
+        for i, attack in enumerate(attacks):
+            means = [cells[name, attack].scores.mean for name in references]
+            value, low, high = _percent(means)
+            # Rounding can put the end of an interval at 0 or 1 on the wrong side of its value.
+            bars = np.stack([value - low, high - value]).clip(min=0)
+            # Beside each other, or the attacks on one defense would hide one another.
+            places = np.arange(len(references)) + 0.7 * ((i + 0.5) / len(attacks) - 0.5)
+            axes.errorbar(places, value, yerr=bars, capsize=2, linestyle="none", **looks[attack])
+        labels = [_tick(name, cells[name, attacks[0]]) for name in references]
+        axes.set_xticks(range(len(references)), labels, fontsize=8)
+        axes.set_xlim(-0.5, len(references) - 0.5)
+        if drawn:
+            axes.set_title("references", loc="left", fontsize=9)
+    panels[0].set_title(f"mean of {_draws(evaluation)}, {_images(evaluation)}, 95% intervals", loc="left", fontsize=9)
+    names = _short(attacks)
+    handles = [Line2D([], [], label=names[attack], **looks[attack]) for attack in attacks]
+    if len(cases) > 1:
+        handles += [
+            Line2D([], [], color="0.4", linestyle=DASHES[i % len(DASHES)], label=textwrap.fill(case, 28))
+            for i, case in enumerate(cases)
+        ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of every attack; the worst of several is a ring, for it often lies on one of them."""
+    colours: Sequence[Any] = PALETTE
+    if len(attacks) > len(PALETTE):
+        colours = list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(attacks))))
+    looks: dict[str, dict[str, Any]] = {}
+    for i, attack in enumerate(attacks):
+        looks[attack] = {"color": colours[i], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        if attack.startswith(f"{WORST} "):
+            looks[attack] |= {"marker": "o", "markersize": 9, "markerfacecolor": "none"}
+    return looks
+
+
+def _tick(name: str, cell: Cell) -> str:
+    lines = textwrap.wrap(name, 13, max_lines=4) or [""]
+    if cell.sigma is not None:
+        lines.append(f"(\u03c3 {cell.sigma:g}{', frozen' if cell.frozen else ''})")
+    # matplotlib reads a pair of dollar signs as mathematics.
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def write_report(evaluation: Evaluation, out: Path, *, title: str) -> Path:
+    """Write `out`/report.html, results.csv and tradeoff.png; each file is replaced in one step.
+
+    The page needs no other file, no network and no scripts. results.csv has one line per cell; its accuracies and
+    their 95 % intervals are shares in [0, 1], sigma is in 0-255 pixel levels, epsilon in [0, 1] units, and what does
+    not apply is empty.
+
+    Args:
+        evaluation: what `evaluate` returned.
+        out: folder, made where absent.
+        title: heading of the page.
+
+    Returns:
+        The path of report.html.
+    """
+    with atomic_write(out / "results.csv") as staged, staged.open("w", newline="", encoding="utf-8") as handle:
+        rows = [_csv_row(cell) for cell in evaluation.cells]
+        writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    picture = io.BytesIO()
+    tradeoff(evaluation).savefig(picture, format="png", dpi=DPI)
+    with atomic_write(out / "tradeoff.png") as staged:
+        staged.write_bytes(picture.getvalue())
+    with atomic_write(out / "report.html") as staged:
+        staged.write_text(_page(evaluation, title, picture.getvalue()), encoding="utf-8")
+    return out / "report.html"
+
+
+def print_table(evaluation: Evaluation, console: Console) -> None:
+    """Print mean accuracies with 95 % intervals, defenses by attacks, then what the numbers are, then the warnings.
+
+    Nothing is cut off: where the console is too narrow for all attacks, the table goes on below.
+    """
+    attacks = _attacks(evaluation)
+    form: Callable[[Interval], str] = str
+    groups = [attacks]
+    if not _fits(evaluation, attacks, form, console):
+        form, groups = _plus_minus, []
+        for attack in attacks:
+            if groups and _fits(evaluation, [*groups[-1], attack], form, console):
+                groups[-1].append(attack)
+            else:
+                groups.append([attack])
+    for group in groups:
+        console.print(_console_table(evaluation, group, form))
+    interval = "95% Wilson interval over images" + (" (± its longer side)" if form is _plus_minus else "")
+    lines = [
+        f"Mean accuracy in % over {_draws(evaluation)} of noise, {_images(evaluation)}, {interval}; "
+        "vote and worst of R are in the CSV.",
+        *(f"{_short(attacks)[attack]}: {attack}" for attack in attacks if not _is_derived(attack)),
+    ]
+    if any(attack.startswith(f"{WORST} ") for attack in attacks):
+        lines.append("worst: by image, the attack of that radius that misleads most confirmation draws")
+    for case in dict.fromkeys(cell.case for cell in evaluation.cells):
+        members = [name for name, cell in _defenses(evaluation).items() if cell.case == case]
+        lines.append(f"{case}{_leak(case)}: {', '.join(members)}")
+    console.print(Text("\n".join(lines), style="dim"))
+    for warning in evaluation.warnings:
+        console.print(Text(f"warning: {warning}", style="bold yellow"))
+
+
+def _by_place(evaluation: Evaluation) -> dict[tuple[str, str], Cell]:
+    return {(cell.defense, cell.attack): cell for cell in evaluation.cells}
+
+
+def _defenses(evaluation: Evaluation) -> dict[str, Cell]:
+    """The first cell of every defense, by name, in order."""
+    found: dict[str, Cell] = {}
+    for cell in evaluation.cells:
+        found.setdefault(cell.defense, cell)
+    return found
+
+
+def _attacks(evaluation: Evaluation) -> list[str]:
+    return list(dict.fromkeys(cell.attack for cell in evaluation.cells))
+
+
+def _is_derived(attack: str) -> bool:
+    """Whether this column is no attack of its own."""
+    return attack == CLEAN or attack.startswith(f"{WORST} ")
+
+
+def _short(attacks: Sequence[str]) -> dict[str, str]:
+    """Names for column heads: `pgd 4/255`, with those options alone that tell it from another of these attacks."""
+    parts = {attack: attack.split(",") for attack in attacks}
+    names = {}
+    for attack, (head, *options) in parts.items():
+        others = [other for other in parts.values() if other[0] == head]
+        telling = [option for option in options if not all(option in other for other in others)]
+        names[attack] = " ".join([head.replace(":", " "), *telling])
+    return names
+
+
+def _counted(numbers: set[int], word: str) -> str:
+    text = " or ".join(str(number) for number in sorted(numbers))
+    return f"{text} {word}{'' if numbers == {1} else 's'}"
+
+
+def _draws(evaluation: Evaluation) -> str:
+    return _counted({cell.scores.draws for cell in evaluation.cells}, "fresh draw")
+
+
+def _images(evaluation: Evaluation) -> str:
+    return _counted({cell.scores.images for cell in evaluation.cells}, "image")
+
+
+def _sigma(cell: Cell) -> str:
+    if cell.sigma is None:
+        return "off"
+    return f"{cell.sigma:g} frozen" if cell.frozen else f"{cell.sigma:g}"
+
+
+def _leak(case: str) -> str:
+    return " (statistics leak)" if case.endswith("input statistics") else ""
+
+
+def _percent(means: Sequence[Interval]) -> tuple[np.ndarray[Any, Any], ...]:
+    """Values, lower and upper ends, in percent."""
+    return tuple(100 * np.array([[mean.value, mean.low, mean.high] for mean in means]).T)
+
+
+def _plus_minus(interval: Interval) -> str:
+    half = max(interval.high - interval.value, interval.value - interval.low)
+    return f"{100 * interval.value:.1f} ±{100 * half:.1f}"
+
+
+def _console_table(evaluation: Evaluation, attacks: Sequence[str], form: Callable[[Interval], str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("defense", overflow="fold", max_width=None if form is str else 20)
+    table.add_column("sigma", no_wrap=True, overflow="fold")
+    names, cells = _short(_attacks(evaluation)), _by_place(evaluation)
+    for attack in attacks:
+        table.add_column(Text(names[attack].replace(" ", "\n")), justify="right", no_wrap=True, overflow="fold")
+    for name, cell in _defenses(evaluation).items():
+        means = (Text(form(cells[name, attack].scores.mean)) for attack in attacks)
+        table.add_row(Text(name), Text(_sigma(cell)), *means)
+    return table
+
+
+def _fits(evaluation: Evaluation, attacks: Sequence[str], form: Callable[[Interval], str], console: Console) -> bool:
+    # A measurement never exceeds the width it is given, so it is given more than any table needs.
+    options = console.options.update_width(100_000)
+    return Measurement.get(console, options, _console_table(evaluation, attacks, form)).maximum <= console.width
+
+
+def _csv_row(cell: Cell) -> dict[str, object]:
+    row: dict[str, object] = {
+        "defense": cell.defense,
+        "sigma": cell.sigma,
+        "frozen": str(cell.frozen).lower(),
+        "case": cell.case,
+        "attack": cell.attack,
+        "epsilon": cell.epsilon,
+        "images": cell.scores.images,
+        "draws": cell.scores.draws,
+    }
+    intervals = {
+        "mean": cell.scores.mean,
+        "vote": cell.scores.vote,
+        "worst": cell.scores.worst,
+        "difference": cell.difference,
+    }
+    for name, interval in intervals.items():
+        row[name] = None if interval is None else interval.value
+        row[f"{name}_low"] = None if interval is None else interval.low
+        row[f"{name}_high"] = None if interval is None else interval.high
+    return row
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 75rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1, h2 { line-height: 1.2; }
+h2 { margin-top: 2.5rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+.numbers caption { text-align: left; padding: .4rem 0; color: #444; }
+.numbers th, .numbers td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
+  white-space: nowrap; }
+.numbers thead th { border-bottom: 2px solid #444; white-space: normal; vertical-align: bottom; }
+.numbers th:first-child, .numbers .text { text-align: left; }
+.numbers small { color: #555; display: block; }
+.warnings { border: 2px solid #b35900; background: #fff6e5; padding: .2rem 1rem; }
+.leak { font-weight: bold; color: #8f3f00; }
+img.curve { max-width: 100%; height: auto; }
+summary { cursor: pointer; padding: .3rem 0; }
+details details { margin-left: 1.5rem; }
+.gallery { table-layout: fixed; margin: .5rem 0 1.5rem; }
+.gallery th { text-align: left; font-weight: normal; color: #444; padding: .1rem .7rem .1rem 0; }
+.gallery th[scope=col] { color: #1a1a1a; font-weight: bold; }
+.gallery th[scope=col], .gallery td { text-align: center; padding: .1rem 0; font-size: .8rem; line-height: 1.2;
+  overflow-wrap: anywhere; vertical-align: top; }
+.strip { background-size: 100% 100%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+.pixelated { image-rendering: pixelated; }
+.right { color: #00682f; }
+.wrong { color: #b00020; font-weight: bold; }
+"""
+
+READING = """
+<h2 id="reading">How to read the numbers</h2>
+<ul>
+<li><strong>Mean</strong>: share of images that one draw of the noise gets right, averaged over the fresh draws.
+<strong>Vote</strong>: share that the majority of the draws gets right, a tie counting as lost.
+<strong>Worst of R</strong>: share that every draw gets right. For a defense without noise all three agree.</li>
+<li><strong>worst &epsilon;</strong>: for each image, the attack of that radius that misleads most confirmation
+draws.</li>
+<li>Intervals of accuracies are Wilson's over images, 95&nbsp;%; intervals of differences are paired t intervals.
+Neither covers the spread between training seeds.</li>
+<li><strong>off</strong>: the classifier alone. <strong>frozen</strong>: the noise is fixed, and the attacker knows
+it.</li>
+<li><strong>raw target</strong>: the denoiser rebuilds pixels from the degraded image alone. <strong>input
+statistics</strong>: it also takes each patch's mean and variance from the un-noised, possibly attacked image, two
+noise-free numbers per patch that reach the classifier (the <em>statistics leak</em>). <strong>noisy
+statistics</strong>: they come from the noisy patch, a diagnostic. <strong>noisy</strong>: no denoiser. See
+docs/method.md.</li>
+</ul>
+<h2 id="health">Health checks</h2>
+<p>A defense can look strong because the attack failed. Every evaluation therefore checks that gradients are finite and
+not zero, and that a frozen defense is not far below the random one: where it is, randomness and not denoising carries
+the difference. Doubt the numbers that a warning names before you believe them. See docs/method.md, health checks.</p>
+"""
+
+
+def _page(evaluation: Evaluation, title: str, picture: bytes) -> str:
+    strips = _Strips()
+    gallery = "".join(_gallery(evaluation, strips))
+    attacks = [attack for attack in _attacks(evaluation) if not _is_derived(attack)]
+    versions = ", ".join(f"{package} {version}" for package, version in evaluation.versions.items())
+    against = f"against {', '.join(f'<code>{html.escape(a)}</code>' for a in attacks)}" if attacks else "clean"
+    tables = [
+        ("Majority vote of the draws", lambda cell: str(cell.scores.vote)),
+        ("Images that every draw gets right (worst of R)", lambda cell: str(cell.scores.worst)),
+        (f"Difference of the mean to {next(iter(_defenses(evaluation)))}, paired over images", _difference),
+    ]
+    others = "".join(
+        f"<details><summary>{html.escape(head)}</summary>{_numbers(evaluation, head, of)}</details>"
+        for head, of in tables
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{STYLE}{strips.css()}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p>{_counted({len(_defenses(evaluation))}, "defense")} on {_images(evaluation)}, {against}. Accuracies are means over
+{_draws(evaluation)} of noise for each image, which neither the attack nor the choice among attacks has seen; in
+brackets the 95&nbsp;% interval over images. Seed {evaluation.settings.seed}; {html.escape(versions)}.
+<a href="#reading">How to read the numbers</a>.</p>
+{_warnings(evaluation)}
+<h2>Accuracy</h2>
+{_numbers(evaluation, "Mean accuracy in percent", lambda cell: str(cell.scores.mean))}
+{others}
+<h2>Trade-off</h2>
+<p><img class="curve" src="{_data_uri(picture)}" alt="Mean accuracy against the noise level sigma, one line for each
+attack, with 95 % bands, beside the defenses that are on no line. The numbers are those of the table above."></p>
+{gallery}
+{READING}</body>
+</html>
+"""
+
+
+def _warnings(evaluation: Evaluation) -> str:
+    if not evaluation.warnings:
+        return "<p>No health check of the attacks gave a warning.</p>"
+    # The page explains them itself: a link into the documentation would not work from a folder of results.
+    items = (
+        re.sub(r"docs/[\w./-]+\.md(, [\w ]+)?", r'<a href="#health">\g<0></a>', html.escape(warning))
+        for warning in evaluation.warnings
+    )
+    entries = "".join(f"<li>{item}</li>" for item in items)
+    return f'<section class="warnings"><h2>Warnings</h2><ul>{entries}</ul></section>'
+
+
+def _numbers(evaluation: Evaluation, caption: str, of: Callable[[Cell], str]) -> str:
+    """A table, defenses by attacks; `of` gives a value and, after a space, its interval."""
+    attacks, cells = _attacks(evaluation), _by_place(evaluation)
+    names = _short(attacks)
+    heads = "".join(
+        f'<th scope="col" title="{html.escape(attack)}">{html.escape(names[attack])}</th>' for attack in attacks
+    )
+    rows = []
+    for name, cell in _defenses(evaluation).items():
+        values = []
+        for attack in attacks:
+            value, _, interval = of(cells[name, attack]).partition(" ")
+            values.append(f"<td>{value}<small>{interval}</small></td>")
+        rows.append(
+            f'<tr><th scope="row">{html.escape(name)}</th><td class="text">{_sigma(cell)}</td>'
+            f'<td class="text">{_case(cell.case)}</td>{"".join(values)}</tr>'
+        )
+    return (
+        f'<div class="wide"><table class="numbers"><caption>{html.escape(caption)}</caption><thead><tr>'
+        f'<th scope="col">defense</th><th scope="col" class="text">sigma</th>'
+        f'<th scope="col" class="text">case</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _case(case: str) -> str:
+    leak = '<small class="leak">statistics leak</small>' if _leak(case) else ""
+    return html.escape(case) + leak
+
+
+def _difference(cell: Cell) -> str:
+    if cell.difference is None:
+        return "–"  # noqa: RUF001
+    value, low, high = (100 * x for x in (cell.difference.value, cell.difference.low, cell.difference.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+class _Strips:
+    """Rows of images as PNGs in the style sheet, where places that show the same row share it."""
+
+    def __init__(self) -> None:
+        self._names: dict[bytes, str] = {}
+
+    def add(self, images: Tensor) -> str:
+        """CSS class of a strip of (N, C, H, W) images side by side, clipped to [0, 1], with white gaps between."""
+        images = images.clamp(0, 1)
+        if images.shape[1] not in (1, 3):
+            images = images.mean(dim=1, keepdim=True)
+        images = F.pad(images, (0, _gap(images)), value=1.0)
+        pixels = (images * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2).numpy()
+        file = io.BytesIO()
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
+        return self._names.setdefault(file.getvalue(), f"strip-{len(self._names)}")
+
+    def css(self) -> str:
+        return "".join(f".{name}{{background-image:url({_data_uri(png)})}}\n" for png, name in self._names.items())
+
+
+def _gap(images: Tensor) -> int:
+    return max(1, images.shape[-1] // 16)
+
+
+def _gallery(evaluation: Evaluation, strips: _Strips) -> Iterator[str]:
+    kept = {place: examples for place, examples in evaluation.examples.items() if len(examples.labels)}
+    if not kept:
+        return
+    first = next(iter(kept.values()))
+    available = len(first.labels)
+    # attacked, difference, noisy, denoised; the clean row is shared.
+    needed = 4 * len(kept) * first.clean[0].numel()
+    count = max(1, min(available, GALLERY_VALUES // needed))
+    yield "<h2>Gallery</h2><p>One score draw of each image, as attacked on that defense. "
+    yield "✓ and ✗ say whether the prediction is right. A row that would repeat another is left out; noisy images are "
+    yield f"clipped to [0, 1] for display. Shown: {_counted({count}, 'image')} of {available} kept.</p>"
+    cells, names = _by_place(evaluation), _short(_attacks(evaluation))
+    defenses = {name: cell for name, cell in _defenses(evaluation).items() if any(name == n for n, _ in kept)}
+    opened = next((name for name, cell in defenses.items() if cell.sigma and not cell.frozen), next(iter(defenses)))
+    for name, cell in defenses.items():
+        attacks = [attack for attack in names if (name, attack) in kept]
+        strongest = min(attacks, key=lambda attack: (attack == CLEAN, cells[name, attack].scores.mean.value))
+        sigma = f"sigma {_sigma(cell)}" if cell.sigma is not None else "off"
+        yield f"<details{' open' if name == opened else ''}><summary><strong>{html.escape(name)}</strong> "
+        yield f"({sigma}; {html.escape(cell.case)})</summary>"
+        for attack in attacks:
+            yield f"<details{' open' if attack == strongest else ''}><summary>{html.escape(names[attack])}: "
+            yield f"{cells[name, attack].scores.mean} %</summary>"
+            yield _pictures(kept[name, attack], count, evaluation.classes, strips, f"{name}, {attack}")
+            yield "</details>"
+        yield "</details>"
+
+
+def _pictures(examples: Examples, count: int, classes: Sequence[str], strips: _Strips, where: str) -> str:
+    """One table: columns are images, rows the stages that they go through."""
+    labels = [int(label) for label in examples.labels[:count]]
+    attacked = not bool((examples.attacked == examples.clean).all())
+    stages = [("clean", examples.clean[:count]), ("attacked", examples.attacked[:count])]
+    if attacked:
+        change = (examples.attacked - examples.clean)[:count]
+        gain = min(10.0, 0.5 / max(float(change.abs().max()), 1e-6))
+        stages.append((f"difference &times; {gain:.3g}", 0.5 + gain * change))
+    stages += [("noisy", examples.noisy[:count]), ("denoised", examples.denoised[:count])]
+    rows_high, columns_wide = examples.clean.shape[-2:]
+    side = max(rows_high, columns_wide)
+    factor = max(1, SMALL // side) if side <= LARGE else LARGE / side
+    height, width = factor * rows_high, factor * (columns_wide + _gap(examples.clean))
+    sharp = " pixelated" if factor > 1 else ""
+
+    def predictions(head: str, values: Tensor) -> str:
+        marks = []
+        for value, label in zip(values[:count].tolist(), labels, strict=True):
+            mark, kind, word = ("✓", "right", "right") if value == label else ("✗", "wrong", "wrong")
+            name = html.escape(_class_name(classes, value))
+            marks.append(f'<td class="{kind}"><span role="img" aria-label="{word}">{mark}</span> {name}</td>')
+        return f'<tr><th scope="row">{head}</th>{"".join(marks)}</tr>'
+
+    rows: list[str] = []
+    shown: set[str] = set()
+    for stage, images in stages:
+        name = strips.add(images)
+        if name in shown:
+            continue
+        shown.add(name)
+        alt = f"{stage}: {html.escape(where)}"
+        rows.append(
+            f'<tr><th scope="row">{stage}</th><td colspan="{len(labels)}"><div role="img" aria-label="{alt}" '
+            f'class="strip {name}{sharp}" style="width:{width * len(labels):g}px;height:{height:g}px"></div></td></tr>'
+        )
+        if stage == "clean" and attacked:
+            rows.append(predictions("clean taken for", examples.clean_predictions))
+    rows.append(predictions("attacked taken for" if attacked else "taken for", examples.predictions))
+    truth = "".join(f'<th scope="col">{html.escape(_class_name(classes, label))}</th>' for label in labels)
+    sizes = f'<col style="width:10rem"><col span="{len(labels)}" style="width:{width:g}px">'
+    return (
+        f'<div class="wide"><table class="gallery" style="width:calc(10rem + {width * len(labels):g}px)">'
+        f"<colgroup>{sizes}</colgroup><thead><tr><th>true class</th>{truth}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _class_name(classes: Sequence[str], index: int) -> str:
+    return classes[index] if index < len(classes) else f"class {index}"

@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import PolyCollection
+from PIL import Image
+from rich.console import Console
+
+from denim.defense import report
+from denim.defense.evaluate import Cell, Evaluation, EvaluationSettings, Examples
+from denim.defense.report import curves, print_table, tradeoff, write_report
+from denim.defense.scores import paired_difference, score
+
+RAW, LEAKY = "noise, raw target", "noise, input statistics"
+FGSM, PGD, GRAY = "fgsm:16/255,eot=2", "pgd:16/255,steps=3,eot=2", "pgd:16/255,steps=3,eot=2,gray"
+ATTACKS = {"none": None, FGSM: 16 / 255, PGD: 16 / 255, GRAY: 16 / 255, "worst 16/255": 16 / 255}
+# Levels out of order, and hostile names: report and picture must sort the one and survive the other.
+DEFENSES = (
+    ("clean", None, False, "undefended"),
+    ("s70", 70.0, False, RAW),
+    ("s0", 0.0, False, RAW),
+    ("<i>s35</i> & [red]$x$[/red]", 35.0, False, RAW),
+    ("leaky 35", 35.0, False, LEAKY),
+    ("leaky 70", 70.0, False, LEAKY),
+    ("frozen", 70.0, True, RAW),
+)
+NOISY = ("noisy 35", 35.0, False, "noise, noisy statistics")
+WARNINGS = (
+    "frozen under fgsm:16/255,eot=2: randomness carries the difference (docs/method.md, health checks)",
+    'the gradient of <script>alert("x")</script> [bold]was zero[/bold]',
+)
+VOID = {"meta", "img", "col", "br"}
+
+
+def example(shape, attacked, random, seed):
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    pixels = (clean + 16 / 255 * torch.rand(shape, generator=generator).sub(0.5).sign()).clamp(0, 1)
+    pixels = pixels if attacked else clean
+    noisy = pixels + 0.3 * torch.randn(shape, generator=generator) if random else pixels
+    labels = torch.arange(shape[0]) % 3
+    predictions = torch.where(torch.arange(shape[0]) == 1, (labels + 1) % 3, labels)
+    denoised = noisy.clamp(0, 1) * 0.9 if random else pixels
+    return Examples(clean, pixels, noisy, denoised, labels, labels.clone(), predictions)
+
+
+def evaluation(defenses=DEFENSES, attacks=ATTACKS, *, shape=(4, 1, 16, 16), examples=True, warnings=WARNINGS):
+    generator = np.random.default_rng(0)
+    cells, kept, first = [], {}, {}
+    for row, (name, sigma, frozen, case) in enumerate(defenses):
+        for column, (attack, epsilon) in enumerate(attacks.items()):
+            # 0 and 1 among the accuracies: their intervals end at the value.
+            accuracy = {0: 1.0, 1: 0.0}.get(row * len(attacks) + column, generator.random())
+            labels = np.zeros(150, dtype=int)
+            predictions = (generator.random((150, 5)) >= accuracy).astype(int)
+            shares = (predictions == 0).mean(axis=1)
+            other = first.setdefault(attack, shares)
+            difference = None if other is shares else paired_difference(shares, other)
+            scores = score(predictions, labels)
+            cells.append(Cell(name, sigma, frozen, case, attack, epsilon, scores, difference))
+            if examples and not attack.startswith("worst"):
+                kept[name, attack] = example(shape, epsilon is not None, sigma is not None, len(kept) + 1)
+    settings = EvaluationSettings(tuple(attack for attack in attacks if ":" in attack), draws=5, seed=3)
+    return Evaluation(tuple(cells), ("zero", "<b>one</b>"), settings, warnings, {"torch": "2.x<y"}, kept)
+
+
+def mean(result, name, attack):
+    (cell,) = (cell for cell in result.cells if (cell.defense, cell.attack) == (name, attack))
+    return cell.scores.mean
+
+
+class Page(HTMLParser):
+    """Elements, text and references of a page; fails where an element is not closed where it should be."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.open, self.elements, self.references, self.texts = [], [], [], []
+        self.feed(file.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.elements.append((tag, attrs))
+        self.references += [attrs[key] for key in ("src", "href", "srcset", "data", "action") if key in attrs]
+        self.references += re.findall(r"url\(([^)]*)\)", attrs.get("style") or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.open and self.open[-1] == "style":
+            self.references += re.findall(r"url\(([^)]*)\)", data)
+            assert "@import" not in data
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    def having(self, name):
+        return [attrs for _, attrs in self.elements if name in (attrs.get("class") or "").split()]
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.elements)
+
+
+def decode(uri):
+    head, _, data = uri.partition(",")
+    assert head == "data:image/png;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    image.load()
+    return image
+
+
+def strips(page):
+    """Images by the CSS class that shows them."""
+    rules = re.findall(r"\.(strip-\d+)\{background-image:url\(([^)]*)\)", "".join(page.texts))
+    return {name: decode(uri) for name, uri in rules}
+
+
+def printed(result, width):
+    console = Console(file=io.StringIO(), width=width)
+    print_table(result, console)
+    return console.file.getvalue()
+
+
+def test_report_writes_three_files_and_leaves_nothing_else(tmp_path):
+    assert write_report(evaluation(), tmp_path / "new" / "folder", title="t") == tmp_path / "new/folder/report.html"
+    assert {file.name for file in (tmp_path / "new/folder").iterdir()} == {"report.html", "results.csv", "tradeoff.png"}
+
+
+def test_csv_holds_every_number_of_every_cell_exactly(tmp_path):
+    result = evaluation()
+    write_report(result, tmp_path, title="t")
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == len(result.cells) == len(DEFENSES) * len(ATTACKS)
+    for row, cell in zip(rows, result.cells, strict=True):
+        assert (row["defense"], row["case"], row["attack"]) == (cell.defense, cell.case, cell.attack)
+        assert row["frozen"] == ("true" if cell.frozen else "false")
+        assert (int(row["images"]), int(row["draws"])) == (150, 5)
+        for name in ("sigma", "epsilon"):
+            assert (float(row[name]) if row[name] else None) == getattr(cell, name)
+        intervals = {name: getattr(cell.scores, name) for name in ("mean", "vote", "worst")}
+        for name, interval in {**intervals, "difference": cell.difference}.items():
+            texts = [row[name], row[f"{name}_low"], row[f"{name}_high"]]
+            if interval is None:
+                assert texts == ["", "", ""]
+            else:
+                assert [float(text) for text in texts] == [interval.value, interval.low, interval.high]
+
+
+def test_picture_draws_the_cells():
+    result = evaluation()
+    curve_axes, reference_axes = tradeoff(result).axes
+    names = {RAW: ["s0", DEFENSES[3][0], "s70"], LEAKY: ["leaky 35", "leaky 70"]}
+    sigmas = {RAW: [0, 35, 70], LEAKY: [35, 70]}
+    lines = curve_axes.get_lines()
+    bands = [item for item in curve_axes.collections if isinstance(item, PolyCollection)]
+    expected = [(case, attack) for case in (RAW, LEAKY) for attack in ATTACKS]
+    assert [(curve.case, curve.attack) for curve in curves(result)] == expected
+    for (case, attack), line, band in zip(expected, lines, bands, strict=True):
+        means = [mean(result, name, attack) for name in names[case]]
+        np.testing.assert_array_equal(line.get_xdata(), sigmas[case])
+        # Percent of a share: one rounding.
+        np.testing.assert_allclose(line.get_ydata(), [100 * m.value for m in means], rtol=1e-15)
+        corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(9)}
+        for sigma, m in zip(sigmas[case], means, strict=True):
+            assert {(sigma, round(100 * m.low, 9)), (sigma, round(100 * m.high, 9))} <= corners
+    styles = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(styles) == len(lines), "two curves look alike"
+    assert len({line.get_marker() for line in lines[: len(ATTACKS)]}) >= len(ATTACKS) - 1  # the worst is a larger ring
+    for attack, bars in zip(ATTACKS, reference_axes.containers, strict=True):
+        points, _, (segments,) = bars
+        means = [mean(result, name, attack) for name in ("clean", "frozen")]
+        np.testing.assert_array_equal(np.rint(points.get_xdata()), [0, 1])
+        np.testing.assert_allclose(points.get_ydata(), [100 * m.value for m in means], rtol=1e-15)
+        # Value minus length of the bar: some roundings of numbers up to 100.
+        ends = [sorted(segment[:, 1]) for segment in segments.get_segments()]
+        np.testing.assert_allclose(ends, [[100 * m.low, 100 * m.high] for m in means], atol=1e-12)
+    assert [tick.get_text() for tick in reference_axes.get_xticklabels()] == ["clean", "frozen\n(\u03c3 70, frozen)"]
+
+
+def test_defenses_of_one_case_and_level_are_curves_of_their_own():
+    twice = [("a0", 0.0, False, RAW), ("b0", 0.0, False, RAW), ("a9", 9.0, False, RAW), ("b9", 9.0, False, RAW)]
+    result = evaluation(twice, {"none": None}, examples=False)
+    first, second = curves(result)
+    assert (first.case, first.means) == (f"{RAW} (a0, a9)", (mean(result, "a0", "none"), mean(result, "a9", "none")))
+    assert (second.case, second.means) == (f"{RAW} (b0, b9)", (mean(result, "b0", "none"), mean(result, "b9", "none")))
+
+
+def test_single_level_stands_beside_the_references(tmp_path):
+    single = [defense for defense in DEFENSES if defense[0] in ("clean", "s70", "frozen")]
+    result = evaluation(single)
+    assert curves(result) == ()
+    (axes,) = tradeoff(result).axes
+    for attack, bars in zip(ATTACKS, axes.containers, strict=True):
+        values = [100 * mean(result, name, attack).value for name in ("clean", "s70", "frozen")]
+        np.testing.assert_allclose(bars[0].get_ydata(), values, rtol=1e-15)
+    Page(write_report(result, tmp_path, title="t"))
+
+
+def test_picture_without_references_has_one_panel():
+    (axes,) = tradeoff(evaluation(DEFENSES[1:4])).axes
+    assert len(axes.get_lines()) == len(ATTACKS)
+
+
+def test_picture_takes_names_literally(tmp_path):
+    # Between dollar signs matplotlib reads mathematics, and this is none that it can parse.
+    write_report(evaluation([(r"$\frac{$", None, False, "undefended")], examples=False), tmp_path, title="t")
+
+
+def test_many_attacks_keep_their_own_colours():
+    attacks = {"none": None} | {f"fgsm:{radius}/255,eot=1": radius / 255 for radius in range(1, 12)}
+    lines = tradeoff(evaluation(attacks=attacks, examples=False)).axes[0].get_lines()[: len(attacks)]
+    assert len({tuple(np.atleast_1d(line.get_color())) for line in lines}) == len(attacks)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 16, 16), (3, 3, 32, 24), (2, 2, 8, 8), (2, 3, 160, 160)])
+def test_page_is_well_formed_and_self_contained(tmp_path, shape):
+    file = write_report(evaluation(shape=shape), tmp_path, title="A <title> & more")
+    page = Page(file)
+    assert page.count("script") == page.count("link") == page.count("iframe") == 0
+    assert page.references
+    for reference in page.references:
+        assert reference.startswith(("data:image/png;base64,", "#")), reference[:80]
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", file.read_text(encoding="utf-8"))
+    targets = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
+    assert {reference[1:] for reference in page.references if reference.startswith("#")} <= targets
+    for tag, attrs in page.elements:
+        if tag == "img" or attrs.get("role") == "img":
+            assert attrs.get("alt") or attrs.get("aria-label")
+
+
+def test_page_escapes_every_name(tmp_path):
+    page = Page(write_report(evaluation(), tmp_path, title="A <u>title</u> & more"))
+    assert {tag for tag, _ in page.elements}.isdisjoint({"b", "i", "u", "script"})
+    for text in ("A <u>title</u> & more", "<b>one</b>", DEFENSES[3][0], "torch 2.x<y", WARNINGS[1]):
+        assert text in page.text
+
+
+def test_page_holds_warnings_settings_and_every_number(tmp_path):
+    result = evaluation()
+    page = Page(write_report(result, tmp_path, title="t"))
+    for warning in WARNINGS:
+        # Links split the text of a warning, at a place where it has no space.
+        assert warning.replace(" ", "") in page.text.replace(" ", "")
+    assert ("a", {"href": "#health"}) in page.elements
+    for text in ("150 images", "5 fresh draws", "Seed 3", PGD, GRAY):
+        assert text in page.text
+    for cell in result.cells:
+        for interval in (cell.scores.mean, cell.scores.vote, cell.scores.worst):
+            assert str(interval) in page.text
+        if cell.difference is not None:
+            value, low, high = (100 * end for end in (cell.difference.value, cell.difference.low, cell.difference.high))
+            assert f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" in page.text
+
+
+def test_only_input_statistics_are_called_a_leak(tmp_path):
+    leaky, honest = evaluation(DEFENSES[4:6]), evaluation(DEFENSES[:4] + DEFENSES[6:] + (NOISY,))
+    # One mark for each of two defenses in each of four tables.
+    assert len(Page(write_report(leaky, tmp_path, title="t")).having("leak")) == 2 * 4
+    assert "(statistics leak)" in printed(leaky, 120)
+    assert len(Page(write_report(honest, tmp_path, title="t")).having("leak")) == 0
+    assert "leak" not in printed(honest, 120)
+
+
+def test_page_shows_the_picture_that_lies_beside_it(tmp_path):
+    page = Page(write_report(evaluation(), tmp_path, title="t"))
+    (curve,) = page.having("curve")
+    assert base64.b64decode(curve["src"].partition(",")[2]) == (tmp_path / "tradeoff.png").read_bytes()
+    width, height = Image.open(tmp_path / "tradeoff.png").size
+    # Wide enough to print across a column at 300 dpi (3.3 inches), small enough for a page.
+    assert 1000 <= width <= 4000
+    assert 500 <= height <= 2000
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (2, "L")])
+def test_strips_show_the_images(tmp_path, channels, mode):
+    shape = (3, channels, 16, 12)
+    one = evaluation((DEFENSES[1],), {"none": None, FGSM: 16 / 255}, shape=shape)
+    page = Page(write_report(one, tmp_path, title="t"))
+    images = strips(page)
+    examples = one.examples["s70", FGSM]
+    change = examples.attacked - examples.clean
+    gain = 0.5 / change.abs().max()
+    rows = [examples.clean, examples.attacked, 0.5 + gain * change, examples.noisy.clamp(0, 1), examples.denoised]
+    shown = [next(c for c in attrs["class"].split() if c.startswith("strip-")) for attrs in page.having("strip")]
+    # Unattacked: clean, noisy, denoised. Attacked: all five, the clean strip being the same one.
+    assert len(shown) == 3 + 5
+    assert shown[0] == shown[3]
+    assert len(set(shown)) == len(images) == 7
+    for name, row in zip(shown[3:], rows, strict=True):
+        assert images[name].mode == mode
+        pixels = np.asarray(images[name]).reshape(16, 3, -1, 3 if channels == 3 else 1)[:, :, :12]
+        expected = row if channels in (1, 3) else row.mean(dim=1, keepdim=True)
+        # 8-bit pixels: half a level.
+        np.testing.assert_allclose(pixels / 255, expected.permute(2, 0, 3, 1), atol=0.5 / 255 + 1e-6)
+
+
+def test_small_images_are_enlarged_without_smoothing_and_large_ones_shrunk(tmp_path):
+    small = Page(write_report(evaluation(shape=(4, 1, 16, 16)), tmp_path, title="t")).having("strip")
+    assert all("pixelated" in attrs["class"] and "height:80px" in attrs["style"] for attrs in small)
+    large = Page(write_report(evaluation(shape=(1, 3, 256, 256)), tmp_path, title="t")).having("strip")
+    assert all("pixelated" not in attrs["class"] and "height:128px" in attrs["style"] for attrs in large)
+
+
+def test_predictions_are_marked_right_and_wrong_in_words_too(tmp_path):
+    one = evaluation((DEFENSES[1],), {"none": None, FGSM: 16 / 255})
+    page = Page(write_report(one, tmp_path, title="t"))
+    # Four images: three rows of predictions; in two of them image 1 is taken for class 2, which has no name.
+    assert (len(page.having("right")), len(page.having("wrong"))) == (10, 2)
+    assert (page.text.count("✓"), page.text.count("✗ class 2")) == (10 + 1, 2)  # and one in the explanation
+    labels = [attrs.get("aria-label") for tag, attrs in page.elements if tag == "span"]
+    assert (labels.count("right"), labels.count("wrong")) == (10, 2)
+
+
+def test_gallery_opens_at_the_strongest_attack_on_the_first_random_defense(tmp_path):
+    result = evaluation()
+    text = write_report(result, tmp_path, title="t").read_text(encoding="utf-8")
+    gallery = text[text.index("<h2>Gallery") :]
+    outer = re.findall(r"<details( open)?><summary><strong>(.*?)</strong>", gallery)
+    assert [name for is_open, name in outer if is_open] == ["s70"]
+    assert len(outer) == len(DEFENSES)
+    inner = gallery[gallery.index("<strong>s70</strong>") : gallery.index("<strong>s0</strong>")]
+    values = {attack: mean(result, "s70", attack).value for attack in (FGSM, PGD, GRAY)}
+    shown = {FGSM: "fgsm 16/255", PGD: "pgd 16/255", GRAY: "pgd 16/255 gray"}[min(values, key=values.__getitem__)]
+    assert re.findall(r"<details open><summary>(.*?):", inner) == [shown]
+
+
+def test_gallery_shows_fewer_of_large_images(tmp_path, monkeypatch):
+    # 28 cells of four rows of 3 * 16 * 16 numbers: room for two of four images.
+    monkeypatch.setattr(report, "GALLERY_VALUES", 2 * 28 * 4 * 3 * 16 * 16)
+    page = Page(write_report(evaluation(shape=(4, 3, 16, 16)), tmp_path, title="t"))
+    assert "Shown: 2 images of 4 kept" in page.text
+    assert {image.size for image in strips(page).values()} == {(2 * 17, 16)}
+
+
+def test_page_without_examples_has_no_gallery(tmp_path):
+    page = Page(write_report(evaluation(examples=False), tmp_path, title="t"))
+    assert "Gallery" not in page.text
+    assert page.having("strip") == []
+
+
+def test_page_without_warnings_says_so(tmp_path):
+    page = Page(write_report(evaluation(warnings=()), tmp_path, title="t"))
+    assert page.having("warnings") == []
+    assert "No health check of the attacks gave a warning" in page.text
+
+
+def test_clean_evaluation_alone(tmp_path):
+    result = evaluation(DEFENSES[:1], {"none": None})
+    Page(write_report(result, tmp_path, title="t"))
+    assert str(result.cells[0].scores.mean) in printed(result, 80)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_table_shows_every_number_and_warning_at_any_width(width):
+    result = evaluation()
+    text = printed(result, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    words = " ".join(text.split())
+    for warning in WARNINGS:
+        assert f"warning: {warning}" in words
+    assert "Mean accuracy in % over 5 fresh draws of noise, 150 images, 95% Wilson interval over images" in words
+    for cell in result.cells:
+        m = cell.scores.mean
+        half = max(m.high - m.value, m.value - m.low)
+        assert (str(m) if width == 200 else f"{100 * m.value:.1f} ±{100 * half:.1f}") in text
+
+
+def test_table_in_one_piece_at_120_columns_with_seven_attack_columns():
+    attacks = ATTACKS | {"pgd:48/255,steps=3,eot=2": 48 / 255, "fgsm:48/255,eot=2": 48 / 255}
+    text = printed(evaluation(attacks=attacks), 120)
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("frozen ")]
+    # Name, "70 frozen", seven times value and interval.
+    assert [len(row) for row in rows if "±" in " ".join(row)] == [1 + 2 + 2 * 7]
+
+
+def test_table_keeps_brackets_in_names():
+    assert any(line.strip().startswith(DEFENSES[3][0]) for line in printed(evaluation(), 200).splitlines())
+
+
+def test_interval_of_the_narrow_table_is_its_longer_side():
+    result = evaluation(DEFENSES[:1], {"none": None} | {f"fgsm:{i}/255,eot=1": i / 255 for i in range(1, 9)})
+    m = result.cells[0].scores.mean
+    assert m.value == 1
+    assert f"100.0 ±{100 * (1 - m.low):.1f}" in printed(result, 80)
