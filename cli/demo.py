@@ -18,7 +18,6 @@ from denim.nim.data import EvalView, Subset, TorchLoader, open_source
 # more than the schedule.
 AUGMENTATION = {"crop_scale": None, "flip": False, "degrees": 15.0, "translate": 0.08, "zoom": 0.12}
 FINETUNING = {
-    "warmup_epochs": 5,
     "batch_size": 128,
     "base_lr": 3e-3,
     "layer_decay": 0.9,
@@ -30,6 +29,7 @@ FINETUNING = {
 }
 SIGMAS = (0.0, 35.0, 70.0, 105.0, 140.0)
 FROZEN = 70.0
+EPOCHS = {"pretraining": 90, "clean": 45, "denoised": 55}
 IMAGES = 500
 # The first radius lets the defense show, the second leaves the clean classifier nothing, the third breaks them all.
 ATTACKS = ("fgsm:16/255,eot=4", "pgd:16/255,steps=10,eot=4", "pgd:32/255,steps=10,eot=4", "pgd:64/255,steps=5,eot=2")
@@ -58,8 +58,8 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
             preset="micro",
             target="raw",
             sigma="uniform:0,150",
-            epochs=90,
-            warmup_epochs=8,
+            epochs=EPOCHS["pretraining"],
+            warmup_epochs=EPOCHS["pretraining"] / 10,
             batch_size=128,
             base_lr=4e-3,
             **common,  # type: ignore[arg-type]
@@ -67,14 +67,15 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
         console,
     )
     denoiser = out / "pretraining" / "model"
-    for name, images, epochs in (("clean", "clean", 45), ("denoised", "denoised", 55)):
+    for images in ("clean", "denoised"):
         finetune(
             FinetuneConfig(
-                out=out / f"finetuning-{name}",
+                out=out / f"finetuning-{images}",
                 denoiser=denoiser,
                 images=images,
                 sigma="uniform:0,100",
-                epochs=epochs,
+                epochs=EPOCHS[images],
+                warmup_epochs=EPOCHS[images] / 10,
                 **common,  # type: ignore[arg-type]
                 **FINETUNING,  # type: ignore[arg-type]
             ),

@@ -55,7 +55,7 @@ def main(
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{photo} cannot be read as an image: {error}") from error
     pixels = EvalView(model.config.image_size[0])(image, sample_rng(seed, 0, 0))
-    images = torch.from_numpy(pixels)[None].to(where)
+    images = torch.tensor(pixels)[None].to(where)
     levels = torch.tensor(sigma, device=where)[:, None]
     seeds = draw_seeds(seed, Domain.DEFENSE, torch.zeros(1, dtype=torch.int64, device=where), 1)[0]
     with torch.no_grad():
@@ -73,7 +73,7 @@ def main(
             axis.set_axis_off()
             axis.set_title(title, fontsize=10)
             if picture is not None:
-                axis.imshow(picture.permute(1, 2, 0).cpu().squeeze(-1), cmap="gray", vmin=0, vmax=1)
+                axis.imshow(picture.permute(1, 2, 0).squeeze(-1).numpy(force=True), cmap="gray", vmin=0, vmax=1)
     target = out or Path(f"{photo.stem}-denoised.png")
     with atomic_write(target) as staged:
         figure.savefig(staged, format="png", dpi=150)

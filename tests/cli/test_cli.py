@@ -1,0 +1,161 @@
+"""The `denim` command as a user meets it: every subcommand once, and what mistakes answer."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from denim import cli
+from denim.cli import demo
+
+FAST = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "256", "--crop-scale", "None", "--no-flip"]
+PLAIN = ["--drop-path", "0", "--auto-augment", "None", "--erasing", "0", "--mixup", "0", "--cutmix", "0"]
+
+
+def denim(*words, status=0):
+    """Run the command in this process: starting Python anew for each would take longer than the work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["denim", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.run()
+    assert (stop.value.code or 0) == status
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A denoiser and a classifier, trained for one epoch by the commands."""
+    folder = tmp_path_factory.mktemp("runs")
+    denim("pretrain", "--out", folder / "nim", "--preset", "micro", "--target", "raw", *FAST)
+    model = folder / "nim" / "model"
+    denim("finetune", "--out", folder / "ft", "--denoiser", model, *FAST, *PLAIN)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    return tmp_path / "photo.jpg"
+
+
+def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_path, capsys):
+    words = (
+        "evaluate", "--classifier", runs / "ft" / "model", "--denoiser", runs / "nim" / "model",
+        "--out", tmp_path / "ev", "--images", "12", "--sigmas", "0", "70", "--attacks", "fgsm:8/255,eot=2", "pgd:8/255,steps=2,eot=2,gray",
+        "--draws", "3", "--examples", "2",
+    )  # fmt: skip
+    denim(*words)
+    shown = capsys.readouterr().out
+    assert "sigma 70 frozen" in " ".join(shown.split())
+    assert str(tmp_path / "ev" / "report.html") in shown
+    results = json.loads((tmp_path / "ev" / "results.json").read_text())
+    assert {cell["defense"] for cell in results["cells"]} == {"defense off", "sigma 0", "sigma 70", "sigma 70 frozen"}
+    assert all(cell["scores"]["images"] == 12 for cell in results["cells"])
+    assert (tmp_path / "ev" / "tradeoff.png").stat().st_size > 5000
+    before = (tmp_path / "ev" / "records.jsonl").read_bytes()
+    denim(*words)
+    assert (tmp_path / "ev" / "records.jsonl").read_bytes() == before
+
+
+def test_evaluate_by_masking(runs, tmp_path):
+    words = (
+        "evaluate",
+        "--classifier",
+        runs / "ft" / "model",
+        "--denoiser",
+        runs / "nim" / "model",
+        "--degrade",
+        "mask",
+    )
+    with pytest.warns(UserWarning, match="fine-tuned on images of the case"):
+        denim(
+            *words, "--out", tmp_path / "ev", "--images", "6", "--mask-ratios", "0.5", "--attacks", "fgsm:8/255,eot=1"
+        )
+    results = json.loads((tmp_path / "ev" / "results.json").read_text())
+    assert {cell["defense"] for cell in results["cells"]} == {"defense off", "mask 0.5"}
+
+
+def test_denoise_writes_a_picture(runs, tmp_path, photo):
+    target = tmp_path / "out.png"
+    denim("denoise", photo, "--sigma", "70", "140", "--denoiser", runs / "nim" / "model", "--out", target)
+    with Image.open(target) as picture:
+        assert picture.width > picture.height > 300
+
+
+def test_doctor_names_what_it_looked_at(capsys):
+    denim("doctor")
+    shown = capsys.readouterr().out
+    for name in ("torch", "GPU", "noise on the CPU", "triton", "xformers", "DALI", "attention: sdpa"):
+        assert name in shown
+
+
+def test_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
+    """The demo's own path with the sizes turned down."""
+    monkeypatch.setattr(demo, "EPOCHS", {"pretraining": 1, "clean": 1, "denoised": 1})
+    monkeypatch.setattr(demo, "IMAGES", 10)
+    monkeypatch.setattr(demo, "SIGMAS", (0.0, 70.0))
+    monkeypatch.setattr(demo, "ATTACKS", ("fgsm:16/255,eot=2",))
+    denim("demo", "--out", tmp_path / "demo")
+    shown = " ".join(capsys.readouterr().out.split())
+    for row in ("clean classifier", "defense off", "De3, sigma 0", "De3, sigma 70", "frozen"):
+        assert row in shown
+    assert (tmp_path / "demo" / "evaluation" / "report.html").exists()
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["training_seconds"] > 0
+
+
+def test_demo_leaves_foreign_folders_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    denim("demo", "--out", tmp_path, status=2)
+    assert "no demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_help_and_mistakes_list_the_commands(capsys):
+    denim("--help")
+    assert "doctor" in capsys.readouterr().out
+    denim("train", status=2)
+    error = capsys.readouterr().err
+    assert "unknown command 'train'" in error
+    assert all(name in error for name in cli.COMMANDS)
+
+
+def test_unknown_options_are_named(capsys, tmp_path):
+    denim("pretrain", "--out", tmp_path / "run", "--epoch-count", "3", status=2)
+    error = capsys.readouterr().err
+    assert "--epoch-count" in error
+    assert "--help" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("pretrain", "--preset", "giant"), "micro, tiny, small, base, large, huge"),
+        (("pretrain", "--data", "no/such/folder"), "no/such/folder"),
+        (("pretrain", "--sigma", "-5"), "not negative"),
+        (("finetune", "--denoiser", "nowhere/model"), "nowhere/model"),
+        (("evaluate", "--classifier", "nowhere/model"), "nowhere/model"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, message, tmp_path, capsys):
+    denim(*words, "--out", tmp_path / "run", status=2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("sigma", "message"), [("-1", "0 or more"), ("nan", "finite")])
+def test_denoise_checks_sigma(runs, photo, capsys, sigma, message):
+    denim("denoise", photo, "--sigma", sigma, "--denoiser", runs / "nim" / "model", status=2)
+    assert message in capsys.readouterr().err
+
+
+def test_denoise_needs_a_photo_and_a_denoiser(runs, tmp_path, photo, capsys, monkeypatch):
+    (tmp_path / "page.jpg").write_text("<html>")
+    denim("denoise", tmp_path / "page.jpg", "--denoiser", runs / "nim" / "model", status=2)
+    assert "cannot be read as an image" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    denim("denoise", photo, status=2)
+    assert "denim demo" in capsys.readouterr().err
