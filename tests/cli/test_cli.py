@@ -42,10 +42,10 @@ def photo(tmp_path):
 
 def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_path, capsys):
     words = (
-        "evaluate", "--classifier", runs / "ft" / "model", "--denoiser", runs / "nim" / "model",
-        "--out", tmp_path / "ev", "--images", "12", "--sigmas", "0", "70", "--attacks", "fgsm:8/255,eot=2", "pgd:8/255,steps=2,eot=2,gray",
-        "--draws", "3", "--examples", "2",
-    )  # fmt: skip
+        *("evaluate", "--classifier", runs / "ft" / "model", "--denoiser", runs / "nim" / "model"),
+        *("--out", tmp_path / "ev", "--images", "12", "--sigmas", "0", "70", "--draws", "3", "--examples", "2"),
+        *("--attacks", "fgsm:8/255,eot=2", "pgd:8/255,steps=2,eot=2,gray"),
+    )
     denim(*words)
     shown = capsys.readouterr().out
     assert "sigma 70 frozen" in " ".join(shown.split())
