@@ -5,8 +5,6 @@ Run: `make bench`. `extra_info` of each record holds nanoseconds per element and
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -19,18 +17,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ROUNDS = 10
 
 
-def best_seconds(function) -> float:
-    """Best of ROUNDS after a first call: other work on the machine only ever adds time."""
-    function()
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def record(benchmark, function, plain, name: str) -> None:
+def record(benchmark, best_seconds, function, plain, name: str) -> None:
     seconds = best_seconds(plain)
     benchmark.pedantic(function, rounds=ROUNDS, warmup_rounds=1)
     best = benchmark.stats.stats.min if benchmark.stats else best_seconds(function)  # --benchmark-disable
@@ -49,7 +36,7 @@ def seeds() -> torch.Tensor:
     return derive_seeds(0, Domain.TRAINING, torch.arange(BATCH))
 
 
-def test_normal_noise(benchmark, seeds):
+def test_normal_noise(benchmark, best_seconds, seeds):
     shape = (SIDE, SIDE, CHANNELS)
     words = noise_words(seeds[:2], SIDE * SIDE * CHANNELS).unflatten(-1, (-1, 2))
     expected = torch.stack(normals_from_words(words[..., 0], words[..., 1]), dim=-1).reshape(2, *shape)
@@ -57,6 +44,7 @@ def test_normal_noise(benchmark, seeds):
     generator = torch.Generator().manual_seed(0)
     record(
         benchmark,
+        best_seconds,
         lambda: normal_noise(seeds, shape),
         lambda: torch.randn((BATCH, *shape), generator=generator),
         "randn",
@@ -64,7 +52,7 @@ def test_normal_noise(benchmark, seeds):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_noise_patchify(benchmark, seeds, dtype):
+def test_noise_patchify(benchmark, best_seconds, seeds, dtype):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (BATCH, SIDE, SIDE, CHANNELS), generator=generator, dtype=torch.uint8)
     sigma = torch.linspace(0, 150, BATCH)
