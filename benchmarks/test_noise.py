@@ -70,5 +70,9 @@ def test_noise_patchify(benchmark, best_seconds, seeds, dtype):
     # Values up to 20 after some five roundings of float32, and one of the dtype.
     torch.testing.assert_close(fused(), expected, rtol=torch.finfo(dtype).eps, atol=20 * 5 * 2**-24)
     record(
-        benchmark, fused, lambda: chain(torch.randn((BATCH, SIDE, SIDE, CHANNELS), generator=generator)), "torch_chain"
+        benchmark,
+        best_seconds,
+        fused,
+        lambda: chain(torch.randn((BATCH, SIDE, SIDE, CHANNELS), generator=generator)),
+        "torch_chain",
     )

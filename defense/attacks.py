@@ -25,13 +25,13 @@ class Attacked(NamedTuple):
 
     Attributes:
         pixels: (B, C, H, W), the candidates.
-        zero_gradients: images whose gradient was zero at some step.
-        bad_gradients: images whose gradient was not finite at some step.
+        zero_gradients: bool (B,), whose gradient was zero at some step.
+        bad_gradients: bool (B,), whose gradient was not finite at some step.
     """
 
     pixels: Tensor
-    zero_gradients: int
-    bad_gradients: int
+    zero_gradients: Tensor
+    bad_gradients: Tensor
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,12 @@ class Attack:
                     settings[key] = int(value)
                 else:
                     raise ValueError(key)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
             raise ValueError(f"attack {text!r} is not of the form {_FORM}") from None
         return cls(name, radius, **settings)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        radius = self.epsilon * 255
-        text = f"{self.name}:{radius:.4g}/255"
+        text = f"{self.name}:{radius_text(self.epsilon)}"
         if self.name == "pgd":
             text += f",steps={self.steps}"
         text += f",eot={self.eot}"
@@ -118,8 +117,8 @@ class Attack:
         """
         target = De3(None, defense.classifier, None).to(pixels.device) if self.gray else defense
         eot = self.eot if target.is_random else 1
-        # With one draw the two ways to average are the same.
-        losses = LOSSES if eot * target.draws > 1 else LOSSES[:1]
+        # With one draw the two ways to average are the same (the defense itself averages over its own draws).
+        losses = LOSSES if eot > 1 else LOSSES[:1]
         best, best_rank = pixels, torch.full((len(pixels),), -math.inf, device=pixels.device)
         zero = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
         bad = torch.zeros_like(zero)
@@ -144,11 +143,17 @@ class Attack:
                 better = rank > best_rank
                 best = torch.where(better.view(-1, 1, 1, 1), iterate, best)
                 best_rank = torch.where(better, rank, best_rank)
-        return Attacked(best, int(zero.sum()), int(bad.sum()))
+        return Attacked(best, zero, bad)
 
     def _step_size(self, step: int) -> float:
         done = step / self.steps
         return self.epsilon / 4 * (1.0 if done < 0.5 else 0.5 if done < 0.75 else 0.25)
+
+
+def radius_text(epsilon: float) -> str:
+    """The radius as users write it, 4/255 where that is it; `Attack.parse` gives the same number back."""
+    levels = round(epsilon * 255)
+    return f"{levels}/255" if levels / 255 == epsilon else repr(epsilon)
 
 
 def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: str) -> Tensor:
@@ -161,7 +166,11 @@ def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: 
             loss = -log_probability.mean(dim=0)
         else:
             loss = math.log(len(logits)) - log_probability.logsumexp(dim=0)
-        return torch.autograd.grad(loss.gather(1, labels[:, None]).sum(), leaf)[0]
+        total = loss.gather(1, labels[:, None]).sum()
+        # A classifier without a derivative has gradient zero, and is counted so, instead of stopping an evaluation.
+        if not total.requires_grad:
+            return torch.zeros_like(pixels)
+        return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
 
 
 @torch.no_grad()
@@ -171,5 +180,5 @@ def _selection_rank(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor) 
     misled = (logits.argmax(dim=-1) != labels).float().mean(dim=0)
     expanded = labels.expand(len(logits), -1)
     loss = F.cross_entropy(logits.flatten(0, 1), expanded.flatten(), reduction="none").view_as(expanded).mean(dim=0)
-    # loss / (1 + loss) lies in [0, 1): it can order equal counts, and never outweigh one draw.
-    return misled * len(logits) + torch.nan_to_num(loss / (1 + loss), nan=0.0)
+    # 1 - 1 / (1 + loss) lies in [0, 1], infinite losses included: it orders equal counts, and never outweighs a draw.
+    return misled * len(logits) + torch.nan_to_num(1 - 1 / (1 + loss), nan=0.0)

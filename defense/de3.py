@@ -92,6 +92,8 @@ class De3(nn.Module):
         key = _entropy() if seed is None else seed
         self.register_buffer("_key", torch.tensor(key, dtype=torch.int64), persistent=False)
         self.register_buffer("_calls", torch.tensor(0, dtype=torch.int64), persistent=False)
+        if degrade == "mask" and statistics == "noisy" and denoiser is not None and denoiser.config.norm_pix:
+            raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
         self.sigma = sigma
         trained_on = getattr(getattr(classifier, "config", None), "images", None)
         if sigma is not None and trained_on is not None and trained_on != self.case:
@@ -108,9 +110,7 @@ class De3(nn.Module):
     @sigma.setter
     def sigma(self, value: float | None) -> None:
         if value is not None:
-            _check_sigma(value)
-            if self.degrade == "mask" and value != 0:
-                raise ValueError(f'degrade="mask" adds no noise: give sigma=0, or degrade="both"; got sigma={value}')
+            self._check_sigma(value)
         self._sigma = None if value is None else float(value)
 
     @property
@@ -131,9 +131,10 @@ class De3(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings, for print."""
+        ratio = "" if self.degrade == "noise" else f", mask_ratio={self.mask_ratio}"
         return (
-            f"sigma={self.sigma}, draws={self.draws}, aggregate={self.aggregate!r}, degrade={self.degrade!r}, "
-            f"case={self.case!r}, frozen={self._is_frozen}"
+            f"sigma={self.sigma}, draws={self.draws}, aggregate={self.aggregate!r}, degrade={self.degrade!r}{ratio}, "
+            f"case={self.case!r}, frozen={f'seed {self.seed}' if self._is_frozen else False}"
         )
 
     def frozen(self, seed: int = 0) -> De3:
@@ -160,7 +161,8 @@ class De3(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Copying and pickling both come through here: the copy gets a number, from which its stream follows.
         self._copies += 1
-        return dict(self.__dict__)
+        # A dictionary of its own, or the key that a shallow copy takes would become the original's too.
+        return {**self.__dict__, "_buffers": dict(self._buffers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -202,6 +204,15 @@ class De3(nn.Module):
             self._calls += 1
         return seeds
 
+    def _check_sigma(self, sigma: float) -> None:
+        if not (math.isfinite(sigma) and sigma >= 0):
+            raise ValueError(
+                f"sigma must be a finite number of 0-255 pixel levels, 0 or more, got {sigma}; "
+                "None turns the defense off"
+            )
+        if self.degrade == "mask" and sigma != 0:
+            raise ValueError(f'degrade="mask" adds no noise: give sigma=0, or degrade="both"; got sigma={sigma}')
+
     def _check(self, pixels: Tensor) -> None:
         if pixels.dim() != 4:
             raise ValueError(f"pixels must have shape (B, C, H, W), got {tuple(pixels.shape)}")
@@ -239,9 +250,10 @@ class De3(nn.Module):
         if surrogate:
             return mean_log
         votes = F.one_hot(grouped.argmax(dim=-1), grouped.shape[-1]).to(logits.dtype).mean(dim=-3)
-        # Less than half a vote in all: it orders ties and classes without a vote, and changes nothing else.
-        shares = votes + mean_log.exp() / (4 * self.draws)
-        return shares.log().detach() + (mean_log - mean_log.detach())
+        # Less than half a vote in all: it orders ties and classes without a vote, and changes nothing else. Added by
+        # logarithms, so that a class without a vote and of tiny probability has no infinite loss.
+        shares = torch.logaddexp(votes.log(), mean_log - math.log(4 * self.draws))
+        return shares.detach() + (mean_log - mean_log.detach())
 
     def draw_logits(self, pixels: Tensor, seeds: Tensor, *, surrogate: bool = False) -> Tensor:
         """Logits of several draws, for given seeds.
@@ -302,7 +314,7 @@ class De3(nn.Module):
         level = self.sigma if sigma is None else sigma
         if level is None:
             return pixels
-        _check_sigma(level)
+        self._check_sigma(level)
         chosen = self._next_seeds(pixels.shape[0])[0] if seeds is None else seeds
         levels = torch.full((pixels.shape[0],), level, dtype=pixels.dtype, device=pixels.device)
         return self._rebuild(pixels, levels, chosen.to(pixels.device).unsqueeze(0))[0]
@@ -333,16 +345,19 @@ class De3(nn.Module):
             (S, draws, B, K).
 
         Raises:
-            ValueError: no level, a bad level, draws or max_batch below 1.
+            ValueError: no image, no level, a bad level, draws or max_batch below 1, seeds of another shape.
         """
         self._check(pixels)
-        if not sigmas or draws < 1 or max_batch < 1:
+        batch = pixels.shape[0]
+        if not batch or not len(sigmas) or draws < 1 or max_batch < 1:
             raise ValueError(
-                f"sweep needs levels, draws and max_batch of at least 1, got {sigmas}, {draws}, {max_batch}"
+                "sweep needs images, levels, draws and max_batch of at least 1, "
+                f"got {batch} images, {sigmas}, {draws}, {max_batch}"
             )
         for level in sigmas:
-            _check_sigma(level)
-        batch = pixels.shape[0]
+            self._check_sigma(level)
+        if seeds is not None and seeds.shape != (draws * self.draws, batch):
+            raise ValueError(f"seeds must have shape {(draws * self.draws, batch)}, got {tuple(seeds.shape)}")
         if seeds is None:
             seeds = torch.cat([self._next_seeds(batch) for _ in range(draws)])
         seeds = seeds.to(pixels.device)
@@ -366,10 +381,3 @@ class De3(nn.Module):
                     logits[columns, rows, images] = part
         assert logits is not None
         return self._aggregate(logits, surrogate=False)
-
-
-def _check_sigma(sigma: float) -> None:
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(
-            f"sigma must be a finite number of 0-255 pixel levels, 0 or more, got {sigma}; None turns the defense off"
-        )

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from denim.defense.attacks import Attack
+from denim.defense.attacks import Attack, radius_text
 from denim.defense.de3 import De3
 from denim.defense.scores import Interval, Scores, paired_difference, score
 from denim.kernels import Domain
@@ -42,7 +42,8 @@ class EvaluationSettings:
         attacks: text forms of attacks, see `Attack`; the row without an attack is always there.
         draws: R, fresh draws per image for the score, and again for the confirmation.
         seed: of the evaluation.
-        max_batch: images that go through the networks in one pass; bounds memory.
+        max_batch: images that go through the networks in one pass; bounds memory. One image with all draws of an
+            attack's gradient always goes at once.
         examples: images that are kept for the gallery.
     """
 
@@ -56,8 +57,9 @@ class EvaluationSettings:
         for name in ("draws", "max_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for attack in self.attacks:
-            Attack.parse(attack)
+        names = [str(Attack.parse(attack)) for attack in self.attacks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"attacks must differ, got {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -264,8 +266,9 @@ def _evaluate_cell(
 ) -> None:
     device = next((tensor.device for tensor in defense.classifier.parameters()), torch.device("cpu"))
     done, kept = records.cell(name, text), _examples_file(out, name, attack)
-    # The attack's passes hold eot draws of every image.
-    rows = max(1, settings.max_batch // (attack.eot * defense.draws if attack and defense.is_random else 1))
+    # The attack's passes hold eot draws of every image, each of them the defense's own draws.
+    eot = attack.eot if attack and defense.is_random else 1
+    rows = max(1, settings.max_batch // (eot * defense.draws))
     wanted = 0 if kept.exists() else settings.examples
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for batch in loader.epoch(0):
@@ -277,8 +280,7 @@ def _evaluate_cell(
                 continue
             ids, labels = batch.ids[chosen][open_ids].to(device), batch.labels[chosen][open_ids].to(device)
             clean = batch.images[chosen][open_ids].to(device).permute(0, 3, 1, 2).float() / 255
-            zero = bad = 0
-            pixels = clean
+            pixels, zero, bad = clean, torch.zeros_like(ids), torch.zeros_like(ids)
             if attack is not None:
                 pixels, zero, bad = attack.run(defense, clean, labels, ids, settings.seed)
             confirmation = defense.seeds(settings.seed, Domain.CONFIRMATION, ids, settings.draws)
@@ -295,11 +297,11 @@ def _evaluate_cell(
                         "label": int(labels[row]),
                         "missed": missed[row],
                         "predictions": scored[:, row].tolist(),
-                        # Counted by part; kept on its first image, so that sums over images are right.
-                        "zero_gradients": zero if row == 0 else 0,
-                        "bad_gradients": bad if row == 0 else 0,
+                        "zero_gradients": int(zero[row]),
+                        "bad_gradients": int(bad[row]),
                     }
                     for row in range(len(ids))
+                    if int(ids[row]) not in done  # else run again for the gallery alone
                 ]
             )
             if missing:
@@ -355,7 +357,7 @@ def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], record
     ]
     for radius, names in by_radius.items():
         if len(names) > 1:
-            columns.append((f"{WORST} {radius * 255:.4g}/255", radius, names))
+            columns.append((f"{WORST} {radius_text(radius)}", radius, names))
     cells: list[Cell] = []
     reference: dict[str, np.ndarray[Any, Any]] = {}
     for name, defense in defenses.items():

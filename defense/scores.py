@@ -89,10 +89,16 @@ def paired_difference(first: Sequence[float] | npt.ArrayLike, second: Sequence[f
     Args:
         first: (N,), share of correct draws by image.
         second: (N,), the same images in the same order.
+
+    Raises:
+        ValueError: fewer than two images, or sequences of different lengths.
     """
-    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    if difference.ndim != 1 or difference.size < 2:
-        raise ValueError(f"paired_difference needs two sequences of at least 2 images, got {difference.shape}")
+    left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if left.ndim != 1 or left.shape != right.shape or left.size < 2:
+        raise ValueError(
+            f"paired_difference takes two sequences of the same 2 or more images, got {left.shape} and {right.shape}"
+        )
+    difference = left - right
     mean, error = difference.mean(), stats.sem(difference)
     half = error * stats.t.ppf(0.5 + LEVEL / 2, difference.size - 1)
     return Interval(float(mean), float(mean - half), float(mean + half))

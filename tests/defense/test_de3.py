@@ -1,0 +1,638 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from denim.defense import De3
+from denim.kernels import Domain, draw_seeds, normal_noise
+from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, Mask
+
+CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3))
+BATCH, CLASSES = 3, 5
+SEEDS = torch.tensor([[5, -7, 2**40], [11, 12, 13]])
+CASES = pytest.mark.parametrize(
+    ("degrade", "norm_pix", "statistics"),
+    [
+        ("noise", False, "input"),
+        ("noise", True, "input"),
+        ("noise", True, "noisy"),
+        ("mask", False, "input"),
+        ("mask", True, "input"),
+        ("both", False, "input"),
+        ("both", True, "input"),
+        ("both", True, "noisy"),
+    ],
+)
+# What a float64 network adds when the batch of its matrix products differs is about 1e-15; noise is float32 and the
+# same on both sides.
+CLOSE = {"rtol": 0, "atol": 1e-12}
+
+
+def linear() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES).double()).requires_grad_(False)
+
+
+def build(norm_pix: bool = False) -> Autoencoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Autoencoder(replace(CONFIG, norm_pix=norm_pix)).double().eval().requires_grad_(False)
+
+
+def pixels(batch: int = BATCH) -> Tensor:
+    return torch.rand(batch, 2, 8, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def noise_only(**options) -> De3:
+    """Logits are the noisy pixels themselves: two calls that share a draw show it."""
+    return De3(None, nn.Flatten(), 70, **options)
+
+
+def noise_of(defense: De3, images: Tensor) -> Tensor:
+    return (defense(images) - images.flatten(1)) * 255 / 70
+
+
+def level(degrade: str) -> float:
+    return 0.0 if degrade == "mask" else 70.0
+
+
+class Recorder(nn.Module):
+    """Passes on to a model and keeps the size of every batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.sizes: list[int] = []
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.sizes.append(len(inputs[0]))
+        return self.model(*inputs)
+
+
+class Table(nn.Module):
+    """A classifier that answers with the rows of a table, whatever it sees."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.rows + 0 * images.flatten(1)[:, :1]
+
+
+def by_hand(defense: De3, images: Tensor, seeds: Tensor, sigma: float) -> Tensor:
+    """Logits of one draw in plain float64, from the text of the method."""
+
+    def patches_of(pictures: Tensor) -> Tensor:
+        tiles = ((pictures - mean) / std).unfold(-2, 4, 4).unfold(-2, 4, 4)  # (B, C, rows, columns, P, P)
+        return tiles.permute(0, 2, 3, 4, 5, 1).reshape(len(images), 6, 32)
+
+    def pixels_of(patches: Tensor) -> Tensor:
+        return patches.view(-1, 2, 3, 4, 4, 2).permute(0, 5, 1, 3, 2, 4).reshape(-1, 2, 8, 12)
+
+    mean, std = (torch.tensor(value, dtype=torch.float64).view(-1, 1, 1) for value in (CONFIG.mean, CONFIG.std))
+    noise = normal_noise(seeds, (8, 12, 2)).permute(0, 3, 1, 2).double()
+    degraded = images if defense.degrade == "mask" else images + sigma / 255 * noise
+    if defense.denoiser is None:
+        return defense.classifier(degraded)
+    mask = None if defense.degrade == "noise" else Mask.random(seeds, 6, defense.mask_ratio)
+    noisy, clean = patches_of(degraded), patches_of(images)
+    predicted = defense.denoiser(noisy, mask)
+    if defense.denoiser.config.norm_pix and defense.statistics == "input":
+        predicted = predicted * (clean.var(-1, keepdim=True) + 1e-6).sqrt() + clean.mean(-1, keepdim=True)
+    elif defense.denoiser.config.norm_pix:
+        added = (sigma / 255) ** 2 * (1 / std.square()).mean()
+        excess = noisy.var(-1, keepdim=True) - added
+        variance = (excess + (excess.square() + 4 * (added.square() * 2 / 31 + 1e-12)).sqrt()) / 2
+        predicted = predicted * (variance + 1e-6).sqrt() + noisy.mean(-1, keepdim=True)
+    rebuilt = (pixels_of(predicted) * std + mean).clamp(0, 1)
+    if defense.degrade == "mask":
+        rebuilt = torch.where(pixels_of(mask.hidden[..., None].expand(-1, -1, 32).double()) > 0, rebuilt, images)
+    return defense.classifier(rebuilt)
+
+
+# The method
+
+
+@CASES
+def test_logits_are_those_of_the_steps_by_hand(degrade, norm_pix, statistics):
+    options = {"degrade": degrade, "mask_ratio": 0.6, "statistics": statistics}
+    defense = De3(build(norm_pix), linear(), level(degrade), **options)
+    expected = torch.stack([by_hand(defense, pixels(), seeds, level(degrade)) for seeds in SEEDS])
+    logits = defense.draw_logits(pixels(), SEEDS)
+    assert logits.shape == (2, BATCH, CLASSES)
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_without_a_denoiser_the_noisy_image_is_classified_as_it_is():
+    defense = De3(None, linear(), 140)
+    expected = torch.stack([by_hand(defense, pixels(), seeds, 140) for seeds in SEEDS])
+    torch.testing.assert_close(defense.draw_logits(pixels(), SEEDS), expected, **CLOSE)
+    assert noise_only()(pixels()).min() < 0, "noise alone is not clipped"
+
+
+def test_a_call_takes_the_next_draws_of_the_stream():
+    defense = De3(build(), linear(), 70, seed=-3, draws=2)
+    for step in range(3):
+        seeds = draw_seeds(-3, Domain.DEFENSE, torch.arange(BATCH), 2, step)
+        expected = torch.stack([by_hand(defense, pixels(), draw, 70) for draw in seeds]).mean(dim=0)
+        torch.testing.assert_close(defense(pixels()), expected, **CLOSE)
+
+
+def test_off_is_the_classifier_alone():
+    denoiser = Recorder(build())
+    denoiser.config = CONFIG
+    defense = De3(denoiser, linear(), None, draws=4, aggregate="vote")
+    assert torch.equal(defense(pixels()), defense.classifier(pixels()))
+    assert torch.equal(defense.draw_logits(pixels(), SEEDS.repeat(4, 1)), defense(pixels()).expand(2, -1, -1))
+    assert defense.denoise(pixels()) is not None
+    assert torch.equal(defense.denoise(pixels()), pixels())
+    assert denoiser.sizes == []
+    assert not defense.is_random
+
+
+def test_sigma_may_be_set_at_any_time():
+    defense, images = De3(build(), linear(), None), pixels()
+    assert defense.sigma is None
+    defense.sigma = 35
+    assert defense.sigma == 35
+    torch.testing.assert_close(defense.draw_logits(images, SEEDS)[0], by_hand(defense, images, SEEDS[0], 35), **CLOSE)
+    with pytest.raises(ValueError, match="finite"):
+        defense.sigma = float("nan")
+    assert defense.sigma == 35
+    defense.sigma = None
+    assert torch.equal(defense(images), defense.classifier(images))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "degrade", "random"),
+    [(70, "noise", True), (0, "noise", False), (0, "mask", True), (0, "both", True), (None, "noise", False)],
+)
+def test_is_random_says_whether_calls_differ(sigma, degrade, random):
+    defense = De3(build(), linear(), sigma, degrade=degrade, seed=3)  # of six patches, masks of two draws may be equal
+    assert defense.is_random is random
+    assert torch.equal(defense(pixels()), defense(pixels())) is not random
+
+
+def test_denoise_shows_what_the_classifier_sees():
+    defense, images = De3(build(True), linear(), 70), pixels()
+    seen = defense.denoise(images, seeds=SEEDS[0])
+    assert seen.shape == images.shape
+    assert seen.min() >= 0
+    assert seen.max() <= 1
+    torch.testing.assert_close(defense.classifier(seen), defense.draw_logits(images, SEEDS[:1])[0], **CLOSE)
+    other = defense.denoise(images, 140, seeds=SEEDS[0])
+    torch.testing.assert_close(defense.classifier(other), by_hand(defense, images, SEEDS[0], 140), **CLOSE)
+    assert not torch.equal(defense.denoise(images), defense.denoise(images)), "draws afresh without seeds"
+
+
+def test_degraded_shows_noise_and_hides_what_the_denoiser_does_not_see():
+    images, seeds = pixels(), SEEDS[0]
+    noise = normal_noise(seeds, (8, 12, 2)).permute(0, 3, 1, 2).double()
+    noisy = images + 70 / 255 * noise
+    torch.testing.assert_close(De3(build(), linear(), 70).degraded(images, seeds), noisy, **CLOSE)
+    assert torch.equal(De3(build(), linear(), None).degraded(images, seeds), images)
+    for degrade, kept in (("mask", images), ("both", noisy)):
+        shown = De3(build(), linear(), level(degrade), degrade=degrade, mask_ratio=0.5).degraded(images, seeds)
+        tiles = (shown == 0.5).all(dim=1).unfold(1, 4, 4).unfold(2, 4, 4).flatten(-2).all(dim=-1)
+        assert torch.equal(tiles.flatten(1), Mask.random(seeds, 6, 0.5).hidden)
+        seen = ~tiles.repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1).expand_as(images)
+        torch.testing.assert_close(shown[seen], kept[seen], **CLOSE)
+
+
+def test_print_tells_the_settings():
+    text = repr(De3(build(), linear(), 70, degrade="both", mask_ratio=0.6).frozen(8))
+    for part in ("sigma=70.0", "degrade='both'", "mask_ratio=0.6", "case='both, raw target'", "frozen=seed 8"):
+        assert part in text
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sigma": float("nan")}, ["sigma", "finite", "nan"]),
+        ({"sigma": float("inf")}, ["sigma", "finite", "inf"]),
+        ({"sigma": -1.0}, ["sigma", "0 or more", "-1", "None turns the defense off"]),
+        ({"draws": 0}, ["draws", "at least 1", "0"]),
+        ({"aggregate": "mean"}, ["logits", "vote", "mean"]),
+        ({"degrade": "blur"}, ["noise", "mask", "both", "blur"]),
+        ({"mask_ratio": 1.0}, ["mask_ratio", "between 0 and 1", "1.0"]),
+        ({"mask_ratio": float("nan")}, ["mask_ratio", "between 0 and 1", "nan"]),
+        ({"statistics": "clean"}, ["input", "noisy", "clean"]),
+        ({"denoiser": None, "degrade": "mask", "sigma": 0}, ["mask", "denoiser"]),
+        ({"denoiser": None, "degrade": "both"}, ["both", "denoiser"]),
+        ({"degrade": "mask"}, ["mask", "sigma=0", "70"]),
+        ({"degrade": "mask", "sigma": 0, "statistics": "noisy"}, ["noisy", "mask"]),
+    ],
+)
+def test_bad_options_are_refused(options, words):
+    chosen = {"denoiser": build(True), "classifier": linear(), "sigma": 70} | options
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        De3(**chosen)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("sigma", [70, None])
+@pytest.mark.parametrize(
+    ("images", "error", "words"),
+    [
+        (torch.full((2, 2, 8, 12), float("nan")), ValueError, ["[0, 1]", "nan"]),
+        (torch.full((2, 2, 8, 12), float("inf")), ValueError, ["[0, 1]", "inf"]),
+        (torch.full((2, 2, 8, 12), 1.01), ValueError, ["[0, 1]", "1.01", "normalised"]),
+        (torch.full((2, 2, 8, 12), -0.01), ValueError, ["[0, 1]", "-0.01"]),
+        (torch.full((2, 2, 8, 12), 255, dtype=torch.uint8), TypeError, ["float in [0, 1]", "uint8", "255"]),
+        (torch.zeros(2, 8, 12), ValueError, ["(B, C, H, W)", "(2, 8, 12)"]),
+    ],
+)
+def test_bad_pixels_are_refused_before_any_work(images, error, words, sigma):
+    classifier = Recorder(linear())
+    defense = De3(build(), classifier, sigma)
+    calls = [defense, defense.denoise, lambda pixels: defense.sweep(pixels, [35], 1)]
+    for call in calls:
+        with pytest.raises(error) as caught:
+            call(images)
+        for word in words:
+            assert word in str(caught.value)
+    assert classifier.sizes == []
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(2, 3, 8, 12), ["channels", "(2, 3, 8, 12)"]),
+        (torch.zeros(2, 2, 8, 8), ["(8, 12)", "(8, 8)"]),
+        (torch.zeros(2, 2, 7, 12), ["(8, 12)", "(7, 12)"]),
+    ],
+)
+def test_images_that_the_denoiser_does_not_take_are_refused(images, words):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        De3(build(), linear(), 70)(images)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_seeds_of_another_length_are_refused():
+    defense = De3(build(), linear(), 70)
+    for call in (
+        lambda: defense.draw_logits(pixels(), SEEDS[:, :2]),
+        lambda: defense.denoise(pixels(), seeds=SEEDS[0, :2]),
+        lambda: defense.sweep(pixels(), [35], 3, seeds=SEEDS),
+        lambda: defense.sweep(pixels(2), [35], 2, seeds=SEEDS),
+    ):
+        with pytest.raises(ValueError, match="seeds must have shape"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "draws", "max_batch", "batch"),
+    [([], 1, 8, 1), ([35], 0, 8, 1), ([35], 1, 0, 1), ([35], 1, 8, 0)],
+)
+def test_an_empty_sweep_is_refused(sigmas, draws, max_batch, batch):
+    with pytest.raises(ValueError, match="at least 1"):
+        De3(build(), linear(), 70).sweep(pixels(batch), sigmas, draws, max_batch=max_batch)
+
+
+def test_bad_levels_are_refused_wherever_they_come_in():
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite number of 0-255"):
+            De3(build(), linear(), 70).sweep(pixels(), [35, bad], 1)
+        with pytest.raises(ValueError, match="finite number of 0-255"):
+            De3(build(), linear(), 70).denoise(pixels(), bad)
+    masks = De3(build(), linear(), 0, degrade="mask")
+    for call in (lambda: masks.sweep(pixels(), [0, 35], 1), lambda: masks.denoise(pixels(), 35)):
+        with pytest.raises(ValueError, match="adds no noise"):
+            call()
+
+
+def tuned(images: str) -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        return Classifier(ClassifierConfig.for_encoder(CONFIG, CLASSES, images=images))
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "degrade", "statistics", "case"),
+    [
+        (None, "noise", "input", "noisy"),
+        (False, "noise", "input", "noise, raw target"),
+        (False, "noise", "noisy", "noise, raw target"),
+        (True, "noise", "input", "noise, input statistics"),
+        (True, "noise", "noisy", "noise, noisy statistics"),
+        (True, "both", "noisy", "both, noisy statistics"),
+        (False, "mask", "input", "mask, raw target"),
+    ],
+)
+def test_a_classifier_of_another_case_warns_and_no_other_does(denoiser, degrade, statistics, case):
+    model = None if denoiser is None else build(denoiser)
+    options = {"degrade": degrade, "statistics": statistics}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        matching = De3(model, tuned(case), level(degrade), **options)
+        assert matching.case == case
+        matching.frozen()
+        De3(model, linear(), level(degrade), **options)  # records nothing
+        De3(model, tuned("clean"), None, **options)  # off
+    for other in ("clean", "noise, other statistics"):
+        with pytest.warns(UserWarning, match=f"{other!r} and is used on {case!r}") as caught:
+            De3(model, tuned(other), level(degrade), **options)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+
+
+# The stream of draws
+
+
+@pytest.mark.usefixtures("global_rng_untouched")
+@pytest.mark.parametrize("degrade", ["noise", "mask", "both"])
+def test_the_global_generator_is_neither_read_nor_moved(degrade):
+    defense = De3(build(), linear(), level(degrade), degrade=degrade, seed=3)
+    calls = (
+        defense,
+        defense.denoise,
+        lambda images: defense.sweep(images, [level(degrade)], 2),
+        copy.deepcopy(defense),
+    )
+    for call in calls:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            state = torch.get_rng_state()
+            first = call(pixels())
+            assert torch.equal(torch.get_rng_state(), state)
+            torch.manual_seed(0)
+            assert not torch.equal(call(pixels()), first), "a reseeded client must not replay the draws"
+
+
+def test_without_a_seed_every_defense_has_its_own_stream():
+    first, second = noise_only(), noise_only()
+    draws = [noise_of(defense, pixels()) for defense in (first, first, second)]
+    for one in range(3):
+        for other in range(one):
+            assert not torch.isclose(draws[one], draws[other]).all(dim=1).any()
+
+
+def test_images_of_a_batch_have_different_noise():
+    noise = noise_of(noise_only(seed=3), pixels(1).expand(3, -1, -1, -1))
+    assert not torch.isclose(noise[0], noise[1]).any()
+
+
+def test_a_seed_fixes_the_sequence():
+    first, second, other = noise_only(seed=3), noise_only(seed=3), noise_only(seed=4)
+    for _ in range(3):
+        result = first(pixels())
+        assert torch.equal(result, second(pixels()))
+        assert not torch.equal(result, other(pixels()))
+
+
+def through_file(defense: De3) -> De3:
+    file = io.BytesIO()
+    torch.save(defense, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda defense: pickle.loads(pickle.dumps(defense)), through_file]
+)
+
+
+@COPIES
+@pytest.mark.parametrize("seed", [None, 3])
+def test_copies_draw_differently(duplicate, seed):
+    original = noise_only(seed=seed)
+    original(pixels())
+    family = [original, duplicate(original), duplicate(original)]
+    family.append(duplicate(family[1]))
+    results = [torch.stack([defense(pixels()) for _ in range(3)]) for defense in family]
+    draws = torch.cat(results).flatten(1)
+    assert len(draws.unique(dim=0)) == 12
+
+
+@COPIES
+def test_copying_leaves_the_original_and_a_seed_fixes_the_copies_too(duplicate):
+    plain, copied = noise_only(seed=3), noise_only(seed=3)
+    first, second = duplicate(copied), duplicate(noise_only(seed=3))
+    assert torch.equal(first(pixels()), second(pixels()))
+    assert torch.equal(plain(pixels()), copied(pixels()))
+
+
+@COPIES
+def test_a_copy_of_a_frozen_defense_is_the_same_function(duplicate):
+    frozen = noise_only().frozen(3)
+    assert torch.equal(duplicate(frozen)(pixels()), frozen(pixels()))
+    assert duplicate(frozen).is_frozen
+
+
+def test_ranks_draw_differently(monkeypatch):
+    alone = noise_only(seed=3)(pixels())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    results = []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        results.append(noise_only(seed=3)(pixels()))
+        frozen = noise_only().frozen(3)(pixels())
+    monkeypatch.undo()
+    assert torch.equal(results[0], alone)
+    assert len(torch.stack(results).flatten(0, 1).unique(dim=0)) == 3 * BATCH
+    assert torch.equal(frozen, noise_only().frozen(3)(pixels()))
+
+
+def test_replicas_of_data_parallel_draw_differently():
+    defense = noise_only(seed=3)
+    results = [defense(pixels())]
+    for _ in range(2):  # two calls of DataParallel, each with replicas of its own
+        for replica in [defense._replicate_for_data_parallel() for _ in range(2)]:
+            replica._calls = torch.zeros_like(defense._calls)  # broadcast copies on other devices
+            results.append(replica(pixels()))
+    assert len(torch.stack(results).flatten(0, 1).unique(dim=0)) == 5 * BATCH
+
+
+def test_checkpoints_hold_no_stream():
+    defense = De3(build(), linear(), 70)
+    names = {f"denoiser.{name}" for name in defense.denoiser.state_dict()}
+    assert set(defense.state_dict()) == names | {f"classifier.{name}" for name in defense.classifier.state_dict()}
+
+
+@pytest.mark.parametrize(("degrade", "aggregate"), [("noise", "logits"), ("both", "vote")])
+def test_a_compiled_defense_draws_afresh(degrade, aggregate):
+    torch.compiler.reset()
+    options = {"degrade": degrade, "aggregate": aggregate, "draws": 2, "seed": 3}
+    compiled = torch.compile(De3(build(), linear(), 70, **options), fullgraph=True, backend="aot_eager")
+    eager = De3(build(), linear(), 70, **options)
+    first, second = compiled(pixels()), compiled(pixels())
+    torch.testing.assert_close(first, eager(pixels()), **CLOSE)
+    torch.testing.assert_close(second, eager(pixels()), **CLOSE)
+    assert not torch.equal(first, second)
+
+
+# Frozen
+
+
+@CASES
+def test_frozen_is_a_function_of_the_image_whatever_the_batch(degrade, norm_pix, statistics):
+    options = {"degrade": degrade, "statistics": statistics, "mask_ratio": 0.5, "draws": 2}
+    random = De3(build(norm_pix), linear(), level(degrade), **options)
+    frozen, images = random.frozen(7), pixels()
+    assert frozen.is_frozen
+    assert not frozen.is_random
+    assert random.is_random
+    together = frozen(images)
+    assert torch.equal(frozen(images), together)
+    torch.testing.assert_close(frozen(images[[2]]), together[[2]], **CLOSE)
+    torch.testing.assert_close(frozen(images[[1, 0, 1, 2]]), together[[1, 0, 1, 2]], **CLOSE)
+    torch.testing.assert_close(random.frozen(7)(images), together, **CLOSE)
+    assert not torch.allclose(random.frozen(8)(images), together)
+    # And it is the defense: its seeds, drawn by hand, give it.
+    seeds = frozen.seeds(123, Domain.SCORE, torch.arange(BATCH), 1)
+    assert seeds.shape == (2, BATCH)
+    assert (seeds == seeds[:, :1]).all()
+    expected = torch.stack([by_hand(random, images, draw, level(degrade)) for draw in seeds]).mean(dim=0)
+    torch.testing.assert_close(together, expected, **CLOSE)
+
+
+def test_frozen_answers_every_stage_with_the_same_draws():
+    frozen, ids = noise_only(draws=2).frozen(7), torch.tensor([4, 9])
+    attack = frozen.seeds(1, Domain.ATTACK, ids, 1, step=5)
+    assert torch.equal(frozen.seeds(2, Domain.SCORE, ids, 3), attack.repeat(3, 1))
+
+
+def test_frozen_shares_the_modules():
+    defense = De3(build(), linear(), 70)
+    assert defense.frozen().denoiser is defense.denoiser
+    assert defense.frozen().classifier is defense.classifier
+
+
+# Several draws
+
+
+def test_draws_are_averaged_by_default():
+    defense, images = De3(build(), linear(), 70, draws=2), pixels()
+    seeds = draw_seeds(0, Domain.SCORE, torch.arange(BATCH), 6)
+    single = De3(build(), linear(), 70).draw_logits(images, seeds)
+    torch.testing.assert_close(defense.draw_logits(images, seeds), single.view(3, 2, BATCH, -1).mean(dim=1), **CLOSE)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_the_vote_is_the_majority_with_ties_broken_by_the_mean_probability(data):
+    draws, classes = data.draw(st.integers(1, 6)), data.draw(st.integers(2, 5))
+    logit = st.integers(-3000, 3000) | st.integers(-2, 2)  # far apart: probabilities that underflow
+    rows = torch.tensor(
+        data.draw(
+            st.lists(st.lists(logit, min_size=classes, max_size=classes, unique=True), min_size=draws, max_size=draws)
+        ),
+        dtype=torch.float64,
+    ).requires_grad_()
+    defense = De3(None, Table(rows), 70, draws=draws, aggregate="vote")
+    image = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    result = defense(image)
+    assert result.isfinite().all()
+
+    votes = torch.bincount(rows.argmax(dim=1), minlength=classes)
+    log_mean = (rows.softmax(dim=1).mean(dim=0)).detach().log()
+    order = sorted(range(classes), key=lambda k: (int(votes[k]), float(log_mean[k])))
+    winner, second = order[-1], order[-2]
+    if votes[winner] > votes[second] or log_mean[winner] - log_mean[second] > 1e-9:
+        assert result.argmax() == winner
+    # The logs of the shares of votes, off by the tie break alone, which is less than half a vote.
+    assert ((result.exp()[0] - votes / draws).abs() <= 0.25 / draws + 1e-12).all()
+
+    upward = torch.arange(1.0, classes + 1, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(result[0] @ upward, rows)
+    surrogate = rows.log_softmax(dim=1).logsumexp(dim=0)
+    (expected,) = torch.autograd.grad(surrogate @ upward, rows)
+    torch.testing.assert_close(gradient, expected, **CLOSE)
+    seeds = torch.zeros(draws, 1, dtype=torch.int64)
+    climbed = defense.draw_logits(image, seeds, surrogate=True)[0, 0]
+    torch.testing.assert_close(climbed, surrogate - torch.tensor(float(draws)).double().log(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("aggregate", ["logits", "vote"])
+@pytest.mark.parametrize(
+    ("norm_pix", "statistics"), [(False, "input"), (True, "input"), (True, "noisy")], ids=["raw", "input", "noisy"]
+)
+def test_gradients_through_the_whole_defense(norm_pix, statistics, aggregate):
+    options = {"statistics": statistics, "draws": 2, "aggregate": aggregate}
+    defense = De3(build(norm_pix), linear(), 70, **options).frozen(1)
+    images = (pixels(1) * 0.8 + 0.1).requires_grad_()
+    seeds = defense.seeds(0, Domain.ATTACK, torch.arange(1), 1)
+    assert torch.autograd.gradcheck(lambda x: defense.draw_logits(x, seeds, surrogate=True), images)
+    if aggregate == "logits":
+        assert torch.autograd.gradcheck(defense, images)
+    (gradient,) = torch.autograd.grad(defense(images).sum(), images)
+    assert gradient.isfinite().all()
+    assert gradient.abs().amax() > 0
+
+
+@pytest.mark.parametrize("degrade", ["mask", "both"])
+def test_gradients_through_masks(degrade):
+    defense = De3(build(), linear(), level(degrade), degrade=degrade, mask_ratio=0.5).frozen(1)
+    assert torch.autograd.gradcheck(defense, (pixels(1) * 0.8 + 0.1).requires_grad_())
+
+
+# Sweeps
+
+BUILT = {True: build(True), False: build(False)}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    batch=st.integers(1, 3),
+    levels=st.lists(st.sampled_from([0.0, 12.5, 70.0, 140.0]), min_size=1, max_size=4),
+    draws=st.integers(1, 3),
+    own=st.integers(1, 2),
+    max_batch=st.integers(1, 40),
+    aggregate=st.sampled_from(["logits", "vote"]),
+    case=st.sampled_from([("noise", False, "input"), ("noise", True, "noisy"), ("both", True, "input"), ("none",)]),
+)
+def test_a_sweep_is_the_loop_over_levels_and_never_larger_than_it_may(
+    batch, levels, draws, own, max_batch, aggregate, case
+):
+    classifier = Recorder(linear())
+    denoiser = None if case == ("none",) else BUILT[case[1]]
+    options = {} if denoiser is None else {"degrade": case[0], "statistics": case[2]}
+    defense = De3(denoiser, classifier, 35, draws=own, aggregate=aggregate, **options)
+    images = pixels(batch)
+    seeds = draw_seeds(0, Domain.SCORE, torch.arange(batch), draws * own)
+    result = defense.sweep(images, levels, draws, seeds=seeds, max_batch=max_batch)
+    assert max(classifier.sizes) <= max_batch
+    assert sum(classifier.sizes) == len(levels) * draws * own * batch
+    assert result.shape == (len(levels), draws, batch, CLASSES)
+    assert not result.requires_grad
+    for sigma, logits in zip(levels, result, strict=True):
+        defense.sigma = sigma
+        torch.testing.assert_close(logits, defense.draw_logits(images, seeds), **CLOSE)
+
+
+def test_a_sweep_over_masks_repeats_the_level_that_masks_have():
+    defense = De3(build(), linear(), 0, degrade="mask", mask_ratio=0.5)
+    for max_batch in (1, 5, 256):
+        result = defense.sweep(pixels(), [0, 0], 2, seeds=SEEDS, max_batch=max_batch)
+        expected = defense.draw_logits(pixels(), SEEDS).expand(2, -1, -1, -1)
+        torch.testing.assert_close(result, expected, **CLOSE)
+
+
+def test_a_sweep_without_seeds_takes_fresh_draws_of_the_stream():
+    swept, called = De3(build(), linear(), 70, seed=3), De3(build(), linear(), 70, seed=3)
+    result = swept.sweep(pixels(), [70], 2)
+    torch.testing.assert_close(result[0], torch.stack([called(pixels()), called(pixels())]), **CLOSE)
+    assert not torch.allclose(swept.sweep(pixels(), [70], 2), result)
+
+
+def test_a_sweep_of_a_frozen_defense_is_frozen():
+    frozen = De3(build(), linear(), 70).frozen(3)
+    result = frozen.sweep(pixels(), [70], 2)
+    torch.testing.assert_close(result[0], frozen(pixels()).expand(2, -1, -1), **CLOSE)

@@ -1,0 +1,457 @@
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor, nn
+
+from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
+from denim.kernels import Domain, draw_seeds, normal_noise
+from denim.nim import Autoencoder, AutoencoderConfig
+from denim.nim.data import Batch
+
+CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25,), norm_pix=False)
+COUNT, CLASSES = 10, 3
+IDS = torch.tensor([3, 2**40, -5, 0, 77, 8, 9, 10, 11, 12])
+SETTINGS = EvaluationSettings(
+    ("fgsm:12/255,eot=2", "pgd:12/255,steps=3,eot=2"), draws=5, seed=4, max_batch=8, examples=3
+)
+
+
+class Linear(nn.Module):
+    """Computes in float64, so that the sign of a gradient does not depend on the batch, and keeps all batch sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layer = nn.Linear(64, CLASSES).double().requires_grad_(False)
+        self.sizes: list[int] = []
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.sizes.append(len(pixels))
+        return self.layer(pixels.flatten(1).double())
+
+
+class Wavy(Linear):
+    """Gradients differ from draw to draw, and with them the candidates."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward((12 * pixels).sin())
+
+
+class Images:
+    """A loader of ten images in batches of 4, 4 and 2; it can break down after some batches in all."""
+
+    steps_per_epoch = 3
+
+    def __init__(self, images: Tensor, labels: Tensor, ids: Tensor = IDS, fail_after: int | None = None) -> None:
+        self.images, self.labels, self.ids = images, labels, ids
+        self.left = fail_after
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        assert epoch == 0
+        for part in torch.arange(len(self.ids)).split(4)[start_step:]:
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    raise KeyboardInterrupt
+            yield Batch(self.images[part], self.labels[part], self.ids[part])
+
+
+def images() -> Tensor:
+    return torch.randint(30, 226, (COUNT, 8, 8, 1), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+
+
+def pixels() -> Tensor:
+    return images().permute(0, 3, 1, 2).float() / 255
+
+
+def loader(fail_after: int | None = None) -> Images:
+    labels = Linear()(pixels()).argmax(dim=1)
+    labels[::5] = (labels[::5] + 1) % CLASSES  # two of ten are wrong without an attack
+    return Images(images(), labels, fail_after=fail_after)
+
+
+def defenses() -> dict[str, De3]:
+    classifier = Linear()
+    noisy = De3(None, classifier, 70)
+    return {"off": De3(None, classifier, None), "noise": noisy, "frozen": noisy.frozen(1)}
+
+
+def run(out: Path, chosen=None, source=None, options: EvaluationSettings = SETTINGS, **more):
+    console = Console(file=io.StringIO())
+    return evaluate(chosen or defenses(), source or loader(), options, out, console=console, **more)
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+
+
+def cell_of(evaluation, defense: str, attack: str):
+    (cell,) = [cell for cell in evaluation.cells if (cell.defense, cell.attack) == (defense, attack)]
+    return cell
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, object]:
+    out = tmp_path_factory.mktemp("finished") / "new" / "folder"
+    return out, run(out, classes=("a", "b", "c"))
+
+
+ROWS = ("none", "fgsm:12/255,eot=2", "pgd:12/255,steps=3,eot=2")
+
+
+# What is computed
+
+
+def test_one_record_for_every_defense_attack_and_image(finished):
+    out, _ = finished
+    keys = [(row["defense"], row["attack"], row["id"]) for row in records(out)]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {(name, attack, int(i)) for name in defenses() for attack in ROWS for i in IDS}
+
+
+@pytest.mark.parametrize("name", ["off", "noise", "frozen"])
+@pytest.mark.parametrize("attack", ROWS)
+def test_predictions_are_those_of_the_score_draws_and_misses_those_of_the_confirmation_draws(finished, name, attack):
+    out, _ = finished
+    defense, source = defenses()[name], loader()
+    attacked = pixels()
+    if attack != "none":
+        attacked = Attack.parse(attack).run(defense, attacked, source.labels, IDS, 4).pixels
+
+    def predictions(domain: Domain) -> Tensor:
+        if name == "off":
+            return Linear()(attacked).argmax(dim=1).expand(5, -1)
+        if name == "frozen":
+            return defense(attacked).argmax(dim=1).expand(5, -1)
+        seeds = draw_seeds(4, domain, IDS, 5)
+        noise = normal_noise(seeds, (8, 8, 1)).permute(0, 1, 4, 2, 3)
+        return torch.stack([Linear()(attacked + 70 / 255 * draw).argmax(dim=1) for draw in noise])
+
+    scored, missed = predictions(Domain.SCORE), (predictions(Domain.CONFIRMATION) != source.labels).sum(dim=0)
+    rows = {row["id"]: row for row in records(out) if (row["defense"], row["attack"]) == (name, attack)}
+    for number, i in enumerate(IDS.tolist()):
+        assert rows[i]["predictions"] == scored[:, number].tolist()
+        assert rows[i]["missed"] == missed[number]
+        assert rows[i]["label"] == source.labels[number]
+
+
+def test_cells_score_the_records_and_are_compared_with_the_first_defense(finished):
+    out, evaluation = finished
+    assert [(cell.defense, cell.attack) for cell in evaluation.cells] == [
+        (name, attack) for name in defenses() for attack in (*ROWS, "worst 12/255")
+    ]
+    table = {}
+    for row in sorted(records(out), key=lambda row: row["id"]):
+        table.setdefault((row["defense"], row["attack"]), []).append((row["predictions"], row["label"]))
+    for (name, attack), items in table.items():
+        cell = cell_of(evaluation, name, attack)
+        predictions, labels = (np.array(column) for column in zip(*items, strict=True))
+        assert cell.scores == score(predictions, labels)
+        first = np.mean([np.array(p) == label for p, label in table["off", attack]], axis=1)
+        shares = (predictions == labels[:, None]).mean(axis=1)
+        assert cell.difference == (None if name == "off" else paired_difference(shares, first))
+        assert cell.epsilon == (None if attack == "none" else 12 / 255)
+    assert cell_of(evaluation, "off", "none").scores.mean.value == 0.8
+    assert cell_of(evaluation, "off", ROWS[2]).scores.mean.value < 0.8
+    described = {cell.defense: (cell.sigma, cell.frozen, cell.case) for cell in evaluation.cells}
+    assert described == {
+        "off": (None, False, "undefended"),
+        "noise": (70.0, False, "noisy"),
+        "frozen": (70.0, True, "noisy"),
+    }
+
+
+def test_the_worst_attack_is_chosen_by_confirmation_and_never_by_the_score(tmp_path):
+    attacks = ("fgsm:6/255,eot=1", "pgd:6/255,steps=1,eot=1", "pgd:6/255,steps=2,eot=1", "fgsm:20/255,eot=1")
+    noise = {"noise": De3(None, Wavy(), 70)}
+    evaluation = run(tmp_path, noise, options=replace(SETTINGS, attacks=attacks, draws=3))
+    by_image = {}
+    for row in records(tmp_path):
+        if "6/255" in row["attack"]:
+            by_image.setdefault(row["id"], []).append(row)
+
+    def scores(key):
+        chosen = [max(by_image[i], key=key) for i in sorted(by_image)]
+        return score([row["predictions"] for row in chosen], [row["label"] for row in chosen])
+
+    honest = scores(lambda row: row["missed"])
+    lucky = scores(lambda row: sum(prediction != row["label"] for prediction in row["predictions"]))
+    assert lucky.mean.value < honest.mean.value, "the two choices differ here, so this can be seen"
+    cell = cell_of(evaluation, "noise", "worst 6/255")
+    assert cell.scores == honest
+    assert cell.epsilon == 6 / 255
+    assert not [cell for cell in evaluation.cells if cell.attack == "worst 20/255"], "one attack is no choice"
+
+
+def test_the_sets_of_draws_are_disjoint(tmp_path):
+    asked: dict[Domain, list[Tensor]] = {}
+    drawn: list[tuple[Tensor, bool]] = []
+
+    class Spy(De3):
+        def seeds(self, run_seed, domain, ids, draws=1, step=0):
+            seeds = super().seeds(run_seed, domain, ids, draws, step)
+            asked.setdefault(domain, []).append(seeds)
+            return seeds
+
+        def draw_logits(self, images, seeds, *, surrogate=False):
+            drawn.append((seeds, torch.is_grad_enabled()))
+            return super().draw_logits(images, seeds, surrogate=surrogate)
+
+    run(tmp_path, {"noise": Spy(None, Linear(), 70, draws=2)})
+    assert set(asked) == {Domain.ATTACK, Domain.SELECTION, Domain.CONFIRMATION, Domain.SCORE}
+    sets = {domain: {int(seed) for part in parts for seed in part.flatten()} for domain, parts in asked.items()}
+    for one in sets:
+        for other in sets:
+            assert one == other or not sets[one] & sets[other]
+    assert len(sets[Domain.SCORE]) == len(sets[Domain.CONFIRMATION]) == COUNT * 5 * 2  # the same for every attack
+    with_gradient = {int(seed) for seeds, grad in drawn for seed in seeds.flatten() if grad}
+    assert with_gradient == sets[Domain.ATTACK]
+    assert {int(seed) for seeds, grad in drawn for seed in seeds.flatten()} == set().union(*sets.values())
+
+
+def test_the_order_of_images_changes_nothing(finished, tmp_path):
+    _, evaluation = finished
+    source, order = loader(), torch.tensor([9, 3, 1, 0, 2, 8, 7, 4, 6, 5])
+    other = run(tmp_path, source=Images(source.images[order], source.labels[order], IDS[order]))
+    assert other.cells == evaluation.cells
+
+
+@pytest.mark.usefixtures("global_rng_untouched")
+@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize("max_batch", [1, 7, 1000])
+def test_max_batch_bounds_memory_and_changes_nothing_else(tmp_path, max_batch, draws):
+    classifier = Linear()
+    chosen = {"noise": De3(None, classifier, 70, draws=draws)}
+    chosen["frozen"] = chosen["noise"].frozen(1)
+    expected = run(tmp_path / "expected", chosen).cells
+    classifier.sizes.clear()
+    options = replace(SETTINGS, max_batch=max_batch, examples=0)
+    assert run(tmp_path / "other", chosen, options=options).cells == expected
+    # One image with all draws of a gradient (eot 2, each of the defense's own draws) always goes at once.
+    assert max(classifier.sizes) <= max(max_batch, 2 * draws)
+    assert max_batch < 1000 or max(classifier.sizes) == 4 * 5 * draws
+
+
+def test_defenses_with_a_denoiser_run_too(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = Autoencoder(CONFIG).eval().requires_grad_(False)
+    chosen = {
+        "de3": De3(denoiser, Linear(), 70, draws=2, aggregate="vote"),
+        "mae": De3(denoiser, Linear(), 0, degrade="mask", mask_ratio=0.5),
+    }
+    evaluation = run(tmp_path, chosen)
+    assert {cell.case for cell in evaluation.cells} == {"noise, raw target", "mask, raw target"}
+    shown = evaluation.examples["mae", "none"]
+    assert ((shown.noisy == 0.5).flatten(1).sum(dim=1) >= 32).all()
+    assert not torch.equal(shown.denoised, shown.clean)
+
+
+# Folder
+
+
+def test_results_are_what_is_returned(finished):
+    out, evaluation = finished
+    content = json.loads((out / "results.json").read_text())
+    assert content["classes"] == ["a", "b", "c"]
+    assert content["settings"]["seed"] == 4
+    assert content["warnings"] == list(evaluation.warnings)
+    assert set(content["versions"]) >= {"torch", "denim-vision"}
+    for written, cell in zip(content["cells"], evaluation.cells, strict=True):
+        assert (written["defense"], written["attack"], written["sigma"]) == (cell.defense, cell.attack, cell.sigma)
+        assert written["scores"]["mean"] == vars(cell.scores.mean)
+        assert written["difference"] == (cell.difference and vars(cell.difference))
+
+
+def test_examples_show_one_score_draw(finished):
+    _, evaluation = finished
+    assert set(evaluation.examples) == {(name, attack) for name in defenses() for attack in ROWS}
+    for (name, attack), shown in evaluation.examples.items():
+        assert torch.equal(shown.clean, pixels()[:3])
+        assert torch.equal(shown.labels, loader().labels[:3])
+        distance = (shown.attacked - shown.clean).abs().amax()
+        assert distance == 0 if attack == "none" else distance == pytest.approx(12 / 255, abs=1e-6)
+        predictions = Linear()(shown.denoised).argmax(dim=1)
+        assert torch.equal(shown.predictions, predictions)
+        if attack == "none":
+            assert torch.equal(shown.clean_predictions, predictions)
+        if name == "off":
+            assert torch.equal(shown.denoised, shown.attacked)
+        else:
+            seeds = defenses()[name].seeds(4, Domain.SCORE, IDS[:3], 1)[0]
+            noise = normal_noise(seeds, (8, 8, 1)).permute(0, 3, 1, 2)
+            torch.testing.assert_close(shown.noisy, shown.attacked + 70 / 255 * noise, rtol=0, atol=1e-6)
+            torch.testing.assert_close(shown.denoised, shown.noisy, rtol=0, atol=1e-6)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    # The order of lines is that of work, whatever was lost.
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.data())
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(finished, tmp_path_factory, data):
+    expected, out = contents(finished[0]), tmp_path_factory.mktemp("killed")
+    for _ in range(data.draw(st.integers(1, 3), label="kills")):
+        with pytest.raises(KeyboardInterrupt):
+            run(out, source=loader(fail_after=data.draw(st.integers(0, 26), label="batches")), classes=("a", "b", "c"))
+        assert not (out / "results.json").exists()
+        file = out / "records.jsonl"
+        if file.exists():
+            written = file.read_bytes()
+            # What a kill leaves: the last write, of up to four lines, is cut anywhere.
+            file.write_bytes(written[: len(written) - data.draw(st.integers(0, min(400, len(written))), label="lost")])
+    run(out, classes=("a", "b", "c"))
+    assert contents(out) == expected
+    # And once more, with all done: nothing is attacked again.
+    source, chosen = loader(), defenses()
+    for defense in chosen.values():
+        defense.classifier.sizes.clear()
+    run(out, chosen, source, classes=("a", "b", "c"))
+    assert chosen["off"].classifier.sizes == []
+    assert contents(out) == expected
+
+
+def test_an_evaluation_may_go_on_with_another_max_batch(finished, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, source=loader(fail_after=14))
+    assert run(tmp_path, options=replace(SETTINGS, max_batch=3)).cells == finished[1].cells
+
+
+def masked(ratio: float) -> De3:
+    with torch.random.fork_rng(devices=[]):
+        return De3(Autoencoder(CONFIG).eval(), Linear(), 0, degrade="both", mask_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "options"),
+    [
+        (lambda: defenses() | {"noise": De3(None, Linear(), 71)}, SETTINGS),
+        (lambda: defenses() | {"frozen": De3(None, Linear(), 70).frozen(2)}, SETTINGS),
+        (lambda: defenses() | {"more": De3(None, Linear(), 70)}, SETTINGS),
+        (lambda: defenses() | {"noise": De3(None, Linear(), 70, draws=2)}, SETTINGS),
+        (lambda: {"other": defenses()["noise"]}, SETTINGS),
+        (defenses, replace(SETTINGS, draws=6)),
+        (defenses, replace(SETTINGS, seed=5)),
+        (defenses, replace(SETTINGS, attacks=SETTINGS.attacks[:1])),
+    ],
+)
+def test_a_folder_of_another_evaluation_is_refused_and_left_alone(finished, chosen, options):
+    out, _ = finished
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"holds an evaluation with other settings.*another folder"):
+        run(out, chosen(), options=options)
+    assert contents(out) == before
+
+
+def test_another_mask_ratio_is_another_evaluation(tmp_path):
+    options = EvaluationSettings((), draws=1, examples=0)
+    run(tmp_path, {"dmae": masked(0.5)}, options=options)
+    with pytest.raises(ValueError, match="other settings"):
+        run(tmp_path, {"dmae": masked(0.75)}, options=options)
+
+
+def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
+    options = EvaluationSettings((), draws=1, examples=0)
+    run(tmp_path, options=options)
+    before = contents(tmp_path)
+    write = Path.write_text
+
+    def killed(self: Path, text: str, *args, **kwargs):
+        if "results.json" in self.name:
+            write(self, text[: len(text) // 2])
+            raise KeyboardInterrupt
+        return write(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, options=options)
+    assert contents(tmp_path) == before
+
+
+# Bad input and health
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
+        ({"attacks": ("cw:4/255",)}, "unknown attack 'cw'; choose fgsm or pgd"),
+        ({"attacks": ("pgd",)}, "is not of the form"),
+        ({"attacks": ("pgd:4/255", "pgd:4/255,steps=20")}, "attacks must differ"),
+    ],
+)
+def test_bad_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationSettings(**{"attacks": ("fgsm:4/255",)} | options)
+
+
+def test_no_defense_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="at least one defense"):
+        evaluate({}, loader(), SETTINGS, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Brightness(nn.Module):
+    """Class 1 above a threshold of the mean, with a slope or without one."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.flat = flat
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        margin = pixels.flatten(1).mean(dim=1, keepdim=True) - 0.5
+        return torch.cat((0 * margin, margin.sign() if self.flat else margin), dim=1)
+
+
+def grey(level: int) -> Images:
+    return Images(torch.full((COUNT, 8, 8, 1), level, dtype=torch.uint8), torch.ones(COUNT, dtype=torch.int64))
+
+
+def test_gradients_that_are_zero_are_reported_and_others_are_not(tmp_path):
+    options = EvaluationSettings(("fgsm:4/255",), draws=1, examples=0)
+    with pytest.warns(UserWarning, match="gradient was zero at some step for 10 and not finite for 0 of 10") as caught:
+        flat = run(tmp_path / "flat", {"flat": De3(None, Brightness(True), None)}, grey(140), options)
+    assert len(caught) == 1
+    assert len(flat.warnings) == 1
+    assert flat.warnings[0].startswith("flat under fgsm:4/255,eot=20: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(tmp_path / "steep", {"s": De3(None, Brightness(False), None)}, grey(140), options).warnings == ()
+
+
+def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
+    """A frozen draw that happens to darken every image: randomness alone carries the difference."""
+    random = De3(None, Brightness(False), 140)
+    shift = {
+        seed: float(normal_noise(random.frozen(seed).seeds(0, Domain.SCORE, torch.tensor([0]), 1)[0, 0], (64,)).mean())
+        for seed in range(20)
+    }
+    dark, light = min(shift, key=shift.__getitem__), max(shift, key=shift.__getitem__)
+    options = EvaluationSettings(("fgsm:1/255,eot=1",), draws=20, examples=0)
+    with pytest.warns(UserWarning, match="randomness, not denoising, carries the difference") as caught:
+        bad = run(tmp_path / "dark", {"random": random, "frozen": random.frozen(dark)}, grey(132), options)
+    assert len(caught) == 1
+    assert cell_of(bad, "frozen", "fgsm:1/255,eot=1").scores.mean.value == 0
+    assert cell_of(bad, "random", "fgsm:1/255,eot=1").scores.mean.value > 0.4
+    assert bad.warnings[0].startswith("random under fgsm:1/255,eot=1: frozen accuracy 0.0 [")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "light", {"random": random, "frozen": random.frozen(light)}, grey(132), options)
+        other = {"random": De3(None, Brightness(False), 135), "frozen": random.frozen(dark)}
+        run(tmp_path / "other level", other, grey(132), options)
