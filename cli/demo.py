@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 from rich.console import Console
 
-from denim.defense import De3, EvaluationSettings, evaluate, print_table, write_report
+from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
 from denim.nim import Autoencoder, Classifier, FinetuneConfig, PretrainConfig, finetune, pretrain
 from denim.nim.checkpoint import atomic_write
 from denim.nim.data import EvalView, Subset, TorchLoader, open_source
@@ -32,7 +33,7 @@ FROZEN = 70.0
 EPOCHS = {"pretraining": 90, "clean": 45, "denoised": 55}
 IMAGES = 500
 # The first radius lets the defense show, the second leaves the clean classifier nothing, the third breaks them all.
-ATTACKS = ("fgsm:16/255,eot=4", "pgd:16/255,steps=10,eot=4", "pgd:32/255,steps=10,eot=4", "pgd:64/255,steps=5,eot=2")
+ATTACKS = ("fgsm:16/255,eot=4", "pgd:16/255,steps=10,eot=4", "pgd:32/255,steps=10,eot=4", "pgd:96/255,steps=5,eot=2")
 
 
 def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
@@ -45,6 +46,7 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
         seed: of everything.
     """
     console = Console()
+    warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     started = time.perf_counter()
     marker = out / "demo.json"
     if marker.exists():

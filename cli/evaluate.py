@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from rich.console import Console
 
-from denim.defense import De3, EvaluationSettings, evaluate, print_table, write_report
+from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
 from denim.nim import Autoencoder, Classifier
 from denim.nim.data import EvalView, Subset, TorchLoader, open_source
 from denim.nim.engine import pick_device
@@ -59,6 +60,7 @@ def main(
         device: auto, or a torch device.
     """
     console = Console()
+    warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
     settings = EvaluationSettings(attacks, draws, seed, max_batch, examples)
     model = Classifier.from_pretrained(classifier).to(where)

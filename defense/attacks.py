@@ -16,7 +16,7 @@ from denim.kernels import Domain, Stream, attack_step, derive_seeds, uniform_noi
 
 __all__ = ["Attack", "Attacked"]
 
-_FORM = "NAME:EPSILON[,steps=N][,eot=N][,restarts=N][,gray], such as fgsm:4/255 or pgd:4/255,steps=20,eot=20"
+_FORM = "fgsm:EPSILON[,eot=N][,gray] or pgd:EPSILON[,steps=N][,eot=N][,restarts=N][,gray], EPSILON such as 4/255"
 LOSSES = ("mean loss", "mean probability")
 
 
@@ -82,6 +82,8 @@ class Attack:
             radius = float(Fraction(epsilon))
             for option in options:
                 key, _, value = option.partition("=")
+                if name == "fgsm" and key in ("steps", "restarts"):
+                    raise ValueError(key)
                 if key == "gray" and not value:
                     settings[key] = True
                 elif key in ("steps", "eot", "restarts"):

@@ -6,13 +6,15 @@ draws choose the worst attack per image, and *score* draws, which nothing has se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -28,10 +30,14 @@ from denim.kernels import Domain
 from denim.nim.checkpoint import atomic_write
 from denim.nim.data import Loader
 
-__all__ = ["Cell", "Evaluation", "EvaluationSettings", "Examples", "evaluate"]
+__all__ = ["Cell", "Evaluation", "EvaluationSettings", "Examples", "HealthWarning", "evaluate"]
 
 CLEAN = "none"
 WORST = "worst"
+
+
+class HealthWarning(UserWarning):
+    """A result that is not what it looks like; `Evaluation.warnings` and the report have them all."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def evaluate(
     earlier one stopped, with the same result.
 
     Args:
-        defenses: by name; the first one is what the others are compared with.
+        defenses: by name, put into evaluation mode; the first one is what the others are compared with.
         loader: its epoch 0 yields the images, in any order.
         settings: attacks, draws and seed.
         out: folder of the evaluation.
@@ -143,13 +149,15 @@ def evaluate(
         console: where progress goes.
 
     Raises:
-        ValueError: no defense, or `out` holds an evaluation with other settings.
+        ValueError: no defense, no images, or `out` holds an evaluation of other settings, weights or images.
     """
     console = console or Console(stderr=True)
     if not defenses:
         raise ValueError("evaluate needs at least one defense")
     attacks: list[Attack | None] = [None, *(Attack.parse(text) for text in settings.attacks)]
-    _claim_folder(out, defenses, settings)
+    for defense in defenses.values():
+        defense.eval()
+    _claim_folder(out, defenses, loader, settings)
     records = _Records(out / "records.jsonl")
     notes: list[str] = []
     work = [(name, defense, attack) for name, defense in defenses.items() for attack in attacks]
@@ -192,21 +200,44 @@ def evaluate(
     with atomic_write(out / "results.json") as staged:
         staged.write_text(json.dumps(content, indent=2) + "\n")
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, HealthWarning, stacklevel=2)
     return evaluation
 
 
-def _claim_folder(out: Path, defenses: Mapping[str, De3], settings: EvaluationSettings) -> None:
-    # max_batch changes nothing but memory.
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _claim_folder(out: Path, defenses: Mapping[str, De3], loader: Loader, settings: EvaluationSettings) -> None:
+    """Write down what is evaluated, weights and first images included, or check it against what stands there."""
+    first = next(loader.epoch(0), None)
+    if first is None:
+        raise ValueError("evaluate needs images, and the loader yields none")
+    modules = {id(module): module for de3 in defenses.values() for module in (de3.classifier, de3.denoiser) if module}
+    weights = {key: _digest(module.state_dict().values()) for key, module in modules.items()}
     content = {
+        # max_batch changes nothing but memory.
         "settings": {key: value for key, value in asdict(settings).items() if key != "max_batch"},
-        "defenses": {name: defense.extra_repr() for name, defense in defenses.items()},
+        "images": _digest((first.ids, first.labels, first.images)),
+        "defenses": {
+            name: {
+                "settings": de3.extra_repr(),
+                "classifier": weights[id(de3.classifier)],
+                "denoiser": weights.get(id(de3.denoiser)),
+            }
+            for name, de3 in defenses.items()
+        },
     }
     content = json.loads(json.dumps(content))
     file = out / "evaluation.json"
     if file.exists() and json.loads(file.read_text()) != content:
         raise ValueError(
-            f"{out} holds an evaluation with other settings; see {file.name} there, or choose another folder"
+            f"{out} holds an evaluation of other settings, weights or images; see {file.name} there, or choose another "
+            "folder"
         )
     if not file.exists():
         with atomic_write(file) as staged:
@@ -313,7 +344,7 @@ def _evaluate_cell(
 
 def _examples_file(out: Path, name: str, attack: Attack | None) -> Path:
     text = f"{name} {CLEAN if attack is None else attack}"
-    return out / "examples" / f"{''.join(c if c.isalnum() else '-' for c in text)}.safetensors"
+    return out / "examples" / f"{quote(text, safe=' ,=')}.safetensors"
 
 
 @torch.no_grad()
@@ -397,16 +428,17 @@ def _health(defenses: Mapping[str, De3], cells: Sequence[Cell], records: _Record
                 f"{len(rows)} images; the attack is weaker than it looks (docs/method.md, health checks)"
             )
     by_place = {(cell.defense, cell.attack): cell for cell in cells}
-    for cell in cells:
-        if not cell.frozen or cell.epsilon is None:
-            continue
-        for name, defense in defenses.items():
-            other = by_place[name, cell.attack]
-            same = not other.frozen and other.case == cell.case and defense.sigma == cell.sigma
-            if same and cell.scores.mean.high < other.scores.mean.low:
+    attacks = dict.fromkeys(cell.attack for cell in cells if cell.epsilon is not None)
+    for name, frozen in defenses.items():
+        for other, random in defenses.items():
+            alike = (frozen.case, frozen.sigma, frozen.mask_ratio) == (random.case, random.sigma, random.mask_ratio)
+            if not frozen.is_frozen or random.is_frozen or not alike:
+                continue
+            pairs = {text: (by_place[name, text].scores.mean, by_place[other, text].scores.mean) for text in attacks}
+            below = [f"{text}: {a} against {b}" for text, (a, b) in pairs.items() if a.high < b.low]
+            if below:
                 notes.append(
-                    f"{name} under {cell.attack}: frozen accuracy {cell.scores.mean} is below the random defense's "
-                    f"{other.scores.mean}: randomness, not denoising, carries the difference "
-                    "(docs/method.md, health checks)"
+                    f"{name} is less accurate than {other}, whose noise is random ({'; '.join(below)}): randomness, "
+                    "not denoising, carries the difference (docs/method.md, health checks)"
                 )
     return notes

@@ -127,13 +127,13 @@ def test_texts_that_reports_show():
         "pgd:4/255,steps=3.5",
         "pgd:4/255,gray=1",
         "pgd:4/255,",
+        "fgsm:4/255,steps=3",
     ],
 )
 def test_other_texts_are_refused_with_the_form(text):
-    with pytest.raises(ValueError, match="is not of the form NAME:EPSILON") as caught:
+    with pytest.raises(ValueError, match="is not of the form fgsm:EPSILON") as caught:
         Attack.parse(text)
     assert repr(text) in str(caught.value)
-    assert "pgd:4/255,steps=20" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -353,7 +353,7 @@ def masked(ratio: float) -> De3:
 def test_a_folder_of_another_evaluation_is_refused_and_left_alone(finished, chosen, options):
     out, _ = finished
     before = contents(out)
-    with pytest.raises(ValueError, match=r"holds an evaluation with other settings.*another folder"):
+    with pytest.raises(ValueError, match=r"holds an evaluation of other settings.*another folder"):
         run(out, chosen(), options=options)
     assert contents(out) == before
 
@@ -363,6 +363,16 @@ def test_another_mask_ratio_is_another_evaluation(tmp_path):
     run(tmp_path, {"dmae": masked(0.5)}, options=options)
     with pytest.raises(ValueError, match="other settings"):
         run(tmp_path, {"dmae": masked(0.75)}, options=options)
+
+
+def test_other_weights_or_images_are_another_evaluation(tmp_path):
+    options = EvaluationSettings((), draws=1, examples=0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    run(tmp_path, {"off": De3(None, network, None)}, options=options)
+    with torch.no_grad():
+        network[1].weight.add_(1)
+    with pytest.raises(ValueError, match="weights or images"):
+        run(tmp_path, {"off": De3(None, network, None)}, options=options)
 
 
 def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
@@ -449,7 +459,9 @@ def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
     assert len(caught) == 1
     assert cell_of(bad, "frozen", "fgsm:1/255,eot=1").scores.mean.value == 0
     assert cell_of(bad, "random", "fgsm:1/255,eot=1").scores.mean.value > 0.4
-    assert bad.warnings[0].startswith("random under fgsm:1/255,eot=1: frozen accuracy 0.0 [")
+    assert bad.warnings[0].startswith(
+        "frozen is less accurate than random, whose noise is random (fgsm:1/255,eot=1: 0.0 ["
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(tmp_path / "light", {"random": random, "frozen": random.frozen(light)}, grey(132), options)
