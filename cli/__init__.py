@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 
 __all__ = ["main"]
 
@@ -38,8 +40,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = importlib.import_module(f"denim.cli.{words[0]}")
     import tyro
 
-    chosen = tyro.cli(command.main, args=words[1:], prog=f"denim {words[0]}", return_unknown_args=False)
-    raise SystemExit(chosen)
+    try:
+        tyro.cli(command.main, args=words[1:], prog=f"denim {words[0]}")
+    except SystemExit as stop:
+        if stop.code == 2:  # tyro has said what is wrong, but not what would be right
+            print(f"options of denim {words[0]}: {' '.join(_options(command.main))}", file=sys.stderr)
+        raise
+
+
+def _options(command: Callable[..., None]) -> list[str]:
+    """The names of a command's options; those of a dataclass are its fields."""
+    names: list[str] = []
+    for name, annotation in typing.get_type_hints(command).items():
+        fields = dataclasses.fields(annotation) if dataclasses.is_dataclass(annotation) else []
+        names += [field.name for field in fields] or [name] * (name != "return")
+    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def run() -> None:

@@ -125,7 +125,9 @@ def test_unknown_options_are_named(capsys, tmp_path):
     denim("pretrain", "--out", tmp_path / "run", "--epoch-count", "3", status=2)
     error = capsys.readouterr().err
     assert "--epoch-count" in error
-    assert "--help" in error
+    assert " --epochs --warmup-epochs " in error.splitlines()[-1]
+    denim("evaluate", "--classifier", "x", "--sigma", "70", status=2)
+    assert " --sigmas --frozen " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
