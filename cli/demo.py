@@ -53,7 +53,7 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
         shutil.rmtree(out)
     elif out.exists() and any(out.iterdir()) and not (out / "pretraining" / "run.json").exists():
         raise ValueError(f"{out} holds something that is no demo; choose another folder with --out")
-    common = {"data": "digits", "seed": seed, "device": "cpu", "resume": True, **AUGMENTATION}
+    common = {"data": "digits", "seed": seed, "device": "cpu", "resume": True, "checkpoint_every": 90, **AUGMENTATION}
     pretrain(
         PretrainConfig(
             out=out / "pretraining",

@@ -78,8 +78,9 @@ def main(
         for sigma in sigmas:
             defended = De3(rebuild, model, sigma, degrade=degrade, statistics=statistics, seed=seed).to(where)
             defenses[f"sigma {sigma:g}"] = defended
-            if frozen == sigma:
-                defenses[f"sigma {sigma:g} frozen"] = defended.frozen(seed)
+        if frozen is not None:
+            fixed = De3(rebuild, model, frozen, degrade=degrade, statistics=statistics, seed=seed).to(where)
+            defenses[f"sigma {frozen:g} frozen"] = fixed.frozen(seed)
     source = open_source(data, split, len(model.config.mean))
     chosen = Subset(source, images, seed) if 0 < images < len(source) else source
     view = EvalView(model.config.image_size[0])
