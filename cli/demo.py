@@ -50,7 +50,9 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
     started = time.perf_counter()
     marker = out / "demo.json"
     if marker.exists():
-        shutil.rmtree(out)
+        for part in ("pretraining", "finetuning-clean", "finetuning-denoised", "evaluation"):
+            shutil.rmtree(out / part, ignore_errors=True)
+        marker.unlink()
     elif out.exists() and any(out.iterdir()) and not (out / "pretraining" / "run.json").exists():
         raise ValueError(f"{out} holds something that is no demo; choose another folder with --out")
     common = {"data": "digits", "seed": seed, "device": "cpu", "resume": True, "checkpoint_every": 90, **AUGMENTATION}

@@ -33,7 +33,7 @@ from denim.nim.checkpoint import (
     atomic_write,
     read_safetensors,
 )
-from denim.nim.data import Batch, Loader
+from denim.nim.data import Batch, Loader, TrainView
 
 __all__ = ["TrainConfig", "keyed_torch", "latest_checkpoint", "pick_device", "train"]
 
@@ -119,6 +119,18 @@ class TrainConfig:
     def part_size(self) -> int:
         """Images per forward pass."""
         return self.batch_size // self.accumulate
+
+    def view(self, size: int, auto_augment: str | None = None) -> TrainView:
+        """The random view of training images, with a side of `size` pixels."""
+        return TrainView(
+            size,
+            crop_scale=self.crop_scale,
+            flip=self.flip,
+            degrees=self.degrees,
+            translate=self.translate,
+            zoom=self.zoom,
+            auto_augment=auto_augment,
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
-from denim.nim.data import Batch, EvalView, Source, TorchLoader, TrainView, keyed_globals, open_source
+from denim.nim.data import Batch, EvalView, Source, TorchLoader, keyed_globals, open_source
 from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train
 from denim.nim.reconstruct import DEGRADATIONS, add_noise, reconstruct
 from denim.nim.sigma import Sigma
@@ -120,15 +120,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         classes=tuple(source.classes),
         images=config.training_case(autoencoder),
     )
-    view = TrainView(
-        body.image_size[0],
-        crop_scale=config.crop_scale,
-        flip=config.flip,
-        degrees=config.degrees,
-        translate=config.translate,
-        zoom=config.zoom,
-        auto_augment=config.auto_augment,
-    )
+    view = config.view(body.image_size[0], config.auto_augment)
     loader = TorchLoader(source, view, config.part_size, seed=config.seed, workers=config.workers)
     with keyed_torch(config.seed, torch.device("cpu")):
         model = Classifier(architecture)

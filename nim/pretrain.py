@@ -11,7 +11,7 @@ from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import PRESETS, Autoencoder, preset
-from denim.nim.data import Batch, TorchLoader, TrainView, open_source
+from denim.nim.data import Batch, TorchLoader, open_source
 from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train
 from denim.nim.objectives import Objective
 
@@ -79,14 +79,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         norm_pix=config.target == "norm",
         objective=config.objective,
     )
-    view = TrainView(
-        architecture.image_size[0],
-        crop_scale=config.crop_scale,
-        flip=config.flip,
-        degrees=config.degrees,
-        translate=config.translate,
-        zoom=config.zoom,
-    )
+    view = config.view(architecture.image_size[0])
     loader = TorchLoader(source, view, config.part_size, seed=config.seed, workers=config.workers)
     with keyed_torch(config.seed, torch.device("cpu")):
         model = Autoencoder(architecture)
