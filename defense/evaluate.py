@@ -370,7 +370,7 @@ def _save_examples(
         "predictions": defense.draw_logits(pixels, seeds)[0].argmax(dim=-1).cpu(),
     }
     with atomic_write(file) as staged:
-        save_file({key: tensor.clone() for key, tensor in tensors.items()}, staged)  # some are one tensor
+        save_file({key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}, staged)
 
 
 def _load_examples(out: Path, name: str, attack: Attack | None) -> Examples:

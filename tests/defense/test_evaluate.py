@@ -445,6 +445,17 @@ def test_gradients_that_are_zero_are_reported_and_others_are_not(tmp_path):
         assert run(tmp_path / "steep", {"s": De3(None, Brightness(False), None)}, grey(140), options).warnings == ()
 
 
+def test_photos_with_three_channels(tmp_path):
+    """Channels make NHWC batches and NCHW pixels two memory layouts."""
+    images = torch.randint(0, 256, (COUNT, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    defended = De3(None, Brightness(False), 70)
+    options = EvaluationSettings(("fgsm:4/255,eot=2",), draws=2, examples=3)
+    done = run(tmp_path, {"noise": defended}, Images(images, torch.ones(COUNT, dtype=torch.int64)), options)
+    kept = done.examples["noise", "fgsm:4/255,eot=2"]
+    assert torch.equal(kept.clean, images[:3].permute(0, 3, 1, 2).float() / 255)
+    assert (kept.attacked - kept.clean).abs().max() <= 4 / 255 + 1e-6
+
+
 def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
     """A frozen draw that happens to darken every image: randomness alone carries the difference."""
     random = De3(None, Brightness(False), 140)
