@@ -183,7 +183,9 @@ class ImageFolder:
 
 
 class Subset:
-    """A fixed random part of a source: the same images for the same seed, whatever comes of the rest.
+    """A fixed random part of a source, in random order: its beginning is random too, as a gallery wants it.
+
+    The choice is a function of the seed and the ids.
 
     Args:
         source: the whole.
@@ -198,7 +200,7 @@ class Subset:
         if not 0 < count <= len(source):
             raise ValueError(f"a subset of {source.name} has 1 to {len(source)} images, got {count}")
         words = noise_words(derive_seeds(seed, Domain.SUBSET, source.ids), 1).squeeze(-1)
-        self._chosen = words.argsort(stable=True)[:count].sort().values
+        self._chosen = words.argsort(stable=True)[:count]
         self._source = source
         self.name, self.classes, self.channels = source.name, source.classes, source.channels
         self.labels, self.ids, self.skipped = source.labels[self._chosen], source.ids[self._chosen], source.skipped

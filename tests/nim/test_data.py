@@ -21,6 +21,7 @@ from denim.nim.data import (
     Digits,
     EvalView,
     ImageFolder,
+    Subset,
     TorchLoader,
     TrainView,
     keyed_globals,
@@ -718,3 +719,25 @@ def test_cifar10_jpegs_load(tmp_path):
     assert source.skipped == ()
     batch = next(TorchLoader(source, TrainView(32), 64).epoch(0))
     assert batch.images.shape == (64, 32, 32, 3)
+
+
+def test_a_subset_is_a_fixed_random_part():
+    whole = Digits("test")
+    part = Subset(whole, 50, seed=3)
+    assert len(part) == 50
+    assert len(set(part.ids.tolist())) == 50
+    places = {sample_id: index for index, sample_id in enumerate(whole.ids.tolist())}
+    for index in range(50):
+        place = places[int(part.ids[index])]
+        assert part.labels[index] == whole.labels[place]
+        assert part.read(index).tobytes() == whole.read(place).tobytes()
+    assert torch.equal(part.ids, Subset(whole, 50, seed=3).ids)
+    assert torch.equal(part.ids[:20], Subset(whole, 20, seed=3).ids)  # a smaller one is the beginning of a larger
+    assert not torch.equal(part.ids, Subset(whole, 50, seed=4).ids)
+    assert len(set(part.labels[:12].tolist())) > 3  # not in the order of the classes
+
+
+@pytest.mark.parametrize("count", [0, 601])
+def test_a_subset_is_no_larger_than_its_source(count):
+    with pytest.raises(ValueError, match="1 to 600 images"):
+        Subset(Digits("test"), count)
