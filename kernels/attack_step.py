@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,7 @@ from denim.kernels.patches import compute_dtype
 __all__ = ["attack_step"]
 
 
-@torch.library.custom_op("denim::attack_step", mutates_args=())
-def _attack_step(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
+def _reference(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
     """Torch reference, and the CPU kernel."""
     dtype = torch.promote_types(compute_dtype(pixels), compute_dtype(origin))
     per_sample = (-1, *(1,) * (pixels.dim() - 1))
@@ -21,6 +22,22 @@ def _attack_step(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Te
     moved = pixels.to(dtype) + step * direction
     low, high = (origin - radius).clamp(min=0), (origin + radius).clamp(max=1)
     return torch.minimum(torch.maximum(moved, low), high).to(pixels.dtype).contiguous()
+
+
+_attack_step = torch.library.custom_op("denim::attack_step", _reference, mutates_args=())
+
+
+@_attack_step.register_kernel("cuda")
+def _(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
+    """Triton kernel. The reference serves float64, and platforms that have no Triton."""
+    if importlib.util.find_spec("triton") is not None:
+        # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
+        from denim.kernels import attack_step_triton as kernel
+
+        if all(tensor.dtype in kernel.DTYPES for tensor in (pixels, origin, gradient)):
+            warp_size = torch.cuda.get_device_properties(pixels.device).warp_size
+            return kernel.launch(pixels, origin, gradient, step_size, epsilon, warp_size=warp_size)
+    return _reference(pixels, origin, gradient, step_size, epsilon)
 
 
 @_attack_step.register_fake

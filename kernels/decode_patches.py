@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,8 +82,7 @@ def _working_dtype(prediction: Tensor, source: Tensor | None) -> torch.dtype:
     return dtype if source is None else torch.promote_types(dtype, compute_dtype(source))
 
 
-@torch.library.custom_op("denim::decode_patches", mutates_args=())
-def _decode_patches(
+def _reference(
     prediction: Tensor,
     source: Tensor | None,
     sigma: Tensor | None,
@@ -101,6 +101,34 @@ def _decode_patches(
     return images.contiguous()
 
 
+_decode_patches = torch.library.custom_op("denim::decode_patches", _reference, mutates_args=())
+
+
+@_decode_patches.register_kernel("cuda")
+def _(
+    prediction: Tensor,
+    source: Tensor | None,
+    sigma: Tensor | None,
+    height: int,
+    width: int,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    statistics: str,
+) -> Tensor:
+    """Triton kernel. The reference serves float64, very large patches, and platforms that have no Triton."""
+    if importlib.util.find_spec("triton") is not None:
+        # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
+        from denim.kernels import decode_patches_triton as kernel
+
+        if kernel.serves(prediction, source, patch_size, len(mean)):
+            warp_size = torch.cuda.get_device_properties(prediction.device).warp_size
+            return kernel.launch(
+                prediction, source, sigma, height, width, patch_size, mean, std, statistics, warp_size=warp_size
+            )
+    return _reference(prediction, source, sigma, height, width, patch_size, mean, std, statistics)
+
+
 @_decode_patches.register_fake
 def _(
     prediction: Tensor,
@@ -117,8 +145,7 @@ def _(
     return prediction.new_empty(shape, dtype=_working_dtype(prediction, source))
 
 
-@torch.library.custom_op("denim::decode_patches_backward", mutates_args=())
-def _decode_patches_backward(
+def _reference_backward(
     grad: Tensor,
     prediction: Tensor,
     source: Tensor | None,
@@ -154,6 +181,34 @@ def _decode_patches_backward(
         to_source = unpatchify(to_source, (image_size[0], image_size[1]), patch_size).permute(0, 3, 1, 2)
     grad_dtype = source.dtype if source.is_floating_point() else dtype
     return (upstream * stats.deviation).to(prediction.dtype).contiguous(), to_source.to(grad_dtype).contiguous()
+
+
+_decode_patches_backward = torch.library.custom_op(
+    "denim::decode_patches_backward", _reference_backward, mutates_args=()
+)
+
+
+@_decode_patches_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    prediction: Tensor,
+    source: Tensor | None,
+    sigma: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    statistics: str,
+) -> tuple[Tensor, Tensor]:
+    """Triton kernel, for what the forward kernel serves."""
+    if importlib.util.find_spec("triton") is not None:
+        from denim.kernels import decode_patches_triton as kernel
+
+        if kernel.serves(prediction, source, patch_size, len(mean)):
+            warp_size = torch.cuda.get_device_properties(prediction.device).warp_size
+            return kernel.launch_backward(
+                grad, prediction, source, sigma, patch_size, mean, std, statistics, warp_size=warp_size
+            )
+    return _reference_backward(grad, prediction, source, sigma, patch_size, mean, std, statistics)
 
 
 @_decode_patches_backward.register_fake

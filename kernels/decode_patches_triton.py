@@ -1,0 +1,516 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, unreachable, misc"
+# (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
+"""Triton kernels of `decode_patches`, forward and backward.
+
+A thread owns one run: a few neighbouring pixels of one row of one patch, all channels. A run is contiguous in patch
+vectors and in NHWC memory, and in each plane of NCHW memory. It is moved in wide pieces and taken apart into one tensor
+of shape (threads,) per element, so channels and positions are known when the kernel is built, and the change between
+(pixel, channel) and planes is a renaming of registers: nothing goes through shared memory but the sums over a patch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from denim.kernels.patch_loss import VARIANCE_EPS
+
+__all__ = ["DTYPES", "cut", "decode_backward_kernel", "decode_kernel", "launch", "launch_backward", "serves"]
+
+# Of prediction and source; images may be uint8 too.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+THREADS = 128
+# The largest program that every GPU starts.
+MAX_THREADS = 1024
+# Elements of a run; every one is a register or two.
+MAX_RUN = 64
+
+_FLOOR: tl.constexpr = tl.constexpr(VARIANCE_EPS)
+
+
+@triton.constexpr_function
+def _piece(count, widest):
+    """The largest power of two that divides `count`, at most `widest`."""
+    return min(count & -count, widest)
+
+
+@triton.constexpr_function
+def _log2(size):
+    return size.bit_length() - 1
+
+
+@triton.jit
+def _load_run(pointer, position, inside, COUNT: tl.constexpr):
+    """COUNT contiguous elements per thread from `pointer + position * COUNT` on: a tuple of float32 (threads,)."""
+    # Pieces of at most 16 bytes, which cut the run evenly.
+    WIDEST: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    SIZE: tl.constexpr = _piece(COUNT, WIDEST)
+    elements = ()
+    for piece in tl.static_range(COUNT // SIZE):
+        place = position[:, None] * COUNT + (piece * SIZE + tl.arange(0, SIZE)[None, :])
+        values = tl.load(pointer + place, mask=tl.broadcast_to(inside[:, None], place.shape), other=0)
+        # Halved until each part is one column: part i holds the elements whose low bits are i.
+        parts = (values,)
+        for level in tl.static_range(_log2(SIZE)):
+            even = ()
+            odd = ()
+            for i in tl.static_range(1 << level):
+                first, second = tl.split(tl.reshape(parts[i], (place.shape[0], SIZE >> (level + 1), 2)))
+                even = even + (first,)  # noqa: RUF005  # Triton builds tuples by addition alone.
+                odd = odd + (second,)  # noqa: RUF005
+            parts = even + odd
+        for i in tl.static_range(SIZE):
+            elements = elements + (tl.reshape(parts[i], (place.shape[0],)).to(tl.float32),)  # noqa: RUF005
+    return elements
+
+
+@triton.jit
+def _store_run(pointer, position, inside, elements, COUNT: tl.constexpr):
+    """The inverse of `_load_run`."""
+    WIDEST: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    SIZE: tl.constexpr = _piece(COUNT, WIDEST)
+    LEVELS: tl.constexpr = _log2(SIZE)
+    for piece in tl.static_range(COUNT // SIZE):
+        place = position[:, None] * COUNT + (piece * SIZE + tl.arange(0, SIZE)[None, :])
+        parts = ()
+        for i in tl.static_range(SIZE):
+            value = elements[piece * SIZE + i].to(pointer.dtype.element_ty)
+            parts = parts + (tl.reshape(value, (place.shape[0], 1)),)  # noqa: RUF005
+        for level in tl.static_range(LEVELS):
+            joined = ()
+            for i in tl.static_range(SIZE >> (level + 1)):
+                both = tl.join(parts[i], parts[i + (SIZE >> (level + 1))])
+                joined = joined + (tl.reshape(both, (place.shape[0], 2 << level)),)  # noqa: RUF005
+            parts = joined
+        tl.store(pointer + place, parts[0], mask=tl.broadcast_to(inside[:, None], place.shape))
+
+
+@triton.jit
+def _load_planes(pointer, position, plane, inside, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+    """As `_load_run`, RUN pixels from planes of `plane` pixels: a tuple in (pixel, channel) order."""
+    planar = ()
+    for c in tl.static_range(CHANNELS):
+        planar = planar + _load_run(pointer + c * plane, position, inside, RUN)
+    elements = ()
+    for e in tl.static_range(RUN * CHANNELS):
+        elements = elements + (planar[e % CHANNELS * RUN + e // CHANNELS],)  # noqa: RUF005
+    return elements
+
+
+@triton.jit
+def _store_planes(pointer, position, plane, inside, elements, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+    for c in tl.static_range(CHANNELS):
+        planar = ()
+        for pixel in tl.static_range(RUN):
+            planar = planar + (elements[pixel * CHANNELS + c],)  # noqa: RUF005
+        _store_run(pointer + c * plane, position, inside, planar, RUN)
+
+
+@triton.jit
+def _over_patch(value, PATCHES: tl.constexpr, RUNS: tl.constexpr):
+    """Sum over the threads of each patch, for every one of them."""
+    total = tl.sum(tl.reshape(value, (PATCHES, RUNS)), axis=1, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, (PATCHES, RUNS)), (PATCHES * RUNS,))
+
+
+@triton.jit
+def _place(tile, patches, length, columns, PATCH: tl.constexpr, RUN: tl.constexpr, PATCHES: tl.constexpr, RUNS):
+    """Where this thread's run is: patch, image, position in runs within a patch and within a plane; and if it is."""
+    ACROSS: tl.constexpr = PATCH // RUN
+    thread = tl.arange(0, PATCHES * RUNS)
+    patch = tile.to(tl.uint32) * PATCHES + (thread // RUNS).to(tl.uint32)
+    run = thread % RUNS
+    inside = (patch < patches.to(tl.uint32)) & (run < PATCH * ACROSS)
+    image = patch // length.to(tl.uint32)
+    index = patch - image * length.to(tl.uint32)
+    y = index // columns.to(tl.uint32)
+    x = index - y * columns.to(tl.uint32)
+    line = (y * PATCH).to(tl.int64) + run // ACROSS
+    in_plane = line * (columns * ACROSS) + (x * ACROSS).to(tl.int64) + run % ACROSS
+    return patch.to(tl.int64), image.to(tl.int64), run, in_plane, inside
+
+
+@triton.jit
+def _statistics(
+    source,
+    sigma,
+    inverse_std,
+    shift,
+    added_scale,
+    place,
+    plane,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    RUN: tl.constexpr,
+    PATCHES: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """`_patch_statistics` of the reference: the centred run, mean, deviation and slope per thread."""
+    patch, image, run, in_plane, inside = place
+    WIDTH: tl.constexpr = RUN * CHANNELS
+    SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
+    if STATISTICS == "noisy":
+        values = _load_run(source, patch * (SIZE // WIDTH) + run, inside, WIDTH)
+    elif source.dtype.element_ty == tl.uint8:
+        values = _load_run(source, image * (plane // RUN) + in_plane, inside, WIDTH)
+    else:
+        values = _load_planes(source, image * (plane // RUN * CHANNELS) + in_plane, plane, inside, RUN, CHANNELS)
+    if STATISTICS == "input":
+        normal = ()
+        UNIT: tl.constexpr = 1.0 / 255 if source.dtype.element_ty == tl.uint8 else 1.0
+        for e in tl.static_range(WIDTH):
+            moved = values[e] * (inverse_std[e % CHANNELS] * UNIT) + shift[e % CHANNELS]
+            normal = normal + (moved,)  # noqa: RUF005
+        values = normal
+    # Threads beyond the patch's runs have loaded zeros, which normalisation has moved.
+    total = values[0]
+    for e in tl.static_range(1, WIDTH):
+        total += values[e]
+    mean = _over_patch(tl.where(inside, total, 0.0), PATCHES, RUNS) * (1.0 / SIZE)
+    centred = ()
+    for e in tl.static_range(WIDTH):
+        centred = centred + (values[e] - mean,)  # noqa: RUF005
+    total = centred[0] * centred[0]
+    for e in tl.static_range(1, WIDTH):
+        total += centred[e] * centred[e]
+    variance = _over_patch(tl.where(inside, total, 0.0), PATCHES, RUNS) * (1.0 / (SIZE - 1))
+    slope = tl.full(variance.shape, 1.0, tl.float32)
+    if STATISTICS == "noisy":
+        level = tl.load(sigma + image, mask=inside, other=0).to(tl.float32) * (1.0 / 255)
+        added = level * level * added_scale
+        excess = variance - added
+        root = tl.sqrt(excess * excess + 4 * (added * added * (2.0 / (SIZE - 1)) + _FLOOR * _FLOOR))
+        slope = (1 + excess / root) * 0.5
+        variance = (excess + root) * 0.5
+    return centred, mean, tl.sqrt(variance + _FLOOR), slope
+
+
+@triton.jit
+def _unclamped(value, std, centre, mean, deviation, STATISTICS: tl.constexpr):
+    # Both passes come through here, so the backward pass clamps what the forward pass clamped.
+    patch = value if STATISTICS == "raw" else value * deviation + mean
+    return patch * std + centre
+
+
+# Images of other sizes compile nothing anew. One lead, as in training, is a kernel of its own.
+@triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["leads"])
+def decode_kernel(
+    prediction,
+    source,
+    sigma,
+    out,
+    centre,
+    std,
+    inverse_std,
+    shift,
+    added_scale,
+    patches,
+    leads,
+    length,
+    columns,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    RUN: tl.constexpr,
+    PATCHES: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """One program: PATCHES patches, a run per thread. The programs that share a source patch follow one another.
+
+    `patches` counts patches of the source, each of which serves `leads` of the prediction; an image has `length`,
+    `columns` of them in a row. `centre` is the mean per channel and `shift` is -mean / std.
+    """
+    WIDTH: tl.constexpr = RUN * CHANNELS
+    IN_PATCH: tl.constexpr = PATCH * PATCH // RUN
+    program = tl.program_id(0)
+    lead = (program % leads).to(tl.int64)
+    place = _place(program // leads, patches, length, columns, PATCH, RUN, PATCHES, RUNS)
+    patch, image, run, in_plane, inside = place
+    plane = length.to(tl.int64) * (PATCH * PATCH)
+    values = _load_run(prediction, (lead * patches + patch) * IN_PATCH + run, inside, WIDTH)
+    mean = 0.0
+    deviation = 1.0
+    if STATISTICS != "raw":
+        _, mean, deviation, _ = _statistics(
+            source,
+            sigma,
+            inverse_std,
+            shift,
+            added_scale,
+            place,
+            plane,
+            PATCH,
+            CHANNELS,
+            STATISTICS,
+            RUN,
+            PATCHES,
+            RUNS,
+        )
+    pixels = ()
+    for e in tl.static_range(WIDTH):
+        pixel = _unclamped(values[e], std[e % CHANNELS], centre[e % CHANNELS], mean, deviation, STATISTICS)
+        pixel = tl.maximum(pixel, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        pixels = pixels + (tl.minimum(pixel, 1.0, propagate_nan=tl.PropagateNan.ALL),)  # noqa: RUF005
+    target = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
+    _store_planes(out, target, plane, inside, pixels, RUN, CHANNELS)
+
+
+@triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["leads"])
+def decode_backward_kernel(
+    grad,
+    prediction,
+    source,
+    sigma,
+    to_prediction,
+    to_source,
+    centre,
+    std,
+    inverse_std,
+    shift,
+    added_scale,
+    patches,
+    leads,
+    length,
+    columns,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    RUN: tl.constexpr,
+    PATCHES: tl.constexpr,
+    RUNS: tl.constexpr,
+):
+    """One program: PATCHES patches of the source and, one after another, all that they serve in the prediction.
+
+    So the sum over leads has one owner and one order. Arguments as in `decode_kernel`.
+    """
+    WIDTH: tl.constexpr = RUN * CHANNELS
+    IN_PATCH: tl.constexpr = PATCH * PATCH // RUN
+    SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
+    place = _place(tl.program_id(0), patches, length, columns, PATCH, RUN, PATCHES, RUNS)
+    patch, image, run, in_plane, inside = place
+    plane = length.to(tl.int64) * (PATCH * PATCH)
+    mean = 0.0
+    deviation = 1.0
+    if STATISTICS != "raw":
+        centred, mean, deviation, slope = _statistics(
+            source,
+            sigma,
+            inverse_std,
+            shift,
+            added_scale,
+            place,
+            plane,
+            PATCH,
+            CHANNELS,
+            STATISTICS,
+            RUN,
+            PATCHES,
+            RUNS,
+        )
+    to_mean = tl.zeros(run.shape, tl.float32)
+    to_deviation = tl.zeros(run.shape, tl.float32)
+    for step in range(leads):
+        lead = tl.cast(step, tl.int64)
+        position = (lead * patches + patch) * IN_PATCH + run
+        above = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
+        values = _load_run(prediction, position, inside, WIDTH)
+        upstream = _load_planes(grad, above, plane, inside, RUN, CHANNELS)
+        result = ()
+        for e in tl.static_range(WIDTH):
+            pixel = _unclamped(values[e], std[e % CHANNELS], centre[e % CHANNELS], mean, deviation, STATISTICS)
+            # Selected, not multiplied: a saturated pixel passes nothing of an infinite gradient either.
+            passed = tl.where((pixel >= 0) & (pixel <= 1), upstream[e], 0.0) * std[e % CHANNELS]
+            to_mean += passed
+            to_deviation += passed * values[e]
+            result = result + (passed * deviation,)  # noqa: RUF005
+        _store_run(to_prediction, position, inside, result, WIDTH)
+    if STATISTICS != "raw":
+        to_mean = _over_patch(to_mean, PATCHES, RUNS) * (1.0 / SIZE)
+        to_variance = _over_patch(to_deviation, PATCHES, RUNS) * slope / (2 * deviation) * (2.0 / (SIZE - 1))
+        result = ()
+        for e in tl.static_range(WIDTH):
+            value = to_mean + to_variance * centred[e]
+            if STATISTICS == "input":
+                value = value * inverse_std[e % CHANNELS]
+            result = result + (value,)  # noqa: RUF005
+        if STATISTICS == "noisy":
+            _store_run(to_source, patch * IN_PATCH + run, inside, result, WIDTH)
+        else:
+            target = image * (IN_PATCH * CHANNELS) * length + in_plane
+            _store_planes(to_source, target, plane, inside, result, RUN, CHANNELS)
+
+
+def cut(patch_size: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
+    """How patches of a prediction are shared out to threads: the kernels' RUN, PATCHES and RUNS.
+
+    A run is as many pixels as one access of `dtype` takes, so that its channels are 16 bytes each, where that divides
+    a patch row. `serves` says whether that many elements fit a thread, and that many runs a program.
+    """
+    run = math.gcd(patch_size, 16 // dtype.itemsize)
+    while run > 1 and run * channels > MAX_RUN:
+        run //= 2
+    runs = triton.next_power_of_2(patch_size * patch_size // run)
+    return {"RUN": run, "PATCHES": max(1, THREADS // runs), "RUNS": runs}
+
+
+def serves(prediction: Tensor, source: Tensor | None, patch_size: int, channels: int) -> bool:
+    """Whether the kernels take these arguments of `decode_patches`."""
+    sizes = cut(patch_size, channels, prediction.dtype)
+    return (
+        prediction.dtype in DTYPES
+        and (source is None or source.dtype in (*DTYPES, torch.uint8))
+        and sizes["RUN"] * channels <= MAX_RUN
+        and sizes["RUNS"] <= MAX_THREADS
+        # Patches are counted in 32 bits, as programs are; offsets have 64.
+        and prediction.shape[:-1].numel() < 2**31
+    )
+
+
+def _arguments(
+    prediction: Tensor,
+    source: Tensor | None,
+    sigma: Tensor | None,
+    columns: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    statistics: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[object, ...]]:
+    """Contiguous prediction, source and sigma, and the kernels' scalar arguments up to the constants."""
+    patches, length = prediction.shape[:-1].numel(), prediction.shape[-2]
+    leads = 1
+    if statistics == "input" and source is not None:
+        leads = prediction.shape[:-3].numel()
+        patches //= leads
+    if sigma is not None:
+        sigma = sigma.expand(prediction.shape[:-2]).contiguous()
+    scalars = (
+        tuple(mean),
+        tuple(std),
+        tuple(1 / value for value in std),
+        tuple(-centre / value for centre, value in zip(mean, std, strict=True)),
+        sum(value**-2 for value in std) / len(std),
+        patches,
+        leads,
+        length,
+        columns,
+    )
+    return prediction.contiguous(), None if source is None else source.contiguous(), sigma, scalars
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    # Triton launches on the current device, which need not be that of the tensors.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def launch(
+    prediction: Tensor,
+    source: Tensor | None,
+    sigma: Tensor | None,
+    height: int,
+    width: int,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    statistics: str,
+    *,
+    warp_size: int,
+) -> Tensor:
+    """Run the forward kernel on arguments that `decode_patches` has checked and `serves` accepts.
+
+    Args:
+        prediction: (..., L, D), one of `DTYPES`, any strides.
+        source: for "input" uint8 (B, H, W, C) or pixels (B, C, H, W); for "noisy" patches (..., L, D).
+        sigma: for "noisy", broadcastable to (...), 0-255 pixel levels.
+        height: of an image.
+        width: of an image.
+        patch_size: side P of a square patch.
+        mean: per channel.
+        std: per channel.
+        statistics: "raw", "input" or "noisy".
+        warp_size: lanes of a warp of the GPU.
+
+    Returns:
+        Pixels (..., C, H, W), float32, contiguous.
+    """
+    channels = len(mean)
+    shape = (*prediction.shape[:-2], channels, height, width)
+    out = torch.empty(shape, dtype=torch.float32, device=prediction.device)
+    if out.numel() == 0:
+        return out
+    sizes = cut(patch_size, channels, prediction.dtype)
+    prediction, source, sigma, scalars = _arguments(
+        prediction, source, sigma, width // patch_size, mean, std, statistics
+    )
+    _, _, _, _, _, patches, leads, _, _ = scalars
+    with _on(prediction.device):
+        decode_kernel[(triton.cdiv(patches, sizes["PATCHES"]) * leads,)](
+            prediction,
+            source,
+            sigma,
+            out,
+            *scalars,
+            PATCH=patch_size,
+            CHANNELS=channels,
+            STATISTICS=statistics,
+            **sizes,
+            num_warps=sizes["PATCHES"] * sizes["RUNS"] // warp_size,
+        )
+    return out
+
+
+def launch_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    source: Tensor | None,
+    sigma: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    statistics: str,
+    *,
+    warp_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the backward kernel. Arguments as for `launch`, and the gradient (..., C, H, W) of the pixels, float32.
+
+    Returns:
+        Gradients for prediction and source in their shapes and dtypes, contiguous; empty where the statistics are
+        "raw", and float32 (B, C, H, W) for bytes.
+    """
+    channels, (height, width) = len(mean), grad.shape[-2:]
+    to_prediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    if source is None:
+        to_source = prediction.new_empty(0)
+    elif source.dtype == torch.uint8:
+        to_source = torch.empty((source.shape[0], channels, height, width), device=source.device)
+    else:
+        to_source = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    if prediction.numel() == 0:
+        return to_prediction, to_source.zero_()  # images that serve no prediction
+    sizes = cut(patch_size, channels, prediction.dtype)
+    prediction, source, sigma, scalars = _arguments(
+        prediction, source, sigma, width // patch_size, mean, std, statistics
+    )
+    _, _, _, _, _, patches, _, _, _ = scalars
+    with _on(prediction.device):
+        decode_backward_kernel[(triton.cdiv(patches, sizes["PATCHES"]),)](
+            grad.contiguous(),
+            prediction,
+            source,
+            sigma,
+            to_prediction,
+            to_source,
+            *scalars,
+            PATCH=patch_size,
+            CHANNELS=channels,
+            STATISTICS=statistics,
+            **sizes,
+            num_warps=sizes["PATCHES"] * sizes["RUNS"] // warp_size,
+        )
+    return to_prediction, to_source

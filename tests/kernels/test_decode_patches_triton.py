@@ -1,0 +1,317 @@
+"""The Triton kernels of `decode_patches`: their source in the interpreter, and machine code built ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from denim.kernels import decode_patches
+
+HERE = Path(__file__).parent
+pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
+
+MEAN = (124 / 255, 0.456, 0.406, 0.3, 0.7)
+STD = (0.229, 0.224, 0.225, 0.5, 0.2)
+F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
+
+# Name: leading dimensions and batch, height and width in patches, patch size, channels, prediction, statistics, source.
+# No case fills its last program, except where a program is one patch.
+CASES = {
+    "raw": ((2,), (1, 3), 16, 3, F32, None, None),
+    "raw, bfloat16": ((3,), (3, 1), 16, 3, BF16, None, None),
+    "raw, float16, one channel": ((2, 1), (1, 3), 16, 1, F16, None, None),
+    "raw, patch 2": ((3,), (5, 7), 2, 3, F32, None, None),
+    "raw, patch 1, one channel": ((3,), (5, 7), 1, 1, F32, None, None),
+    "raw, patch 7": ((2,), (1, 3), 7, 3, F32, None, None),
+    "raw, patch 14": ((2,), (3, 1), 14, 5, BF16, None, None),
+    "raw, patch 32": ((1,), (1, 2), 32, 3, F32, None, None),
+    "raw, strided": ((2,), (2, 3), 8, 3, F32, None, None),
+    "input": ((2, 2), (1, 3), 16, 3, F32, "input", U8),
+    "input, bfloat16": ((3, 2), (1, 3), 16, 3, BF16, "input", U8),
+    "input, float16, two leading dimensions": ((2, 3, 1), (1, 3), 8, 3, F16, "input", U8),
+    "input, pixels": ((2, 2), (1, 3), 16, 3, F32, "input", F32),
+    "input, bfloat16 pixels": ((2,), (3, 1), 16, 3, F32, "input", BF16),
+    "input, float16 pixels": ((2,), (3, 3), 8, 1, BF16, "input", F16),
+    "input, patch 2": ((2, 3), (5, 7), 2, 3, F32, "input", U8),
+    "input, patch 2, one channel": ((2,), (5, 7), 2, 1, BF16, "input", F32),
+    "input, patch 4": ((3,), (5, 3), 4, 3, BF16, "input", F32),
+    "input, patch 4, bytes": ((3,), (5, 3), 4, 1, F32, "input", U8),
+    "input, patch 7": ((3,), (3, 3), 7, 5, F32, "input", U8),
+    "input, patch 14": ((2, 1), (3, 2), 14, 3, F32, "input", U8),
+    "input, patch 14, pixels": ((1,), (3, 1), 14, 1, BF16, "input", F32),
+    "input, patch 32": ((2, 1), (1, 2), 32, 3, BF16, "input", F32),
+    "input, patch 32, bytes": ((1,), (1, 2), 32, 1, F32, "input", U8),
+    "input, five channels": ((2, 1), (1, 3), 16, 5, BF16, "input", U8),
+    "input, strided": ((2, 2), (2, 3), 8, 3, F32, "input", F32),
+    "noisy": ((2, 2), (1, 3), 16, 3, F32, "noisy", F32),
+    "noisy, bfloat16": ((3,), (1, 3), 16, 3, BF16, "noisy", BF16),
+    "noisy, float16 source": ((2,), (3, 3), 4, 3, F32, "noisy", F16),
+    "noisy, patch 2": ((3,), (5, 7), 2, 3, BF16, "noisy", F32),
+    "noisy, patch 14": ((1, 3), (1, 3), 14, 3, F32, "noisy", F32),
+    "noisy, patch 32, one channel": ((2,), (1, 1), 32, 1, F32, "noisy", F32),
+    "noisy, five channels": ((3,), (1, 3), 8, 5, F32, "noisy", F32),
+    "no prediction": ((0, 2), (1, 3), 8, 3, F32, "input", F32),
+    "no image": ((2, 0), (1, 3), 8, 3, F32, None, None),
+}
+DISPATCH = {
+    "raw": ((1,), (1, 1), 4, 3, F32, None, None),
+    "input": ((2, 1), (1, 1), 4, 3, BF16, "input", U8),
+    "noisy": ((1,), (1, 1), 4, 3, F32, "noisy", F32),
+    "float64 prediction": ((1,), (1, 1), 4, 3, torch.float64, "input", F32),
+    "float64 source": ((1,), (1, 1), 4, 3, F32, "input", torch.float64),
+    "patch 65": ((1,), (1, 1), 65, 1, F32, None, None),
+    "65 channels": ((1,), (1, 1), 2, 65, F32, None, None),
+}
+SERVED = ("raw", "input", "noisy")
+
+
+def _case(lead, grid, patch_size, channels, dtype, statistics, source_dtype, *, strided=False) -> dict:
+    """Arguments of `decode_patches`, and the gradient of its pixels under "grad"."""
+    generator = torch.Generator().manual_seed(patch_size * 10 + channels)
+    height, width = grid[0] * patch_size, grid[1] * patch_size
+    length, size = grid[0] * grid[1], patch_size * patch_size * channels
+    # Three standard deviations wide, so that many pixels end up on both sides of 0 and 1.
+    prediction = 3 * torch.randn((*lead, length, size), generator=generator)
+    grad = torch.randn((*lead, channels, height, width), generator=generator)
+    source = sigma = None
+    if statistics == "input":
+        source = torch.randint(0, 256, (lead[-1], height, width, channels), generator=generator, dtype=U8)
+        # A flat patch. With one channel only the 1e-6 is left of its variance, and it equals the mean: otherwise the
+        # gradient would be the rounding of the patch's mean, divided by the square root of 1e-6.
+        source[:1, :patch_size, :patch_size] = 124
+        source = source if source_dtype == U8 else (source.permute(0, 3, 1, 2) / 255).to(source_dtype).contiguous()
+    if statistics == "noisy":
+        source = (2 * torch.randn(prediction.shape, generator=generator)).to(source_dtype)
+        # Noise of less variance than a patch has, and of more.
+        sigma = torch.linspace(20, 130, lead[-1])
+    if strided:
+        prediction, grad = (tensor.transpose(-1, -2).contiguous().transpose(-1, -2) for tensor in (prediction, grad))
+        source = source if source is None else source.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return {
+        "prediction": prediction.to(dtype),
+        "source": source,
+        "sigma": sigma,
+        "height": height,
+        "width": width,
+        "patch_size": patch_size,
+        "mean": list((MEAN * 13)[:channels]),
+        "std": list((STD * 13)[:channels]),
+        "statistics": statistics or "raw",
+        "grad": grad,
+    }
+
+
+def _exact(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Pixels and both gradients in float64, by the operator on the CPU, which `test_decode_patches.py` examines."""
+    prediction, source = case["prediction"].double().requires_grad_(), case["source"]
+    if source is not None:
+        source = source.permute(0, 3, 1, 2).double() / 255 if source.dtype == U8 else source.double()
+        source = source.requires_grad_()
+    pixels = decode_patches(
+        prediction,
+        image_size=(case["height"], case["width"]),
+        patch_size=case["patch_size"],
+        mean=case["mean"],
+        std=case["std"],
+        statistics=None if case["statistics"] == "raw" else case["statistics"],
+        source=source,
+        sigma=case["sigma"],
+    )
+    pixels.backward(case["grad"].double())
+    return pixels.detach(), prediction.grad, None if source is None else source.grad
+
+
+def _settled(case: dict) -> dict:
+    """No gradient arrives where rounding may carry a pixel over an end of [0, 1]; ends have a test of their own."""
+    low, high = (_exact(case | {"prediction": case["prediction"].double() + shift})[0] for shift in (-1e-3, 1e-3))
+    edge = ((low == 0) != (high == 0)) | ((low == 1) != (high == 1))
+    return case | {"grad": case["grad"].masked_fill(edge, 0)}
+
+
+def _assert_stored(got: torch.Tensor, exact: torch.Tensor, error: float) -> None:
+    """`got` is a value within `error` of `exact`, in its dtype. False for memory that was not written: it is NaN."""
+
+    def stored(value: torch.Tensor) -> torch.Tensor:
+        if got.dtype != BF16:
+            return value.to(got.dtype)
+        # The interpreter cuts float32 off instead of rounding it. Both are monotonous, and so the bounds hold.
+        return (value.float().view(torch.int32) & ~0xFFFF).view(F32).bfloat16()
+
+    one, other = stored(exact - error), stored(exact + error)
+    assert got.shape == exact.shape
+    assert got.is_contiguous()
+    assert ((torch.minimum(one, other) <= got) & (got <= torch.maximum(one, other))).all()
+
+
+def _forward(case: dict) -> tuple:
+    return ("decode_patches", tuple(value for name, value in case.items() if name != "grad"))
+
+
+def _backward(case: dict) -> tuple:
+    names = ("grad", "prediction", "source", "sigma", "patch_size", "mean", "std", "statistics")
+    return ("decode_patches_backward", tuple(case[name] for name in names))
+
+
+def _run(script: str, *arguments) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(Path(arguments[0]).parent / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error::RuntimeWarning", HERE / script, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def given() -> dict:
+    return {
+        "launch": {name: _settled(_case(*case, strided="strided" in name)) for name, case in CASES.items()},
+        "dispatch": {name: _settled(_case(*case)) for name, case in DISPATCH.items()},
+    }
+
+
+@pytest.fixture(scope="module")
+def ends() -> dict:
+    """With mean and std of a half these predictions are 0, 1, less, more and 0.5 exactly; NaN; half a patch each."""
+    prediction = torch.tensor([-1.0, 1.0, -1.5, 1.5, 0.0, float("nan"), -1.0, 1.0]).repeat(2).reshape(1, 1, 16)
+    grad = torch.tensor([1.0, 1.0, float("inf"), float("nan"), 1.0, 1.0, -1.0, -1.0]).repeat(2).reshape(1, 1, 4, 4)
+    case = {"prediction": prediction, "source": None, "sigma": None, "height": 4, "width": 4, "patch_size": 4}
+    return case | {"mean": [0.5], "std": [0.5], "statistics": "raw", "grad": grad}
+
+
+@pytest.fixture(scope="module")
+def interpreted(given, ends, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("interpreter")
+    calls = {
+        part: {(name, make.__name__): make(case) for name, case in cases.items() for make in (_forward, _backward)}
+        for part, cases in given.items()
+    }
+    calls["launch"] |= {("ends", make.__name__): make(ends) for make in (_forward, _backward)}
+    torch.save(calls, folder / "given.pt")
+    _run("interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
+    got = torch.load(folder / "got.pt", weights_only=True)
+    return {
+        part: {
+            name: (got[part][name, "_forward"], got[part][name, "_backward"])
+            for name, kind in got[part]
+            if kind == "_forward"
+        }
+        for part in got
+    }
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("build")
+    _run("build_attack_decode.py", folder / "report.json", "decode")
+    return json.loads((folder / "report.json").read_text())
+
+
+# float32: a pixel is a handful of roundings; mean and deviation are sums of runs of at most 64 values and a tree over
+# the runs, so some ten units in the last place of values up to 1 / 0.2, times predictions up to 10: 10 * 10 * 2^-24.
+PIXEL_ERROR = 1e-5
+
+
+def _check(case: dict, pixels: torch.Tensor, gradients: tuple) -> None:
+    exact, to_prediction, to_source = _exact(case)
+    assert pixels.dtype == F32
+    _assert_stored(pixels, exact, PIXEL_ERROR)
+    assert gradients[0].dtype == case["prediction"].dtype
+    # Relative to the largest, since gradients are sums of terms of both signs.
+    largest = to_prediction.abs().max().item() if to_prediction.numel() else 0.0
+    _assert_stored(gradients[0], to_prediction, PIXEL_ERROR * largest)
+    if to_source is None:
+        assert gradients[1].numel() == 0
+        return
+    assert gradients[1].dtype == (F32 if case["source"].dtype == U8 else case["source"].dtype)
+    _assert_stored(gradients[1], to_source, PIXEL_ERROR * to_source.abs().max().item())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pixels_and_gradients_equal_the_definition(given, interpreted, name):
+    case = given["launch"][name]
+    _check(case, *interpreted["launch"][name])
+
+
+def test_cases_are_not_vacuous(given):
+    for name, case in given["launch"].items():
+        if not case["prediction"].numel():
+            continue
+        pixels, to_prediction, _ = _exact(case)
+        inside = ((pixels > 0) & (pixels < 1)).double().mean()
+        assert 0.05 < inside < 0.95, name  # both sides of the clamp's mask
+        assert (to_prediction != 0).double().mean() > 0.05, name
+
+
+def test_ends_of_the_clamp_and_nan(interpreted):
+    pixels, (gradient, _) = interpreted["launch"]["ends"]
+    expected = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5, float("nan"), 0.0, 1.0]).repeat(2)
+    assert torch.equal(pixels.flatten().nan_to_num(7), expected.nan_to_num(7))
+    # One at both ends, nothing outside even of an infinite gradient, nothing through NaN.
+    assert gradient.flatten().tolist() == [0.5, 0.5, 0.0, 0.0, 0.5, 0.0, -0.5, -0.5] * 2
+
+
+@pytest.mark.parametrize("name", DISPATCH)
+def test_cuda_kernel_serves_what_it_can_and_the_reference_the_rest(given, interpreted, name):
+    case = given["dispatch"][name]
+    (pixels, forward), (gradients, backward) = interpreted["dispatch"][name]
+    assert forward == backward == (name in SERVED)
+    if name in SERVED:
+        _check(case, pixels, gradients)
+        return
+    _, *forward = _forward(case)
+    reference = torch.ops.denim.decode_patches(*forward[0])
+    assert torch.equal(pixels, reference)
+    _, arguments = _backward(case)
+    for gradient, expected in zip(gradients, torch.ops.denim.decode_patches_backward(*arguments), strict=True):
+        assert torch.equal(gradient, expected)
+
+
+def _count(opcodes: dict, start: str) -> int:
+    return sum(count for name, count in opcodes.items() if name.startswith(start))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_machine_code_for_training(machine_code, target):
+    forward, backward = (machine_code[f"training {way}, {target}"] for way in ("forward", "backward"))
+    elements = forward["elements"]
+    assert elements == 24
+    # Eight bfloat16 or four float32 at a time, each once; of eight pixels a thread's bytes are three times eight.
+    assert forward["opcodes"]["LDG.E.128"] == elements / 8
+    assert forward["opcodes"]["LDG.E.64"] == elements / 8
+    assert _count(forward["opcodes"], "LDG") == elements / 4
+    assert forward["opcodes"]["STG.E.128"] == _count(forward["opcodes"], "STG") == elements / 4
+    assert backward["opcodes"]["LDG.E.128"] == elements / 8 + elements / 4
+    assert _count(backward["opcodes"], "LDG") == elements / 8 + elements / 4 + elements / 8
+    assert backward["opcodes"]["STG.E.128"] == _count(backward["opcodes"], "STG") == elements / 8 + elements / 4
+    # 21 and 34 measured. H100 reads and writes some 15 bytes in the time that a multiprocessor issues 128: memory
+    # stays the limit of the forward pass (7 bytes) up to 60, of the backward pass (13 bytes) up to 110.
+    assert sum(forward["opcodes"].values()) / elements <= 24
+    assert sum(backward["opcodes"].values()) / elements <= 38
+    assert forward["registers"] <= 64
+    assert backward["registers"] <= 128
+
+
+def test_no_local_memory(machine_code):
+    for name, code in machine_code.items():
+        spills = [opcode for opcode in code["opcodes"] if opcode.startswith(("LDL", "STL", "scratch_"))]
+        assert not spills, name
+        assert not code.get("scratch"), name
+
+
+def test_elements_stay_with_their_thread(machine_code):
+    # Only the sums over a patch that is more than a warp go through shared memory: one number per warp.
+    for name, code in machine_code.items():
+        assert code["shared"] <= 4 * 1024 // 32, name
+        assert _count(code["opcodes"], "STS") <= 4, name
+
+
+def test_machine_code_for_amd(machine_code):
+    if "training forward, gfx942" not in machine_code:
+        pytest.skip("this Triton has no AMD backend")
+    code = machine_code["training forward, gfx942"]
+    opcodes, elements = code["opcodes"], code["elements"]
+    assert opcodes.get("buffer_load_dwordx4", 0) + opcodes.get("global_load_dwordx4", 0) == elements / 8
+    assert opcodes.get("buffer_store_dwordx4", 0) + opcodes.get("global_store_dwordx4", 0) == elements / 4
