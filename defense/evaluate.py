@@ -394,8 +394,9 @@ def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], record
     for name, defense in defenses.items():
         for text, epsilon, candidates in columns:
             rows = [records.cell(name, candidate) for candidate in candidates or [text]]
+            rows.sort(key=lambda cell: -sum(record["missed"] for record in cell.values()))
             ids = sorted(rows[0])
-            # A stable maximum: of attacks that miss as often, the first.
+            # A stable maximum: of attacks that miss an image as often, the one that misses most in all.
             worst = [max((row[i] for row in rows), key=lambda record: record["missed"]) for i in ids]
             predictions = np.array([record["predictions"] for record in worst])
             labels = np.array([record["label"] for record in worst])
