@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -37,8 +38,7 @@ def _error(
     return prediction.to(torch.promote_types(target.dtype, compute_dtype(prediction))) - target
 
 
-@torch.library.custom_op("denim::patch_loss", mutates_args=())
-def _patch_loss(
+def _reference(
     prediction: Tensor,
     images: Tensor,
     mask: Tensor | None,
@@ -54,6 +54,39 @@ def _patch_loss(
     return (per_patch * mask).sum() / mask.sum()
 
 
+_patch_loss = torch.library.custom_op("denim::patch_loss", _reference, mutates_args=())
+
+
+def _triton_serves(prediction: Tensor, images: Tensor, patch_size: int, channels: int) -> bool:
+    """The reference serves float64 and rarer dtypes, huge patches, and platforms that have no Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
+    from denim.kernels import patch_loss_triton as kernel
+
+    served = prediction.dtype in kernel.DTYPES and images.dtype in (torch.uint8, *kernel.DTYPES)
+    return served and kernel.tile(patch_size, channels) is not None
+
+
+@_patch_loss.register_kernel("cuda")
+def _(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+) -> Tensor:
+    """Triton kernels, where they serve."""
+    if not _triton_serves(prediction, images, patch_size, len(mean)):
+        return _reference(prediction, images, mask, patch_size, mean, std, norm_pix)
+    from denim.kernels import patch_loss_triton as kernel
+
+    lanes = kernel.lanes(prediction.device)
+    return kernel.launch_forward(prediction, images, mask, patch_size, mean, std, norm_pix, lanes=lanes)
+
+
 @_patch_loss.register_fake
 def _(
     prediction: Tensor,
@@ -67,8 +100,7 @@ def _(
     return prediction.new_empty((), dtype=torch.promote_types(compute_dtype(images), compute_dtype(prediction)))
 
 
-@torch.library.custom_op("denim::patch_loss_backward", mutates_args=())
-def _patch_loss_backward(
+def _backward_reference(
     grad: Tensor,
     prediction: Tensor,
     images: Tensor,
@@ -78,12 +110,35 @@ def _patch_loss_backward(
     std: Sequence[float],
     norm_pix: bool,
 ) -> Tensor:
-    """The target is recomputed, so that forward saves nothing but its inputs."""
+    """Torch reference, and the CPU kernel. The target is recomputed, so that forward saves nothing but its inputs."""
     error = _error(prediction, images, patch_size, mean, std, norm_pix)
     if mask is None:
         return (error * (grad * 2.0 / error.numel())).to(prediction.dtype).contiguous()
     scale = (grad * 2.0 / error.shape[-1] / mask.sum()) * mask[..., None]
     return (error * scale).to(prediction.dtype).contiguous()
+
+
+_patch_loss_backward = torch.library.custom_op("denim::patch_loss_backward", _backward_reference, mutates_args=())
+
+
+@_patch_loss_backward.register_kernel("cuda")
+def _(
+    grad: Tensor,
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+) -> Tensor:
+    """Triton kernel, where it serves."""
+    if not _triton_serves(prediction, images, patch_size, len(mean)):
+        return _backward_reference(grad, prediction, images, mask, patch_size, mean, std, norm_pix)
+    from denim.kernels import patch_loss_triton as kernel
+
+    lanes = kernel.lanes(prediction.device)
+    return kernel.launch_backward(grad, prediction, images, mask, patch_size, mean, std, norm_pix, lanes=lanes)
 
 
 @_patch_loss_backward.register_fake

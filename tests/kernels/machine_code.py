@@ -1,6 +1,7 @@
 """Triton kernels built for GPUs that are not here, and what their machine code consists of.
 
-For the `build_*.py` scripts, which are processes of their own: they tell Triton of a GPU that the machine does not have.
+For the `build_*.py` scripts, which are processes of their own: they tell Triton of a GPU that the machine does not
+have.
 """
 
 import collections

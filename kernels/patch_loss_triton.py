@@ -1,0 +1,448 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc, unreachable"
+# (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
+"""Triton kernels of `patch_loss`: the loss in two ordered stages, and its gradient.
+
+A patch stays in registers from the load of its pixels to the squared error, so that mean and variance are two passes
+over registers and no target is written. There is no atomic operation and one launch configuration for each shape:
+results are the same bits in every run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from denim.kernels.noise_patchify_triton import _chunks, _per_channel
+from denim.kernels.patch_loss import VARIANCE_EPS
+
+__all__ = [
+    "DTYPES",
+    "lanes",
+    "launch_backward",
+    "launch_forward",
+    "loss_kernel",
+    "partials_kernel",
+    "prediction_grad_kernel",
+    "tile",
+]
+
+# Of predictions and of float pixels. The reference serves the others.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+EPS = tl.constexpr(VARIANCE_EPS)
+# Elements of a patch that one thread keeps in registers: beyond this, registers cost more occupancy than work saved.
+MAX_RUN = 64
+# Elements of a patch, with padding, that a program of 16 warps can keep.
+MAX_PATCH = 16 * 32 * 48
+PARTIALS = 1024
+
+
+@triton.jit
+def _patch_sum(values, PATCHES: tl.constexpr):
+    """Sum over each patch: (rows, columns) to (PATCHES,)."""
+    # Columns first, within a thread: one reshape to (PATCHES, rows * columns) would send all through shared memory.
+    return tl.sum(tl.reshape(tl.sum(values, axis=1), (PATCHES, values.shape[0] // PATCHES)), axis=1)
+
+
+@triton.jit
+def _to_rows(values, RUNS: tl.constexpr):
+    """One value per patch to one per row: (patches,) to (patches * RUNS, 1)."""
+    PATCHES: tl.constexpr = values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[:, None], (PATCHES, RUNS)), (PATCHES * RUNS, 1))
+
+
+@triton.jit
+def _load(base, offsets, inside, SIZE: tl.constexpr):
+    # Offsets are reshaped and not pointers, which the AMD backend refuses.
+    values = tl.load(base + _chunks(offsets, SIZE), mask=_chunks(inside, SIZE))
+    return tl.reshape(tl.permute(values, (1, 0, 2)), inside.shape)
+
+
+@triton.jit
+def _place(tile_index, length, COUNT: tl.constexpr, PATCHES: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr):
+    """Of each row: its patch in the sample, its run in the patch, and whether both exist (for every column)."""
+    row = tl.arange(0, PATCHES * RUNS).to(tl.uint32)
+    patch = tile_index * PATCHES + row // RUNS
+    run = row % RUNS
+    inside = (patch < length) & (run < COUNT)
+    return patch, run, tl.broadcast_to(inside[:, None], (PATCHES * RUNS, COLS))
+
+
+@triton.jit
+def _errors(
+    prediction,
+    images,
+    scale,
+    shift,
+    patch,
+    run,
+    inside,
+    length,
+    patch_columns,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    NORM_PIX: tl.constexpr,
+    PLANAR: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COLS: tl.constexpr,
+    COUNT: tl.constexpr,
+    RUNS: tl.constexpr,
+    PATCHES: tl.constexpr,
+):
+    """Prediction minus target in float32: SEGMENTS blocks (rows, COLS), zero in runs that pad a patch.
+
+    `prediction` and `images` point to the sample. Patches beyond the last hold anything, and mix with no other.
+    """
+    # Values move in chunks of 16 bytes. Planes have none, so there a chunk is one value.
+    PIXELS: tl.constexpr = 1 if PLANAR else min(COLS, 128 // images.dtype.element_ty.primitive_bitwidth)
+    VALUES: tl.constexpr = min(COLS, 128 // prediction.dtype.element_ty.primitive_bitwidth)
+    WIDTH: tl.constexpr = PATCH * CHANNELS
+    SIZE: tl.constexpr = WIDTH * PATCH
+    RUN: tl.constexpr = SEGMENTS * COLS
+    PERIODS: tl.constexpr = WIDTH // RUN
+    column = tl.arange(0, COLS)[None, :]
+    y = patch // patch_columns.to(tl.uint32)
+    x = patch - y * patch_columns.to(tl.uint32)
+    line = y * PATCH + run // PERIODS
+    first = run % PERIODS * RUN
+    if PLANAR:
+        position = line.to(tl.int64) * (patch_columns.to(tl.int64) * PATCH) + x * PATCH + first // CHANNELS
+    else:
+        position = (line.to(tl.int64) * patch_columns + x) * WIDTH + first
+    row = (patch.to(tl.int64) * SIZE + run * RUN)[:, None]
+
+    targets = ()
+    predictions = ()
+    for segment in tl.static_range(SEGMENTS):
+        offset = segment * COLS + column
+        if PLANAR:
+            plane = length.to(tl.int64) * (PATCH * PATCH)
+            source = position[:, None] + (offset % CHANNELS * plane + offset // CHANNELS)
+        else:
+            source = position[:, None] + offset
+        channel = offset % CHANNELS
+        clean = _load(images, source, inside, PIXELS).to(tl.float32)
+        clean = clean * _per_channel(scale, channel, CHANNELS) + _per_channel(shift, channel, CHANNELS)
+        # Triton builds tuples by addition alone.
+        targets = targets + (clean if COUNT == RUNS else tl.where(inside, clean, 0.0),)  # noqa: RUF005
+        predictions = predictions + (_load(prediction, row + offset, inside, VALUES),)  # noqa: RUF005
+
+    factor = tl.full((PATCHES * RUNS, 1), 1.0, tl.float32)
+    if NORM_PIX:
+        total = targets[0]
+        for segment in tl.static_range(1, SEGMENTS):
+            total += targets[segment]
+        centre = _to_rows(_patch_sum(total, PATCHES) * (1.0 / SIZE), RUNS)
+        centred = ()
+        squares = tl.zeros_like(total)
+        for segment in tl.static_range(SEGMENTS):
+            deviation = targets[segment] - centre
+            deviation = deviation if COUNT == RUNS else tl.where(inside, deviation, 0.0)
+            squares += deviation * deviation
+            centred = centred + (deviation,)  # noqa: RUF005
+        targets = centred
+        factor = _to_rows(tl.rsqrt(_patch_sum(squares, PATCHES) * (1.0 / (SIZE - 1)) + EPS), RUNS)
+
+    errors = ()
+    for segment in tl.static_range(SEGMENTS):
+        error = predictions[segment].to(tl.float32) - targets[segment] * factor
+        errors = errors + (error if COUNT == RUNS else tl.where(inside, error, 0.0),)  # noqa: RUF005
+    return errors
+
+
+@triton.jit(do_not_specialize=["batch_stride", "length", "patch_columns"])
+def partials_kernel(
+    prediction,
+    images,
+    mask,
+    partials,
+    scale,
+    shift,
+    batch_stride,
+    length,
+    patch_columns,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    NORM_PIX: tl.constexpr,
+    PLANAR: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COLS: tl.constexpr,
+    COUNT: tl.constexpr,
+    RUNS: tl.constexpr,
+    PATCHES: tl.constexpr,
+):
+    """First stage. One program: the loss of PATCHES patches of one sample, summed.
+
+    `batch_stride` is the distance of samples in `prediction`, in patches; `length` is patches of a sample.
+    """
+    SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
+    program = tl.program_id(0).to(tl.uint32)
+    tiles = tl.cdiv(length, PATCHES).to(tl.uint32)
+    sample = (program // tiles).to(tl.int64)
+    tile_index = program % tiles
+    patch, run, inside = _place(tile_index, length.to(tl.uint32), COUNT, PATCHES, RUNS, COLS)
+    errors = _errors(
+        prediction + sample * batch_stride * SIZE,
+        images + sample * length * SIZE,
+        scale,
+        shift,
+        patch,
+        run,
+        inside,
+        length,
+        patch_columns,
+        PATCH,
+        CHANNELS,
+        NORM_PIX,
+        PLANAR,
+        SEGMENTS,
+        COLS,
+        COUNT,
+        RUNS,
+        PATCHES,
+    )
+    squares = errors[0] * errors[0]
+    for segment in tl.static_range(1, SEGMENTS):
+        squares += errors[segment] * errors[segment]
+    per_patch = _patch_sum(squares, PATCHES) * (1.0 / SIZE)
+    index = tile_index * PATCHES + tl.arange(0, PATCHES).to(tl.uint32)
+    exists = index < length.to(tl.uint32)
+    if mask is not None:
+        per_patch *= tl.load(mask + sample * length + index, mask=exists, other=0).to(tl.float32)
+    tl.store(partials + program, tl.sum(tl.where(exists, per_patch, 0.0), axis=0))
+
+
+@triton.jit(do_not_specialize=["programs", "patches"])
+def loss_kernel(partials, selected, loss, programs, patches, BLOCK: tl.constexpr):
+    """Second stage, one program: partial losses are added in a fixed order and divided by the count of patches."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, programs, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        total += tl.load(partials + index, mask=index < programs, other=0.0)
+    count = patches if selected is None else tl.load(selected)
+    tl.store(loss, tl.sum(total, axis=0) / count.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["batch_stride", "length", "patch_columns", "patches"])
+def prediction_grad_kernel(
+    grad,
+    prediction,
+    images,
+    mask,
+    selected,
+    out,
+    scale,
+    shift,
+    batch_stride,
+    length,
+    patch_columns,
+    patches,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    NORM_PIX: tl.constexpr,
+    PLANAR: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COLS: tl.constexpr,
+    COUNT: tl.constexpr,
+    RUNS: tl.constexpr,
+    PATCHES: tl.constexpr,
+):
+    """One program: the gradient of PATCHES patches of one sample, 2 (prediction - target) grad / (D count)."""
+    SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
+    program = tl.program_id(0).to(tl.uint32)
+    tiles = tl.cdiv(length, PATCHES).to(tl.uint32)
+    sample = (program // tiles).to(tl.int64)
+    patch, run, inside = _place(program % tiles, length.to(tl.uint32), COUNT, PATCHES, RUNS, COLS)
+    errors = _errors(
+        prediction + sample * batch_stride * SIZE,
+        images + sample * length * SIZE,
+        scale,
+        shift,
+        patch,
+        run,
+        inside,
+        length,
+        patch_columns,
+        PATCH,
+        CHANNELS,
+        NORM_PIX,
+        PLANAR,
+        SEGMENTS,
+        COLS,
+        COUNT,
+        RUNS,
+        PATCHES,
+    )
+    count = patches if selected is None else tl.load(selected)
+    upstream = tl.load(grad).to(tl.float32) * (2.0 / SIZE) / count.to(tl.float32)
+    if mask is not None:
+        exists = patch < length.to(tl.uint32)
+        upstream *= tl.load(mask + sample * length + patch, mask=exists, other=0).to(tl.float32)[:, None]
+    STORE: tl.constexpr = min(COLS, 128 // out.dtype.element_ty.primitive_bitwidth)
+    base = out + sample * length * SIZE
+    row = patch.to(tl.int64) * SIZE + run * (SEGMENTS * COLS)
+    column = tl.arange(0, COLS)[None, :]
+    for segment in tl.static_range(SEGMENTS):
+        value = (errors[segment] * upstream).to(out.dtype.element_ty)
+        places = row[:, None] + (segment * COLS + column)
+        tl.store(base + _chunks(places, STORE), _chunks(value, STORE), mask=_chunks(inside, STORE))
+
+
+def tile(patch_size: int, channels: int) -> dict[str, int] | None:
+    """How a patch is cut: the kernels' SEGMENTS, COLS, COUNT and RUNS. None: these kernels do not serve it.
+
+    A run is SEGMENTS * COLS consecutive elements of one patch row, a period of the channels, so that every register
+    has a channel known at compile time; it is one thread's share. A patch is COUNT runs, padded to RUNS.
+    """
+    width = patch_size * channels
+    for columns in (16, 8, 4, 2, 1):
+        segments = channels // math.gcd(channels, columns)
+        if width % columns == 0 and segments * columns <= MAX_RUN:
+            count = patch_size * width // (segments * columns)
+            runs = triton.next_power_of_2(count)
+            if runs * segments * columns > MAX_PATCH:
+                return None
+            return {"SEGMENTS": segments, "COLS": columns, "COUNT": count, "RUNS": runs}
+    return None
+
+
+def lanes(device: torch.device) -> int:
+    """Threads of a warp."""
+    return int(torch.cuda.get_device_properties(device).warp_size)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    # Triton launches on the current device, which need not be that of the tensors.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _arguments(
+    prediction: Tensor,
+    images: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+    lanes: int,
+    block_runs: int,
+) -> tuple[Tensor, Tensor, int, dict[str, object]]:
+    """What both passes share: prediction and images as the kernels read them, programs, and arguments by name."""
+    cut = tile(patch_size, len(mean))
+    if cut is None:
+        raise ValueError(f"no tile for patch size {patch_size} and {len(mean)} channels; the reference serves it")
+    nhwc = images if images.dtype == torch.uint8 else images.permute(0, 2, 3, 1)
+    # Pixels in channels_last memory are read like bytes; only true planes need their own addresses.
+    planar = images.dtype != torch.uint8 and not nhwc.is_contiguous()
+    batch, length, size = prediction.shape
+    # A decoder's output without its class token is a view with longer samples. It is read where it lies.
+    if prediction.stride()[1:] != (size, 1) or prediction.stride(0) % size:
+        prediction = prediction.contiguous()
+    patches = max(1, block_runs // cut["RUNS"])
+    # Where a warp holds whole patches, each thread takes one run. A larger patch gets as few warps as its elements
+    # allow, since sums across warps go through shared memory.
+    shared = 1 if cut["RUNS"] <= lanes else max(1, 48 // (cut["SEGMENTS"] * cut["COLS"]))
+    unit = 255 if images.dtype == torch.uint8 else 1
+    return (
+        prediction,
+        (images if planar else nhwc).contiguous(),
+        batch * triton.cdiv(length, patches),
+        {
+            "scale": tuple(1 / (unit * value) for value in std),
+            "shift": tuple(-centre / value for centre, value in zip(mean, std, strict=True)),
+            "batch_stride": prediction.stride(0) // size,
+            "length": length,
+            "patch_columns": nhwc.shape[2] // patch_size,
+            "PATCH": patch_size,
+            "CHANNELS": len(mean),
+            "NORM_PIX": norm_pix,
+            "PLANAR": planar,
+            "PATCHES": patches,
+            "num_warps": max(1, patches * cut["RUNS"] // (lanes * 2 ** int(math.log2(shared)))),
+            **cut,
+        },
+    )
+
+
+def launch_forward(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+    *,
+    lanes: int,
+    block_runs: int = 128,
+) -> Tensor:
+    """Run the two stages on arguments that `patch_loss` has checked.
+
+    Args:
+        prediction: (B, L, D) in one of `DTYPES`, any strides; copied unless patches lie one after another.
+        images: uint8 (B, H, W, C), or pixels (B, C, H, W) in one of `DTYPES`, any strides.
+        mask: bool (B, L), or None.
+        patch_size: side P of a square patch, for which there is a `tile`.
+        mean: per channel.
+        std: per channel.
+        norm_pix: normalise each patch by its own statistics.
+        lanes: threads of a warp.
+        block_runs: runs (`tile`) per program, a power of two, in whole patches and at least one. The result depends
+            on it by rounding alone.
+
+    Returns:
+        The loss, a float32 scalar. Nothing waits for the device.
+    """
+    prediction, images, programs, arguments = _arguments(
+        prediction, images, patch_size, mean, std, norm_pix, lanes, block_runs
+    )
+    partials = torch.empty(programs, dtype=torch.float32, device=prediction.device)
+    loss = torch.empty((), dtype=torch.float32, device=prediction.device)
+    selected = None if mask is None else mask.sum()
+    bits = None if mask is None else mask.contiguous().view(torch.uint8)
+    with _on(prediction.device):
+        if programs:
+            partials_kernel[(programs,)](prediction, images, bits, partials, **arguments)
+        loss_kernel[(1,)](partials, selected, loss, programs, prediction.shape[:2].numel(), BLOCK=PARTIALS)
+    return loss
+
+
+def launch_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+    *,
+    lanes: int,
+    block_runs: int = 128,
+) -> Tensor:
+    """Run the gradient's kernel on arguments that `patch_loss` has checked.
+
+    Args:
+        grad: upstream gradient, a floating scalar on the device.
+        prediction: and all others as for `launch_forward`.
+
+    Returns:
+        Gradient of the prediction, (B, L, D), contiguous, in the prediction's dtype. It does not depend on the block.
+    """
+    prediction, images, programs, arguments = _arguments(
+        prediction, images, patch_size, mean, std, norm_pix, lanes, block_runs
+    )
+    out = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    selected = None if mask is None else mask.sum()
+    bits = None if mask is None else mask.contiguous().view(torch.uint8)
+    if programs:
+        with _on(prediction.device):
+            prediction_grad_kernel[(programs,)](
+                grad, prediction, images, bits, selected, out, patches=prediction.shape[:2].numel(), **arguments
+            )
+    return out
