@@ -62,11 +62,11 @@ def _load_run(pointer, position, inside, COUNT: tl.constexpr):
             odd = ()
             for i in tl.static_range(1 << level):
                 first, second = tl.split(tl.reshape(parts[i], (place.shape[0], SIZE >> (level + 1), 2)))
-                even = even + (first,)  # noqa: RUF005  # Triton builds tuples by addition alone.
-                odd = odd + (second,)  # noqa: RUF005
+                even = even + (first,)
+                odd = odd + (second,)
             parts = even + odd
         for i in tl.static_range(SIZE):
-            elements = elements + (tl.reshape(parts[i], (place.shape[0],)).to(tl.float32),)  # noqa: RUF005
+            elements = elements + (tl.reshape(parts[i], (place.shape[0],)).to(tl.float32),)
     return elements
 
 
@@ -81,12 +81,12 @@ def _store_run(pointer, position, inside, elements, COUNT: tl.constexpr):
         parts = ()
         for i in tl.static_range(SIZE):
             value = elements[piece * SIZE + i].to(pointer.dtype.element_ty)
-            parts = parts + (tl.reshape(value, (place.shape[0], 1)),)  # noqa: RUF005
+            parts = parts + (tl.reshape(value, (place.shape[0], 1)),)
         for level in tl.static_range(LEVELS):
             joined = ()
             for i in tl.static_range(SIZE >> (level + 1)):
                 both = tl.join(parts[i], parts[i + (SIZE >> (level + 1))])
-                joined = joined + (tl.reshape(both, (place.shape[0], 2 << level)),)  # noqa: RUF005
+                joined = joined + (tl.reshape(both, (place.shape[0], 2 << level)),)
             parts = joined
         tl.store(pointer + place, parts[0], mask=tl.broadcast_to(inside[:, None], place.shape))
 
@@ -99,7 +99,7 @@ def _load_planes(pointer, position, plane, inside, RUN: tl.constexpr, CHANNELS: 
         planar = planar + _load_run(pointer + c * plane, position, inside, RUN)
     elements = ()
     for e in tl.static_range(RUN * CHANNELS):
-        elements = elements + (planar[e % CHANNELS * RUN + e // CHANNELS],)  # noqa: RUF005
+        elements = elements + (planar[e % CHANNELS * RUN + e // CHANNELS],)
     return elements
 
 
@@ -108,7 +108,7 @@ def _store_planes(pointer, position, plane, inside, elements, RUN: tl.constexpr,
     for c in tl.static_range(CHANNELS):
         planar = ()
         for pixel in tl.static_range(RUN):
-            planar = planar + (elements[pixel * CHANNELS + c],)  # noqa: RUF005
+            planar = planar + (elements[pixel * CHANNELS + c],)
         _store_run(pointer + c * plane, position, inside, planar, RUN)
 
 
@@ -167,7 +167,7 @@ def _statistics(
         UNIT: tl.constexpr = 1.0 / 255 if source.dtype.element_ty == tl.uint8 else 1.0
         for e in tl.static_range(WIDTH):
             moved = values[e] * (inverse_std[e % CHANNELS] * UNIT) + shift[e % CHANNELS]
-            normal = normal + (moved,)  # noqa: RUF005
+            normal = normal + (moved,)
         values = normal
     # Threads beyond the patch's runs have loaded zeros, which normalisation has moved.
     total = values[0]
@@ -176,7 +176,7 @@ def _statistics(
     mean = _over_patch(tl.where(inside, total, 0.0), PATCHES, RUNS) * (1.0 / SIZE)
     centred = ()
     for e in tl.static_range(WIDTH):
-        centred = centred + (values[e] - mean,)  # noqa: RUF005
+        centred = centred + (values[e] - mean,)
     total = centred[0] * centred[0]
     for e in tl.static_range(1, WIDTH):
         total += centred[e] * centred[e]
@@ -257,7 +257,7 @@ def decode_kernel(
     for e in tl.static_range(WIDTH):
         pixel = _unclamped(values[e], std[e % CHANNELS], centre[e % CHANNELS], mean, deviation, STATISTICS)
         pixel = tl.maximum(pixel, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        pixels = pixels + (tl.minimum(pixel, 1.0, propagate_nan=tl.PropagateNan.ALL),)  # noqa: RUF005
+        pixels = pixels + (tl.minimum(pixel, 1.0, propagate_nan=tl.PropagateNan.ALL),)
     target = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
     _store_planes(out, target, plane, inside, pixels, RUN, CHANNELS)
 
@@ -329,7 +329,7 @@ def decode_backward_kernel(
             passed = tl.where((pixel >= 0) & (pixel <= 1), upstream[e], 0.0) * std[e % CHANNELS]
             to_mean += passed
             to_deviation += passed * values[e]
-            result = result + (passed * deviation,)  # noqa: RUF005
+            result = result + (passed * deviation,)
         _store_run(to_prediction, position, inside, result, WIDTH)
     if STATISTICS != "raw":
         to_mean = _over_patch(to_mean, PATCHES, RUNS) * (1.0 / SIZE)
@@ -339,7 +339,7 @@ def decode_backward_kernel(
             value = to_mean + to_variance * centred[e]
             if STATISTICS == "input":
                 value = value * inverse_std[e % CHANNELS]
-            result = result + (value,)  # noqa: RUF005
+            result = result + (value,)
         if STATISTICS == "noisy":
             _store_run(to_source, patch * IN_PATCH + run, inside, result, WIDTH)
         else:

@@ -199,8 +199,7 @@ def noise_patchify_kernel(
         else:
             source = position[:, None] + (segment * COLS + column)
         values = tl.load(image + _chunks(source, LOAD), mask=_chunks(inside, LOAD))
-        # Triton builds tuples by addition alone.
-        pixels = pixels + (tl.reshape(tl.permute(values, (1, 0, 2)), (ROWS, COLS)),)  # noqa: RUF005
+        pixels = pixels + (tl.reshape(tl.permute(values, (1, 0, 2)), (ROWS, COLS)),)
 
     level_stride = draws * samples * count
     for draw in range(draws):

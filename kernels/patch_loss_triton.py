@@ -129,9 +129,8 @@ def _errors(
         channel = offset % CHANNELS
         clean = _load(images, source, inside, PIXELS).to(tl.float32)
         clean = clean * _per_channel(scale, channel, CHANNELS) + _per_channel(shift, channel, CHANNELS)
-        # Triton builds tuples by addition alone.
-        targets = targets + (clean if COUNT == RUNS else tl.where(inside, clean, 0.0),)  # noqa: RUF005
-        predictions = predictions + (_load(prediction, row + offset, inside, VALUES),)  # noqa: RUF005
+        targets = targets + (clean if COUNT == RUNS else tl.where(inside, clean, 0.0),)
+        predictions = predictions + (_load(prediction, row + offset, inside, VALUES),)
 
     factor = tl.full((PATCHES * RUNS, 1), 1.0, tl.float32)
     if NORM_PIX:
@@ -145,14 +144,14 @@ def _errors(
             deviation = targets[segment] - centre
             deviation = deviation if COUNT == RUNS else tl.where(inside, deviation, 0.0)
             squares += deviation * deviation
-            centred = centred + (deviation,)  # noqa: RUF005
+            centred = centred + (deviation,)
         targets = centred
         factor = _to_rows(tl.rsqrt(_patch_sum(squares, PATCHES) * (1.0 / (SIZE - 1)) + EPS), RUNS)
 
     errors = ()
     for segment in tl.static_range(SEGMENTS):
         error = predictions[segment].to(tl.float32) - targets[segment] * factor
-        errors = errors + (error if COUNT == RUNS else tl.where(inside, error, 0.0),)  # noqa: RUF005
+        errors = errors + (error if COUNT == RUNS else tl.where(inside, error, 0.0),)
     return errors
 
 
