@@ -1,17 +1,12 @@
 """The Triton kernel of `attack_step`: its source in the interpreter, and its machine code built ahead of time."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from denim.kernels import attack_step
 
-HERE = Path(__file__).parent
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
 # Name: shape, dtypes of pixels, origin and gradient, step size and epsilon per sample. Blocks have 1,024 elements.
@@ -70,14 +65,6 @@ def _expected(pixels, origin, gradient, step_size, epsilon) -> torch.Tensor:
     return moved.to(pixels.dtype)
 
 
-def _run(script: str, *arguments) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(Path(arguments[0]).parent / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::RuntimeWarning", HERE / script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def given() -> dict:
     dispatch = {
@@ -88,18 +75,18 @@ def given() -> dict:
 
 
 @pytest.fixture(scope="module")
-def interpreted(given, tmp_path_factory) -> dict:
+def interpreted(given, tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("interpreter")
     calls = {part: {name: ("attack_step", case) for name, case in cases.items()} for part, cases in given.items()}
     torch.save(calls, folder / "given.pt")
-    _run("interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
+    run_script("interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
     return torch.load(folder / "got.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def machine_code(tmp_path_factory) -> dict:
+def machine_code(tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("build")
-    _run("build_attack_decode.py", folder / "report.json", "attack")
+    run_script("build_attack_decode.py", folder / "report.json", "attack")
     return json.loads((folder / "report.json").read_text())
 
 

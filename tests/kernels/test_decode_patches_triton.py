@@ -1,17 +1,12 @@
 """The Triton kernels of `decode_patches`: their source in the interpreter, and machine code built ahead of time."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from denim.kernels import decode_patches
 
-HERE = Path(__file__).parent
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
 MEAN = (124 / 255, 0.456, 0.406, 0.3, 0.7)
@@ -156,14 +151,6 @@ def _backward(case: dict) -> tuple:
     return ("decode_patches_backward", tuple(case[name] for name in names))
 
 
-def _run(script: str, *arguments) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(Path(arguments[0]).parent / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::RuntimeWarning", HERE / script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def given() -> dict:
     return {
@@ -182,7 +169,7 @@ def ends() -> dict:
 
 
 @pytest.fixture(scope="module")
-def interpreted(given, ends, tmp_path_factory) -> dict:
+def interpreted(given, ends, tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("interpreter")
     calls = {
         part: {(name, make.__name__): make(case) for name, case in cases.items() for make in (_forward, _backward)}
@@ -190,7 +177,7 @@ def interpreted(given, ends, tmp_path_factory) -> dict:
     }
     calls["launch"] |= {("ends", make.__name__): make(ends) for make in (_forward, _backward)}
     torch.save(calls, folder / "given.pt")
-    _run("interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
+    run_script("interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
     got = torch.load(folder / "got.pt", weights_only=True)
     return {
         part: {
@@ -203,9 +190,9 @@ def interpreted(given, ends, tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="module")
-def machine_code(tmp_path_factory) -> dict:
+def machine_code(tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("build")
-    _run("build_attack_decode.py", folder / "report.json", "decode")
+    run_script("build_attack_decode.py", folder / "report.json", "decode")
     return json.loads((folder / "report.json").read_text())
 
 

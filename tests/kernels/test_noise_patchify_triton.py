@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ import torch
 from denim.kernels import noise_words
 from denim.kernels.patches import patchify
 
-HERE = Path(__file__).parent
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
 ALL = 0xFFFFFFFF
@@ -127,16 +124,6 @@ def _bounds(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return stored(exact - error), stored(exact + error)
 
 
-def _environment(folder: Path) -> dict:
-    return os.environ | {"TRITON_CACHE_DIR": str(folder / "cache"), "DENIM_NOISE": "eager", "OMP_NUM_THREADS": "1"}
-
-
-def _run(script: str, *arguments: Path, environment: dict) -> None:
-    command = [sys.executable, "-W", "error::RuntimeWarning", HERE / script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def given() -> dict:
     group = torch.arange(GROUPS)
@@ -178,18 +165,17 @@ def given() -> dict:
 
 
 @pytest.fixture(scope="module")
-def interpreted(given, tmp_path_factory) -> dict:
+def interpreted(given, tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("interpreter")
     torch.save(given, folder / "given.pt")
-    _run("interpreter_noise_patchify.py", folder / "given.pt", folder / "got.pt", environment=_environment(folder))
+    run_script("interpreter_noise_patchify.py", folder / "given.pt", folder / "got.pt")
     return torch.load(folder / "got.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def machine_code(tmp_path_factory) -> dict:
+def machine_code(tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("build")
-    environment = {name: value for name, value in _environment(folder).items() if name != "TRITON_INTERPRET"}
-    _run("build_noise_patchify.py", folder / "report.json", environment=environment)
+    run_script("build_noise_patchify.py", folder / "report.json")
     return json.loads((folder / "report.json").read_text())
 
 

@@ -1,17 +1,12 @@
 """The Triton kernels of `patch_loss`: their source in the interpreter, and their machine code built ahead of time."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from denim.kernels.patches import patchify
 
-HERE = Path(__file__).parent
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
 # Name: batch, height and width in patches, patch size, channels, pixels, dtype of the prediction, norm_pix, mask.
@@ -120,14 +115,6 @@ def _assert_equals_definition(case: dict, loss: torch.Tensor, gradient: torch.Te
     assert ((lowest <= gradient) & (gradient <= highest)).all()  # False for memory that was not written: it is NaN
 
 
-def _run(script: str, *arguments: Path, folder: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, HERE / script, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def given() -> dict:
     blocks = {
@@ -164,17 +151,17 @@ def given() -> dict:
 
 
 @pytest.fixture(scope="module")
-def interpreted(given, tmp_path_factory) -> dict:
+def interpreted(given, tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("interpreter")
     torch.save(given, folder / "given.pt")
-    _run("interpreter_patch_loss.py", folder / "given.pt", folder / "got.pt", folder=folder)
+    run_script("interpreter_patch_loss.py", folder / "given.pt", folder / "got.pt")
     return torch.load(folder / "got.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
-def machine_code(tmp_path_factory) -> dict:
+def machine_code(tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("build")
-    _run("build_patch_loss.py", folder / "report.json", folder=folder)
+    run_script("build_patch_loss.py", folder / "report.json")
     return json.loads((folder / "report.json").read_text())
 
 
