@@ -16,7 +16,7 @@ from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
 from denim.nim import Autoencoder, Mask, add_noise, reconstruct
 from denim.nim.finetune import training_images
-from denim.nim.reconstruct import DEGRADATIONS
+from denim.nim.reconstruct import check_degradation
 
 __all__ = ["De3"]
 
@@ -74,14 +74,11 @@ class De3(nn.Module):
             raise ValueError(f"draws must be at least 1, got {draws}")
         if aggregate not in ("logits", "vote"):
             raise ValueError(f'aggregate must be "logits" or "vote", got {aggregate!r}')
-        if degrade not in DEGRADATIONS:
-            raise ValueError(f"degrade must be one of {', '.join(DEGRADATIONS)}, got {degrade!r}")
+        check_degradation(denoiser, degrade, statistics)
         if denoiser is None and degrade != "noise":
             raise ValueError(f"degrade={degrade!r} needs a denoiser")
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
-        if statistics not in ("input", "noisy"):
-            raise ValueError(f'statistics must be "input" or "noisy", got {statistics!r}')
         self.denoiser, self.classifier = denoiser, classifier
         self.draws, self.aggregate = draws, aggregate
         self.degrade, self.mask_ratio, self.statistics = degrade, mask_ratio, statistics
@@ -92,8 +89,6 @@ class De3(nn.Module):
         key = _entropy() if seed is None else seed
         self.register_buffer("_key", torch.tensor(key, dtype=torch.int64), persistent=False)
         self.register_buffer("_calls", torch.tensor(0, dtype=torch.int64), persistent=False)
-        if degrade == "mask" and statistics == "noisy" and denoiser is not None and denoiser.config.norm_pix:
-            raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
         self.sigma = sigma
         trained_on = getattr(getattr(classifier, "config", None), "images", None)
         if sigma is not None and trained_on is not None and trained_on != self.case:

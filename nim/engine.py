@@ -198,23 +198,23 @@ def _prepare_folder(config: TrainConfig) -> None:
         raise ValueError(f"{config.out} cannot be resumed with other settings: {'; '.join(changed)}")
 
 
-def _load_training(folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer) -> int:
+def _load_training(folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     model.load_weights(read_safetensors(folder / WEIGHTS_FILE), f"{folder} is of another architecture")
     try:
         state = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        return int(state["update"])
+        return {name: state[name] for name in ("update", "logged", "losses")}
     except Exception as error:  # torch raises half a dozen types for a damaged file; none says which file
         raise CheckpointError(f"{folder / TRAINING_FILE} cannot be read: {error}; remove {folder}") from error
 
 
-def _save_training(out: Path, model: Pretrained, optimizer: torch.optim.Optimizer, update: int) -> None:
-    folder = out / "checkpoints" / f"{update:08d}"
+def _save_training(out: Path, model: Pretrained, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+    folder = out / "checkpoints" / f"{progress['update']:08d}"
     if folder.exists():
         return
     with atomic_folder(folder) as staged:
         model.save_pretrained(staged)
-        torch.save({"update": update, "optimizer": optimizer.state_dict()}, staged / TRAINING_FILE)
+        torch.save({**progress, "optimizer": optimizer.state_dict()}, staged / TRAINING_FILE)
     for old in sorted(folder.parent.glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
 
@@ -286,14 +286,19 @@ def train(
         t_in_epochs=False,
     )
     newest = latest_checkpoint(config.out)
-    update = 0 if newest is None else _load_training(newest, model, optimizer)
+    # The losses since the last line of metrics belong to the state: the next line is their mean.
+    state: dict[str, Any] = {"update": 0, "logged": 0, "losses": 0.0}
+    if newest is not None:
+        state = _load_training(newest, model, optimizer)
+    update, logged = state["update"], state["logged"]
+    losses = torch.tensor(state["losses"], device=device)
     metrics = _Metrics(config.out, update)
     checkpoint_every = config.checkpoint_every or updates_per_epoch
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     task = progress.add_task(title, total=total, completed=update, state="")
     model.train()
-    since, started, losses = update, time.perf_counter(), torch.zeros((), device=device)
+    since, started = update, time.perf_counter()
     try:
         with progress:
             while update < total:
@@ -311,13 +316,18 @@ def train(
                         losses += value.detach() / config.accumulate
                     optimizer.step()
                     update += 1
-                    if update % config.log_every == 0 or update == total:
-                        mean_loss = losses.item() / (update - since)
-                        if not math.isfinite(mean_loss):
-                            raise FloatingPointError(
-                                f"the loss is {mean_loss} near update {update}; lower base_lr, lengthen the warm-up, "
-                                f"or resume from {latest_checkpoint(config.out)}"
-                            )
+                    log = update % config.log_every == 0 or update == total
+                    save = update % checkpoint_every == 0 or update == total
+                    if not (log or save):
+                        continue
+                    mean_loss = losses.item() / (update - logged)
+                    # Before saving as well: two broken checkpoints would push out the last good one.
+                    if not math.isfinite(mean_loss):
+                        raise FloatingPointError(
+                            f"the loss is {mean_loss} near update {update}; lower base_lr, lengthen the warm-up, "
+                            f"or resume from {latest_checkpoint(config.out)}"
+                        )
+                    if log:
                         rate = (update - since) * config.batch_size / (time.perf_counter() - started)
                         rates = [group["lr"] for group in optimizer.param_groups]
                         metrics.write(
@@ -329,15 +339,17 @@ def train(
                                 "images_per_second": rate,
                             }
                         )
-                        state = f"loss {mean_loss:.4f}  {rate:,.0f} images/s"
-                        progress.update(task, completed=update, state=state)
+                        shown = f"loss {mean_loss:.4f}  {rate:,.0f} images/s"
+                        progress.update(task, completed=update, state=shown)
                         if not console.is_terminal and (
                             update == total or update % max(1, total // 5) < config.log_every
                         ):
-                            console.print(f"{title}: {update}/{total}  {state}")
-                        since, started, losses = update, time.perf_counter(), torch.zeros((), device=device)
-                    if update % checkpoint_every == 0 or update == total:
-                        _save_training(config.out, model, optimizer, update)
+                            console.print(f"{title}: {update}/{total}  {shown}")
+                        since, started, logged = update, time.perf_counter(), update
+                        losses.zero_()
+                    if save:
+                        progressed = {"update": update, "logged": logged, "losses": losses.item()}
+                        _save_training(config.out, model, optimizer, progressed)
     finally:
         metrics.close()
     model.eval()

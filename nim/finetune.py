@@ -20,7 +20,7 @@ from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
 from denim.nim.data import Batch, EvalView, Source, TorchLoader, keyed_globals, open_source
 from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train
-from denim.nim.reconstruct import DEGRADATIONS, add_noise, reconstruct
+from denim.nim.reconstruct import add_noise, check_degradation, reconstruct
 from denim.nim.sigma import Sigma
 
 __all__ = ["FinetuneConfig", "finetune", "training_images"]
@@ -71,10 +71,7 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
         if self.images not in ("denoised", "noisy", "clean"):
             raise ValueError(f"images must be denoised, noisy or clean, got {self.images!r}")
-        if self.degrade not in DEGRADATIONS:
-            raise ValueError(f"degrade must be one of {', '.join(DEGRADATIONS)}, got {self.degrade!r}")
-        if self.statistics not in ("input", "noisy"):
-            raise ValueError(f'statistics must be "input" or "noisy", got {self.statistics!r}')
+        check_degradation(None, self.degrade, self.statistics)
         Sigma.parse(self.sigma)
         for name in ("drop_path", "erasing", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
@@ -111,6 +108,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     console = console or Console(stderr=True)
     device = pick_device(config.device)
     autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False).to(device)
+    check_degradation(autoencoder, config.degrade, config.statistics)
     body = autoencoder.config
     source = open_source(config.data, "train", body.channels)
     architecture = ClassifierConfig.for_encoder(

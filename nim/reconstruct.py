@@ -9,7 +9,7 @@ from denim.kernels import decode_patches, noise_patchify, normalized_patches
 from denim.kernels.patches import unpatchify
 from denim.nim.autoencoder import Autoencoder, Mask
 
-__all__ = ["DEGRADATIONS", "add_noise", "reconstruct"]
+__all__ = ["DEGRADATIONS", "add_noise", "check_degradation", "reconstruct"]
 
 DEGRADATIONS = ("noise", "mask", "both")
 
@@ -35,6 +35,20 @@ def add_noise(images: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
         images, sigma, seeds, patch_size=1, mean=(0.0,) * channels, std=(1.0,) * channels, dtype=dtype
     )
     return unpatchify(noisy, (image_size[0], image_size[1]), 1).movedim(-1, -3)
+
+
+def check_degradation(autoencoder: Autoencoder | None, degrade: str, statistics: str) -> None:
+    """Check that the ways to degrade and to un-normalise exist, and fit the autoencoder where one is given.
+
+    Raises:
+        ValueError: an unknown option (the valid ones are listed), or noisy statistics where there is no noise.
+    """
+    if degrade not in DEGRADATIONS:
+        raise ValueError(f"degrade must be one of {', '.join(DEGRADATIONS)}, got {degrade!r}")
+    if statistics not in ("input", "noisy"):
+        raise ValueError(f'statistics must be "input" or "noisy", got {statistics!r}')
+    if degrade == "mask" and statistics == "noisy" and autoencoder is not None and autoencoder.config.norm_pix:
+        raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
 
 
 def reconstruct(
@@ -72,14 +86,9 @@ def reconstruct(
     image_size = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4])
     if image_size != config.image_size:
         raise ValueError(f"the denoiser takes images of {config.image_size}, got {image_size}")
-    if degrade not in DEGRADATIONS:
-        raise ValueError(f"degrade must be one of {', '.join(DEGRADATIONS)}, got {degrade!r}")
+    check_degradation(autoencoder, degrade, statistics)
     if (sigma is None) != (degrade == "mask"):
         raise ValueError(f"degrade={degrade!r} {'takes no' if degrade == 'mask' else 'needs a'} sigma")
-    if statistics not in ("input", "noisy"):
-        raise ValueError(f'statistics must be "input" or "noisy", got {statistics!r}')
-    if degrade == "mask" and config.norm_pix and statistics == "noisy":
-        raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
 
     pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
     if sigma is None:

@@ -110,6 +110,29 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, stop_at):
     assert strip[0] == strip[1]
 
 
+def test_a_line_of_metrics_that_spans_the_stop_is_the_same(tmp_path):
+    run(configure(tmp_path / "whole", checkpoint_every=2, log_every=3))
+    with pytest.raises(KeyboardInterrupt):
+        run(configure(tmp_path / "stopped", checkpoint_every=2, log_every=3), stop_at=11)
+    run(configure(tmp_path / "stopped", checkpoint_every=2, log_every=3, resume=True))
+    losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("whole", "stopped")]
+    assert losses[0] == losses[1]
+
+
+def test_broken_weights_are_never_saved(tmp_path):
+    """The loss breaks after update 6, long before the next line of metrics."""
+
+    def loss(batch, epoch):
+        calls.append(0)
+        return torch.tensor(math.nan if len(calls) > 6 else 1.0, requires_grad=True)
+
+    calls = []
+    config = configure(tmp_path / "run", checkpoint_every=2, log_every=20)
+    with pytest.raises(FloatingPointError, match="00000006"):
+        run(config, loss=loss)
+    assert latest_checkpoint(config.out).name == "00000006"
+
+
 def test_a_finished_run_resumes_at_once(tmp_path):
     first, _ = run(configure(tmp_path / "run"))
     second, seen = run(configure(tmp_path / "run", resume=True))

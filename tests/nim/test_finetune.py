@@ -155,6 +155,7 @@ def test_the_denoiser_stays_frozen(denoiser, tmp_path):
         ({"images": "blurred"}, "denoised, noisy or clean"),
         ({"degrade": "blur"}, "noise, mask, both"),
         ({"statistics": "none"}, '"input" or "noisy"'),
+        ({"degrade": "mask", "statistics": "noisy"}, "needs noise"),
         ({"batch_size": 255}, "odd number"),
         ({"smoothing": 1.5}, "smoothing"),
         ({"data": "no/such/folder"}, "no/such/folder"),
