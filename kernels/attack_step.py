@@ -33,10 +33,11 @@ def _(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsil
     if importlib.util.find_spec("triton") is not None:
         # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
         from denim.kernels import attack_step_triton as kernel
+        from denim.kernels.memory_triton import warp_size
 
         if all(tensor.dtype in kernel.DTYPES for tensor in (pixels, origin, gradient)):
-            warp_size = torch.cuda.get_device_properties(pixels.device).warp_size
-            return kernel.launch(pixels, origin, gradient, step_size, epsilon, warp_size=warp_size)
+            size = warp_size(pixels.device)
+            return kernel.launch(pixels, origin, gradient, step_size, epsilon, warp_size=size)
     return _reference(pixels, origin, gradient, step_size, epsilon)
 
 

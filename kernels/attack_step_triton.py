@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from denim.kernels.memory_triton import on_device
 
 __all__ = ["DTYPES", "attack_step_kernel", "launch"]
 
@@ -80,8 +80,7 @@ def launch(
     elements, block = out.numel() // batch, THREADS * RUN
     tiles = triton.cdiv(elements, block)
     step_size, epsilon = step_size.expand(batch), epsilon.expand(batch)
-    # Triton launches on the current device, which need not be that of the pixels.
-    with torch.cuda.device(pixels.device) if pixels.is_cuda else contextlib.nullcontext():
+    with on_device(pixels.device):
         attack_step_kernel[(batch * tiles,)](
             pixels.contiguous(),
             origin.contiguous(),

@@ -120,11 +120,12 @@ def _(
     if importlib.util.find_spec("triton") is not None:
         # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
         from denim.kernels import decode_patches_triton as kernel
+        from denim.kernels.memory_triton import warp_size
 
         if kernel.serves(prediction, source, patch_size, len(mean)):
-            warp_size = torch.cuda.get_device_properties(prediction.device).warp_size
+            size = warp_size(prediction.device)
             return kernel.launch(
-                prediction, source, sigma, height, width, patch_size, mean, std, statistics, warp_size=warp_size
+                prediction, source, sigma, height, width, patch_size, mean, std, statistics, warp_size=size
             )
     return _reference(prediction, source, sigma, height, width, patch_size, mean, std, statistics)
 
@@ -202,11 +203,12 @@ def _(
     """Triton kernel, for what the forward kernel serves."""
     if importlib.util.find_spec("triton") is not None:
         from denim.kernels import decode_patches_triton as kernel
+        from denim.kernels.memory_triton import warp_size
 
         if kernel.serves(prediction, source, patch_size, len(mean)):
-            warp_size = torch.cuda.get_device_properties(prediction.device).warp_size
+            size = warp_size(prediction.device)
             return kernel.launch_backward(
-                grad, prediction, source, sigma, patch_size, mean, std, statistics, warp_size=warp_size
+                grad, prediction, source, sigma, patch_size, mean, std, statistics, warp_size=size
             )
     return _reference_backward(grad, prediction, source, sigma, patch_size, mean, std, statistics)
 

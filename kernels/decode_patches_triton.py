@@ -10,7 +10,6 @@ of shape (threads,) per element, so channels and positions are known when the ke
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from denim.kernels.memory_triton import load_planes, load_run, on_device, store_planes, store_run
 from denim.kernels.patch_loss import VARIANCE_EPS
 
 __all__ = ["DTYPES", "cut", "decode_backward_kernel", "decode_kernel", "launch", "launch_backward", "serves"]
@@ -32,84 +32,6 @@ MAX_THREADS = 1024
 MAX_RUN = 64
 
 _FLOOR: tl.constexpr = tl.constexpr(VARIANCE_EPS)
-
-
-@triton.constexpr_function
-def _piece(count, widest):
-    """The largest power of two that divides `count`, at most `widest`."""
-    return min(count & -count, widest)
-
-
-@triton.constexpr_function
-def _log2(size):
-    return size.bit_length() - 1
-
-
-@triton.jit
-def _load_run(pointer, position, inside, COUNT: tl.constexpr):
-    """COUNT contiguous elements per thread from `pointer + position * COUNT` on: a tuple of float32 (threads,)."""
-    # Pieces of at most 16 bytes, which cut the run evenly.
-    WIDEST: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
-    SIZE: tl.constexpr = _piece(COUNT, WIDEST)
-    elements = ()
-    for piece in tl.static_range(COUNT // SIZE):
-        place = position[:, None] * COUNT + (piece * SIZE + tl.arange(0, SIZE)[None, :])
-        values = tl.load(pointer + place, mask=tl.broadcast_to(inside[:, None], place.shape), other=0)
-        # Halved until each part is one column: part i holds the elements whose low bits are i.
-        parts = (values,)
-        for level in tl.static_range(_log2(SIZE)):
-            even = ()
-            odd = ()
-            for i in tl.static_range(1 << level):
-                first, second = tl.split(tl.reshape(parts[i], (place.shape[0], SIZE >> (level + 1), 2)))
-                even = even + (first,)
-                odd = odd + (second,)
-            parts = even + odd
-        for i in tl.static_range(SIZE):
-            elements = elements + (tl.reshape(parts[i], (place.shape[0],)).to(tl.float32),)
-    return elements
-
-
-@triton.jit
-def _store_run(pointer, position, inside, elements, COUNT: tl.constexpr):
-    """The inverse of `_load_run`."""
-    WIDEST: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
-    SIZE: tl.constexpr = _piece(COUNT, WIDEST)
-    LEVELS: tl.constexpr = _log2(SIZE)
-    for piece in tl.static_range(COUNT // SIZE):
-        place = position[:, None] * COUNT + (piece * SIZE + tl.arange(0, SIZE)[None, :])
-        parts = ()
-        for i in tl.static_range(SIZE):
-            value = elements[piece * SIZE + i].to(pointer.dtype.element_ty)
-            parts = parts + (tl.reshape(value, (place.shape[0], 1)),)
-        for level in tl.static_range(LEVELS):
-            joined = ()
-            for i in tl.static_range(SIZE >> (level + 1)):
-                both = tl.join(parts[i], parts[i + (SIZE >> (level + 1))])
-                joined = joined + (tl.reshape(both, (place.shape[0], 2 << level)),)
-            parts = joined
-        tl.store(pointer + place, parts[0], mask=tl.broadcast_to(inside[:, None], place.shape))
-
-
-@triton.jit
-def _load_planes(pointer, position, plane, inside, RUN: tl.constexpr, CHANNELS: tl.constexpr):
-    """As `_load_run`, RUN pixels from planes of `plane` pixels: a tuple in (pixel, channel) order."""
-    planar = ()
-    for c in tl.static_range(CHANNELS):
-        planar = planar + _load_run(pointer + c * plane, position, inside, RUN)
-    elements = ()
-    for e in tl.static_range(RUN * CHANNELS):
-        elements = elements + (planar[e % CHANNELS * RUN + e // CHANNELS],)
-    return elements
-
-
-@triton.jit
-def _store_planes(pointer, position, plane, inside, elements, RUN: tl.constexpr, CHANNELS: tl.constexpr):
-    for c in tl.static_range(CHANNELS):
-        planar = ()
-        for pixel in tl.static_range(RUN):
-            planar = planar + (elements[pixel * CHANNELS + c],)
-        _store_run(pointer + c * plane, position, inside, planar, RUN)
 
 
 @triton.jit
@@ -157,11 +79,11 @@ def _statistics(
     WIDTH: tl.constexpr = RUN * CHANNELS
     SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
     if STATISTICS == "noisy":
-        values = _load_run(source, patch * (SIZE // WIDTH) + run, inside, WIDTH)
+        values = load_run(source, patch * (SIZE // WIDTH) + run, inside, WIDTH)
     elif source.dtype.element_ty == tl.uint8:
-        values = _load_run(source, image * (plane // RUN) + in_plane, inside, WIDTH)
+        values = load_run(source, image * (plane // RUN) + in_plane, inside, WIDTH)
     else:
-        values = _load_planes(source, image * (plane // RUN * CHANNELS) + in_plane, plane, inside, RUN, CHANNELS)
+        values = load_planes(source, image * (plane // RUN * CHANNELS) + in_plane, plane, inside, RUN, CHANNELS)
     if STATISTICS == "input":
         normal = ()
         UNIT: tl.constexpr = 1.0 / 255 if source.dtype.element_ty == tl.uint8 else 1.0
@@ -234,7 +156,7 @@ def decode_kernel(
     place = _place(program // leads, patches, length, columns, PATCH, RUN, PATCHES, RUNS)
     patch, image, run, in_plane, inside = place
     plane = length.to(tl.int64) * (PATCH * PATCH)
-    values = _load_run(prediction, (lead * patches + patch) * IN_PATCH + run, inside, WIDTH)
+    values = load_run(prediction, (lead * patches + patch) * IN_PATCH + run, inside, WIDTH)
     mean = 0.0
     deviation = 1.0
     if STATISTICS != "raw":
@@ -259,7 +181,7 @@ def decode_kernel(
         pixel = tl.maximum(pixel, 0.0, propagate_nan=tl.PropagateNan.ALL)
         pixels = pixels + (tl.minimum(pixel, 1.0, propagate_nan=tl.PropagateNan.ALL),)
     target = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
-    _store_planes(out, target, plane, inside, pixels, RUN, CHANNELS)
+    store_planes(out, target, plane, inside, pixels, RUN, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["leads"])
@@ -320,8 +242,8 @@ def decode_backward_kernel(
         lead = tl.cast(step, tl.int64)
         position = (lead * patches + patch) * IN_PATCH + run
         above = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
-        values = _load_run(prediction, position, inside, WIDTH)
-        upstream = _load_planes(grad, above, plane, inside, RUN, CHANNELS)
+        values = load_run(prediction, position, inside, WIDTH)
+        upstream = load_planes(grad, above, plane, inside, RUN, CHANNELS)
         result = ()
         for e in tl.static_range(WIDTH):
             pixel = _unclamped(values[e], std[e % CHANNELS], centre[e % CHANNELS], mean, deviation, STATISTICS)
@@ -330,7 +252,7 @@ def decode_backward_kernel(
             to_mean += passed
             to_deviation += passed * values[e]
             result = result + (passed * deviation,)
-        _store_run(to_prediction, position, inside, result, WIDTH)
+        store_run(to_prediction, position, inside, result, WIDTH)
     if STATISTICS != "raw":
         to_mean = _over_patch(to_mean, PATCHES, RUNS) * (1.0 / SIZE)
         to_variance = _over_patch(to_deviation, PATCHES, RUNS) * slope / (2 * deviation) * (2.0 / (SIZE - 1))
@@ -341,10 +263,10 @@ def decode_backward_kernel(
                 value = value * inverse_std[e % CHANNELS]
             result = result + (value,)
         if STATISTICS == "noisy":
-            _store_run(to_source, patch * IN_PATCH + run, inside, result, WIDTH)
+            store_run(to_source, patch * IN_PATCH + run, inside, result, WIDTH)
         else:
             target = image * (IN_PATCH * CHANNELS) * length + in_plane
-            _store_planes(to_source, target, plane, inside, result, RUN, CHANNELS)
+            store_planes(to_source, target, plane, inside, result, RUN, CHANNELS)
 
 
 def cut(patch_size: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
@@ -404,11 +326,6 @@ def _arguments(
     return prediction.contiguous(), None if source is None else source.contiguous(), sigma, scalars
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    # Triton launches on the current device, which need not be that of the tensors.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def launch(
     prediction: Tensor,
     source: Tensor | None,
@@ -449,7 +366,7 @@ def launch(
         prediction, source, sigma, width // patch_size, mean, std, statistics
     )
     _, _, _, _, _, patches, leads, _, _ = scalars
-    with _on(prediction.device):
+    with on_device(prediction.device):
         decode_kernel[(triton.cdiv(patches, sizes["PATCHES"]) * leads,)](
             prediction,
             source,
@@ -498,7 +415,7 @@ def launch_backward(
         prediction, source, sigma, width // patch_size, mean, std, statistics
     )
     _, _, _, _, _, patches, _, _, _ = scalars
-    with _on(prediction.device):
+    with on_device(prediction.device):
         decode_backward_kernel[(triton.cdiv(patches, sizes["PATCHES"]),)](
             grad.contiguous(),
             prediction,

@@ -56,10 +56,11 @@ def _(
         return _reference(images, sigma, seeds, patch_size, mean, std, dtype)
     # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
     from denim.kernels import noise_patchify_triton as kernel
+    from denim.kernels.noise_triton import instruction_set
 
     if len(mean) > kernel.MAX_CHANNELS:
         return _reference(images, sigma, seeds, patch_size, mean, std, dtype)
-    instructions = kernel.instruction_set(images.device)
+    instructions = instruction_set(images.device)
     return kernel.launch(images, sigma, seeds, patch_size, mean, std, dtype, instructions=instructions)
 
 

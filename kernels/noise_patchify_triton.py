@@ -1,15 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, unreachable"
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
-"""Triton kernel of `noise_patchify`, and the noise contract on the GPU (its torch twin is `denim.kernels.noise`).
-
-One source serves three instruction sets, chosen explicitly: "ptx" (NVIDIA), "gcn" (AMD) and "plain" (Triton's own
-mathematics, which the interpreter can run). Only `_log2`, `_cos` and `_sin` know of them; `tl.sqrt` is one instruction
-already. `tl.target_info` cannot choose: it says "not CUDA" when a kernel is built on a machine without a driver.
-"""
+"""Triton kernel of `noise_patchify`."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -18,113 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_CHANNELS", "instruction_set", "launch", "noise_patchify_kernel", "normals", "philox", "tile"]
+from denim.kernels.memory_triton import chunks, on_device, per_channel
+from denim.kernels.noise_triton import normals, philox
+
+__all__ = ["MAX_CHANNELS", "launch", "noise_patchify_kernel", "tile"]
 
 # Per-channel constants are kernel arguments, and every element selects among them.
 MAX_CHANNELS = 64
-
-
-@triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
-    """Philox-4x32-10 on uint32 counters and keys (Salmon et al. 2011): four uint32 words.
-
-    The product is a 64-bit one because that is a single machine instruction; a high and a low product are two.
-    """
-    for _ in tl.static_range(10):
-        even = c0.to(tl.uint64) * 0xD2511F53
-        odd = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (odd >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (even >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1 = odd.to(tl.uint32)
-        c3 = even.to(tl.uint32)
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _ptx(assembly: tl.constexpr, x):
-    return tl.inline_asm_elementwise(assembly, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _gcn(assembly: tl.constexpr, x):
-    return tl.inline_asm_elementwise(assembly, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-# PTX: the flush-to-zero forms are one instruction, the others add range checks; no argument here is ever subnormal.
-# GCN: CDNA 3 demands one wait state between a transcendental and the use of its result. The compiler adds it to its
-# own instructions, but does not look into inline assembly.
-@triton.jit
-def _log2(x, INSTRUCTIONS: tl.constexpr):
-    if INSTRUCTIONS == "ptx":
-        result = _ptx("lg2.approx.ftz.f32 $0, $1;", x)
-    elif INSTRUCTIONS == "gcn":
-        result = _gcn("v_log_f32 $0, $1\ns_nop 0", x)
-    else:
-        result = tl.log2(x)
-    return result
-
-
-@triton.jit
-def _cos(word, INSTRUCTIONS: tl.constexpr):
-    """Cosine of word * pi * 2^-31 radians, which is word * 2^-32 revolutions."""
-    if INSTRUCTIONS == "ptx":
-        result = _ptx("cos.approx.ftz.f32 $0, $1;", word * (math.pi * 2.0**-31))
-    elif INSTRUCTIONS == "gcn":
-        result = _gcn("v_cos_f32 $0, $1\ns_nop 0", word * 2.0**-32)
-    else:
-        result = tl.cos(word * (math.pi * 2.0**-31))
-    return result
-
-
-@triton.jit
-def _sin(word, INSTRUCTIONS: tl.constexpr):
-    """Sine of word * pi * 2^-31 radians, which is word * 2^-32 revolutions."""
-    if INSTRUCTIONS == "ptx":
-        result = _ptx("sin.approx.ftz.f32 $0, $1;", word * (math.pi * 2.0**-31))
-    elif INSTRUCTIONS == "gcn":
-        result = _gcn("v_sin_f32 $0, $1\ns_nop 0", word * 2.0**-32)
-    else:
-        result = tl.sin(word * (math.pi * 2.0**-31))
-    return result
-
-
-@triton.jit
-def _signed(word):
-    return word.to(tl.int32, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def normals(first, second, INSTRUCTIONS: tl.constexpr):
-    """Two standard normals from two uint32 words in the contract's pinned arithmetic (`normals_from_words`)."""
-    h = _signed(first) * 2.0**-32 + 2.0**-33
-    u = tl.where(h > 0, h, 1 + h)
-    series = h * (h * (-2.0 / 3.0 * h + 1.0) - 2.0)
-    # h is never zero; "not above zero" takes up the comparison made for u.
-    squared = tl.where((h > -(2.0**-6)) & ~(h > 0), series, -2.0 * math.log(2.0) * _log2(u, INSTRUCTIONS))
-    radius = tl.sqrt(squared)
-    angle = _signed(second)
-    return radius * _cos(angle, INSTRUCTIONS), radius * _sin(angle, INSTRUCTIONS)
-
-
-@triton.jit
-def _per_channel(values, channel, CHANNELS: tl.constexpr):
-    chosen = values[0]
-    for c in tl.static_range(1, CHANNELS):
-        chosen = tl.where(channel == c, values[c], chosen)
-    return chosen
-
-
-@triton.jit
-def _chunks(block, SIZE: tl.constexpr):
-    """(rows, columns) to (chunks, rows, SIZE).
-
-    Rows stand next to the chunk, so Triton's layout of a load or store gives every chunk of a row to one thread. The
-    generator's groups stand before rows likewise. A thread so keeps its run of positions from the load to the store,
-    channels are known per register, and nothing goes through shared memory.
-    """
-    return tl.permute(tl.reshape(block, (block.shape[0], block.shape[1] // SIZE, SIZE)), (1, 0, 2))
 
 
 # One level and one draw, as in training, are a kernel of their own (no loops); other sizes compile nothing anew.
@@ -198,7 +92,7 @@ def noise_patchify_kernel(
                 source += first // CHANNELS
         else:
             source = position[:, None] + (segment * COLS + column)
-        values = tl.load(image + _chunks(source, LOAD), mask=_chunks(inside, LOAD))
+        values = tl.load(image + chunks(source, LOAD), mask=chunks(inside, LOAD))
         pixels = pixels + (tl.reshape(tl.permute(values, (1, 0, 2)), (ROWS, COLS)),)
 
     level_stride = draws * samples * count
@@ -209,22 +103,22 @@ def noise_patchify_kernel(
         k1 = (seed >> 32).to(tl.uint32)
         for segment in tl.static_range(SEGMENTS):
             channel = (segment * COLS + column) % CHANNELS if ALIGNED else first % CHANNELS
-            scale = _per_channel(noise_scale, channel, CHANNELS)
+            scale = per_channel(noise_scale, channel, CHANNELS)
             pixel_scale = scale if images.dtype.element_ty == tl.uint8 else scale * 255
-            clean = pixels[segment].to(tl.float32) * pixel_scale + _per_channel(shift, channel, CHANNELS)
+            clean = pixels[segment].to(tl.float32) * pixel_scale + per_channel(shift, channel, CHANNELS)
             counter = group + segment * (COLS // 4)
             zero = tl.zeros_like(counter).to(tl.uint32)
             w0, w1, w2, w3 = philox(counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, k0, k1)
             n0, n1 = normals(w0, w1, INSTRUCTIONS)
             n2, n3 = normals(w2, w3, INSTRUCTIONS)
             noise = tl.reshape(tl.permute(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (1, 0, 2, 3)), (ROWS, COLS))
-            places = _chunks(target + (segment * COLS + column) if ALIGNED else target, STORE)
-            kept = _chunks(inside, STORE)
+            places = chunks(target + (segment * COLS + column) if ALIGNED else target, STORE)
+            kept = chunks(inside, STORE)
             for level in range(levels):
                 amount = tl.load(sigma + level * samples + sample).to(tl.float32)
                 noisy = (clean + noise * (scale * amount)).to(out.dtype.element_ty)
                 destination = first_level + level * level_stride
-                tl.store(destination + places, _chunks(noisy, STORE), mask=kept)
+                tl.store(destination + places, chunks(noisy, STORE), mask=kept)
 
 
 def tile(patch_size: int, channels: int) -> dict[str, int | bool]:
@@ -241,13 +135,6 @@ def tile(patch_size: int, channels: int) -> dict[str, int | bool]:
         if segments <= 4:
             return {"ALIGNED": True, "SEGMENTS": segments, "COLS": columns}
     return {"ALIGNED": False, "SEGMENTS": 1, "COLS": 16}
-
-
-def instruction_set(device: torch.device) -> str:
-    """The kernel's INSTRUCTIONS for a GPU. "gcn" is written for AMD's CDNA, which is told by its 64 lanes."""
-    if torch.version.hip is None:
-        return "ptx"
-    return "gcn" if torch.cuda.get_device_properties(device).warp_size == 64 else "plain"
 
 
 def launch(
@@ -296,8 +183,7 @@ def launch(
         programs = batch * triton.cdiv(rows, block_rows) * (width // run)
     else:
         programs = batch * triton.cdiv(triton.cdiv(rows * width, run), block_rows)
-    # Triton launches on the current device, which need not be that of the images.
-    with torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext():
+    with on_device(images.device):
         noise_patchify_kernel[(programs,)](
             images,
             sigma,

@@ -82,9 +82,10 @@ def _(
     if not _triton_serves(prediction, images, patch_size, len(mean)):
         return _reference(prediction, images, mask, patch_size, mean, std, norm_pix)
     from denim.kernels import patch_loss_triton as kernel
+    from denim.kernels.memory_triton import warp_size
 
-    lanes = kernel.lanes(prediction.device)
-    return kernel.launch_forward(prediction, images, mask, patch_size, mean, std, norm_pix, lanes=lanes)
+    size = warp_size(prediction.device)
+    return kernel.launch_forward(prediction, images, mask, patch_size, mean, std, norm_pix, warp_size=size)
 
 
 @_patch_loss.register_fake
@@ -136,9 +137,10 @@ def _(
     if not _triton_serves(prediction, images, patch_size, len(mean)):
         return _backward_reference(grad, prediction, images, mask, patch_size, mean, std, norm_pix)
     from denim.kernels import patch_loss_triton as kernel
+    from denim.kernels.memory_triton import warp_size
 
-    lanes = kernel.lanes(prediction.device)
-    return kernel.launch_backward(grad, prediction, images, mask, patch_size, mean, std, norm_pix, lanes=lanes)
+    size = warp_size(prediction.device)
+    return kernel.launch_backward(grad, prediction, images, mask, patch_size, mean, std, norm_pix, warp_size=size)
 
 
 @_patch_loss_backward.register_fake

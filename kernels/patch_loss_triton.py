@@ -9,7 +9,6 @@ results are the same bits in every run.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -18,12 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from denim.kernels.noise_patchify_triton import _chunks, _per_channel
+from denim.kernels.memory_triton import chunks, on_device, per_channel
 from denim.kernels.patch_loss import VARIANCE_EPS
 
 __all__ = [
     "DTYPES",
-    "lanes",
     "launch_backward",
     "launch_forward",
     "loss_kernel",
@@ -60,7 +58,7 @@ def _to_rows(values, RUNS: tl.constexpr):
 @triton.jit
 def _load(base, offsets, inside, SIZE: tl.constexpr):
     # Offsets are reshaped and not pointers, which the AMD backend refuses.
-    values = tl.load(base + _chunks(offsets, SIZE), mask=_chunks(inside, SIZE))
+    values = tl.load(base + chunks(offsets, SIZE), mask=chunks(inside, SIZE))
     return tl.reshape(tl.permute(values, (1, 0, 2)), inside.shape)
 
 
@@ -128,7 +126,7 @@ def _errors(
             source = position[:, None] + offset
         channel = offset % CHANNELS
         clean = _load(images, source, inside, PIXELS).to(tl.float32)
-        clean = clean * _per_channel(scale, channel, CHANNELS) + _per_channel(shift, channel, CHANNELS)
+        clean = clean * per_channel(scale, channel, CHANNELS) + per_channel(shift, channel, CHANNELS)
         targets = targets + (clean if COUNT == RUNS else tl.where(inside, clean, 0.0),)
         predictions = predictions + (_load(prediction, row + offset, inside, VALUES),)
 
@@ -290,7 +288,7 @@ def prediction_grad_kernel(
     for segment in tl.static_range(SEGMENTS):
         value = (errors[segment] * upstream).to(out.dtype.element_ty)
         places = row[:, None] + (segment * COLS + column)
-        tl.store(base + _chunks(places, STORE), _chunks(value, STORE), mask=_chunks(inside, STORE))
+        tl.store(base + chunks(places, STORE), chunks(value, STORE), mask=chunks(inside, STORE))
 
 
 def tile(patch_size: int, channels: int) -> dict[str, int] | None:
@@ -311,16 +309,6 @@ def tile(patch_size: int, channels: int) -> dict[str, int] | None:
     return None
 
 
-def lanes(device: torch.device) -> int:
-    """Threads of a warp."""
-    return int(torch.cuda.get_device_properties(device).warp_size)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    # Triton launches on the current device, which need not be that of the tensors.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def _arguments(
     prediction: Tensor,
     images: Tensor,
@@ -328,7 +316,7 @@ def _arguments(
     mean: Sequence[float],
     std: Sequence[float],
     norm_pix: bool,
-    lanes: int,
+    warp_size: int,
     block_runs: int,
 ) -> tuple[Tensor, Tensor, int, dict[str, object]]:
     """What both passes share: prediction and images as the kernels read them, programs, and arguments by name."""
@@ -345,7 +333,7 @@ def _arguments(
     patches = max(1, block_runs // cut["RUNS"])
     # Where a warp holds whole patches, each thread takes one run. A larger patch gets as few warps as its elements
     # allow, since sums across warps go through shared memory.
-    shared = 1 if cut["RUNS"] <= lanes else max(1, 48 // (cut["SEGMENTS"] * cut["COLS"]))
+    shared = 1 if cut["RUNS"] <= warp_size else max(1, 48 // (cut["SEGMENTS"] * cut["COLS"]))
     unit = 255 if images.dtype == torch.uint8 else 1
     return (
         prediction,
@@ -362,7 +350,7 @@ def _arguments(
             "NORM_PIX": norm_pix,
             "PLANAR": planar,
             "PATCHES": patches,
-            "num_warps": max(1, patches * cut["RUNS"] // (lanes * 2 ** int(math.log2(shared)))),
+            "num_warps": max(1, patches * cut["RUNS"] // (warp_size * 2 ** int(math.log2(shared)))),
             **cut,
         },
     )
@@ -377,7 +365,7 @@ def launch_forward(
     std: Sequence[float],
     norm_pix: bool,
     *,
-    lanes: int,
+    warp_size: int,
     block_runs: int = 128,
 ) -> Tensor:
     """Run the two stages on arguments that `patch_loss` has checked.
@@ -390,7 +378,7 @@ def launch_forward(
         mean: per channel.
         std: per channel.
         norm_pix: normalise each patch by its own statistics.
-        lanes: threads of a warp.
+        warp_size: threads of a warp.
         block_runs: runs (`tile`) per program, a power of two, in whole patches and at least one. The result depends
             on it by rounding alone.
 
@@ -398,13 +386,13 @@ def launch_forward(
         The loss, a float32 scalar. Nothing waits for the device.
     """
     prediction, images, programs, arguments = _arguments(
-        prediction, images, patch_size, mean, std, norm_pix, lanes, block_runs
+        prediction, images, patch_size, mean, std, norm_pix, warp_size, block_runs
     )
     partials = torch.empty(programs, dtype=torch.float32, device=prediction.device)
     loss = torch.empty((), dtype=torch.float32, device=prediction.device)
     selected = None if mask is None else mask.sum()
     bits = None if mask is None else mask.contiguous().view(torch.uint8)
-    with _on(prediction.device):
+    with on_device(prediction.device):
         if programs:
             partials_kernel[(programs,)](prediction, images, bits, partials, **arguments)
         loss_kernel[(1,)](partials, selected, loss, programs, prediction.shape[:2].numel(), BLOCK=PARTIALS)
@@ -421,7 +409,7 @@ def launch_backward(
     std: Sequence[float],
     norm_pix: bool,
     *,
-    lanes: int,
+    warp_size: int,
     block_runs: int = 128,
 ) -> Tensor:
     """Run the gradient's kernel on arguments that `patch_loss` has checked.
@@ -434,13 +422,13 @@ def launch_backward(
         Gradient of the prediction, (B, L, D), contiguous, in the prediction's dtype. It does not depend on the block.
     """
     prediction, images, programs, arguments = _arguments(
-        prediction, images, patch_size, mean, std, norm_pix, lanes, block_runs
+        prediction, images, patch_size, mean, std, norm_pix, warp_size, block_runs
     )
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     selected = None if mask is None else mask.sum()
     bits = None if mask is None else mask.contiguous().view(torch.uint8)
     if programs:
-        with _on(prediction.device):
+        with on_device(prediction.device):
             prediction_grad_kernel[(programs,)](
                 grad, prediction, images, bits, selected, out, patches=prediction.shape[:2].numel(), **arguments
             )

@@ -47,9 +47,9 @@ def main(output: str, *names: str) -> None:
             ):
                 continue
 
-            def launch(given=given, lanes=gpu.warp_size):
-                kernel.launch_forward(*given, lanes=lanes)
-                kernel.launch_backward(torch.ones(()), *given, lanes=lanes)
+            def launch(given=given, gpu=gpu):
+                kernel.launch_forward(*given, warp_size=gpu.warp_size)
+                kernel.launch_backward(torch.ones(()), *given, warp_size=gpu.warp_size)
 
             functions = [kernel.partials_kernel, kernel.loss_kernel, kernel.prediction_grad_kernel]
             cut = kernel.tile(patch_size, channels)

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 
 from denim.kernels import noise_patchify_triton as kernel
+from denim.kernels import noise_triton
 
 
 @triton.jit
 def philox_kernel(counters, keys, words, N: tl.constexpr):
     i = tl.arange(0, N)
-    w0, w1, w2, w3 = kernel.philox(
+    w0, w1, w2, w3 = noise_triton.philox(
         tl.load(counters + i).to(tl.uint32),
         tl.load(counters + N + i).to(tl.uint32),
         tl.load(counters + 2 * N + i).to(tl.uint32),
@@ -37,7 +38,7 @@ def philox_kernel(counters, keys, words, N: tl.constexpr):
 def normals_kernel(words, out, N: tl.constexpr):
     i = tl.arange(0, N)
     first, second = tl.load(words + i).to(tl.uint32), tl.load(words + N + i).to(tl.uint32)
-    cosine, sine = kernel.normals(first, second, "plain")
+    cosine, sine = noise_triton.normals(first, second, "plain")
     tl.store(out + i, cosine)
     tl.store(out + N + i, sine)
 
@@ -51,7 +52,7 @@ def dispatched(arguments: dict) -> tuple[torch.Tensor, int]:
         launches.append(None)
         return launch(*args, **kwargs)
 
-    kernel.launch, kernel.instruction_set = counted, lambda device: "plain"
+    kernel.launch, noise_triton.instruction_set = counted, lambda device: "plain"
     operator = torch.library.get_kernel("denim::noise_patchify", "CUDA")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     try:

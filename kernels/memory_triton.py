@@ -1,0 +1,131 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
+# (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
+"""How the Triton kernels move memory: wide accesses of which each thread keeps its own elements, and launching."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = [
+    "chunks",
+    "load_planes",
+    "load_run",
+    "on_device",
+    "per_channel",
+    "store_planes",
+    "store_run",
+    "warp_size",
+]
+
+
+@triton.jit
+def per_channel(values, channel, CHANNELS: tl.constexpr):
+    """Element by element `values[channel]`, by selection: a tuple has no index that varies."""
+    chosen = values[0]
+    for c in tl.static_range(1, CHANNELS):
+        chosen = tl.where(channel == c, values[c], chosen)
+    return chosen
+
+
+@triton.jit
+def chunks(block, SIZE: tl.constexpr):
+    """(rows, columns) to (chunks, rows, SIZE).
+
+    Rows stand next to the chunk, so Triton's layout of a load or store gives every chunk of a row to one thread. The
+    generator's groups stand before rows likewise. A thread so keeps its run of positions from the load to the store,
+    channels are known per register, and nothing goes through shared memory.
+    """
+    return tl.permute(tl.reshape(block, (block.shape[0], block.shape[1] // SIZE, SIZE)), (1, 0, 2))
+
+
+@triton.constexpr_function
+def _piece(count, widest):
+    """The largest power of two that divides `count`, at most `widest`."""
+    return min(count & -count, widest)
+
+
+@triton.constexpr_function
+def _log2(size):
+    return size.bit_length() - 1
+
+
+@triton.jit
+def load_run(pointer, position, inside, COUNT: tl.constexpr):
+    """COUNT contiguous elements per thread from `pointer + position * COUNT` on: a tuple of float32 (threads,)."""
+    # Pieces of at most 16 bytes, which cut the run evenly.
+    WIDEST: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    SIZE: tl.constexpr = _piece(COUNT, WIDEST)
+    elements = ()
+    for piece in tl.static_range(COUNT // SIZE):
+        place = position[:, None] * COUNT + (piece * SIZE + tl.arange(0, SIZE)[None, :])
+        values = tl.load(pointer + place, mask=tl.broadcast_to(inside[:, None], place.shape), other=0)
+        # Halved until each part is one column: part i holds the elements whose low bits are i.
+        parts = (values,)
+        for level in tl.static_range(_log2(SIZE)):
+            even = ()
+            odd = ()
+            for i in tl.static_range(1 << level):
+                first, second = tl.split(tl.reshape(parts[i], (place.shape[0], SIZE >> (level + 1), 2)))
+                even = even + (first,)
+                odd = odd + (second,)
+            parts = even + odd
+        for i in tl.static_range(SIZE):
+            elements = elements + (tl.reshape(parts[i], (place.shape[0],)).to(tl.float32),)
+    return elements
+
+
+@triton.jit
+def store_run(pointer, position, inside, elements, COUNT: tl.constexpr):
+    """The inverse of `load_run`."""
+    WIDEST: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
+    SIZE: tl.constexpr = _piece(COUNT, WIDEST)
+    LEVELS: tl.constexpr = _log2(SIZE)
+    for piece in tl.static_range(COUNT // SIZE):
+        place = position[:, None] * COUNT + (piece * SIZE + tl.arange(0, SIZE)[None, :])
+        parts = ()
+        for i in tl.static_range(SIZE):
+            value = elements[piece * SIZE + i].to(pointer.dtype.element_ty)
+            parts = parts + (tl.reshape(value, (place.shape[0], 1)),)
+        for level in tl.static_range(LEVELS):
+            joined = ()
+            for i in tl.static_range(SIZE >> (level + 1)):
+                both = tl.join(parts[i], parts[i + (SIZE >> (level + 1))])
+                joined = joined + (tl.reshape(both, (place.shape[0], 2 << level)),)
+            parts = joined
+        tl.store(pointer + place, parts[0], mask=tl.broadcast_to(inside[:, None], place.shape))
+
+
+@triton.jit
+def load_planes(pointer, position, plane, inside, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+    """As `load_run`, RUN pixels from planes of `plane` pixels: a tuple in (pixel, channel) order."""
+    planar = ()
+    for c in tl.static_range(CHANNELS):
+        planar = planar + load_run(pointer + c * plane, position, inside, RUN)
+    elements = ()
+    for e in tl.static_range(RUN * CHANNELS):
+        elements = elements + (planar[e % CHANNELS * RUN + e // CHANNELS],)
+    return elements
+
+
+@triton.jit
+def store_planes(pointer, position, plane, inside, elements, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+    """The inverse of `load_planes`."""
+    for c in tl.static_range(CHANNELS):
+        planar = ()
+        for pixel in tl.static_range(RUN):
+            planar = planar + (elements[pixel * CHANNELS + c],)
+        store_run(pointer + c * plane, position, inside, planar, RUN)
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp."""
+    return int(torch.cuda.get_device_properties(device).warp_size)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
