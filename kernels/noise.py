@@ -266,7 +266,8 @@ def _as_int64(value: int | Tensor, like: Tensor) -> Tensor:
         if value.dtype != torch.int64:
             raise TypeError(f"seed parts must be int64 tensors or ints, got {value.dtype}")
         return value
-    return torch.tensor(value, dtype=torch.int64, device=like.device)
+    # Filled on the device: a copy from the host would wait, and could not be captured into a CUDA graph.
+    return torch.full((), value, dtype=torch.int64, device=like.device)
 
 
 def derive_seeds(

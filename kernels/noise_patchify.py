@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from denim.kernels.noise import _check_seeds, normal_noise
-from denim.kernels.patches import channel_vector, check_images, compute_dtype, normalized_patches, patchify, unpatchify
+from denim.kernels.patches import (
+    channel_vector,
+    check_images,
+    compute_dtype,
+    normalized_patches,
+    patchify,
+    sample_chunks,
+    unpatchify,
+)
 
 __all__ = ["noise_patchify"]
 
@@ -26,16 +35,21 @@ def _reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """Torch reference, and the CPU kernel."""
-    clean = normalized_patches(images, patch_size=patch_size, mean=mean, std=std)
     height, width = check_images(images, patch_size=patch_size, mean=mean, std=std)
-    draws = seeds.reshape(seeds.shape[:-1].numel(), seeds.shape[-1])
-    noise = normal_noise(draws.flatten(), (height, width, len(mean)))
-    noise = patchify(noise, patch_size).view(*draws.shape, *clean.shape[1:])
+    batch, image_size = len(images), (height, width, len(mean))
+    levels = sigma.reshape(sigma.shape[:-1].numel(), 1, batch, 1, 1).to(compute_dtype(images)) / 255
+    draws = seeds.reshape(seeds.shape[:-1].numel(), batch)
     # Noise is added in pixel space; dividing by std moves it to normalised space with the image.
-    noise = noise.to(clean.dtype) / channel_vector(std, images, patch_size * patch_size)
-    levels = sigma.to(clean.dtype).reshape(sigma.shape[:-1].numel(), 1, sigma.shape[-1], 1, 1) / 255
-    noisy = torch.addcmul(clean, levels, noise)
-    return noisy.to(dtype).reshape(*sigma.shape[:-1], *seeds.shape[:-1], *clean.shape).contiguous()
+    scale = channel_vector([1 / value for value in std], images, patch_size * patch_size)
+    shape = (height * width // patch_size**2, len(scale))
+    out = images.new_empty((len(levels), len(draws), batch, *shape), dtype=dtype)
+    # Of two samples at least: the generator makes two where it is asked for one.
+    for chunk in sample_chunks(batch, math.prod(image_size) * len(draws), images.device, least=2):
+        clean = normalized_patches(images[chunk], patch_size=patch_size, mean=mean, std=std)
+        noise = patchify(normal_noise(draws[:, chunk].flatten(), image_size), patch_size)
+        noise = (noise * scale).view(len(draws), *clean.shape)
+        out[:, :, chunk] = torch.addcmul(clean, levels[:, :, chunk], noise)
+    return out.reshape(*sigma.shape[:-1], *seeds.shape[:-1], batch, *shape)
 
 
 _noise_patchify = torch.library.custom_op("denim::noise_patchify", _reference, mutates_args=())
@@ -51,17 +65,16 @@ def _(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Triton kernel. The reference serves float64, very many channels, and platforms that have no Triton."""
-    if torch.float64 in (images.dtype, dtype) or importlib.util.find_spec("triton") is None:
-        return _reference(images, sigma, seeds, patch_size, mean, std, dtype)
-    # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
-    from denim.kernels import noise_patchify_triton as kernel
-    from denim.kernels.noise_triton import instruction_set
+    """Triton kernel. The reference serves what it does not take, and platforms that have no Triton."""
+    if importlib.util.find_spec("triton") is not None:
+        # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
+        from denim.kernels import noise_patchify_triton as kernel
+        from denim.kernels.noise_triton import instruction_set
 
-    if len(mean) > kernel.MAX_CHANNELS:
-        return _reference(images, sigma, seeds, patch_size, mean, std, dtype)
-    instructions = instruction_set(images.device)
-    return kernel.launch(images, sigma, seeds, patch_size, mean, std, dtype, instructions=instructions)
+        if kernel.serves(images, len(mean), patch_size, dtype):
+            instructions = instruction_set(images.device)
+            return kernel.launch(images, sigma, seeds, patch_size, mean, std, dtype, instructions=instructions)
+    return _reference(images, sigma, seeds, patch_size, mean, std, dtype)
 
 
 @_noise_patchify.register_fake
@@ -80,8 +93,7 @@ def _(
     return images.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("denim::noise_patchify_backward", mutates_args=())
-def _noise_patchify_backward(
+def _backward_reference(
     grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """Gradient for float pixels (B, C, H, W). The noise does not depend on them, so nothing is drawn again."""
@@ -90,6 +102,24 @@ def _noise_patchify_backward(
     scaled = total / channel_vector(std, total, patch_size * patch_size)
     pixels = unpatchify(scaled, (height, width), patch_size).permute(0, 3, 1, 2)
     return pixels.to(dtype).contiguous()
+
+
+_noise_patchify_backward = torch.library.custom_op(
+    "denim::noise_patchify_backward", _backward_reference, mutates_args=()
+)
+
+
+@_noise_patchify_backward.register_kernel("cuda")
+def _(grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """As for the forward pass."""
+    if importlib.util.find_spec("triton") is not None:
+        from denim.kernels import noise_patchify_triton as kernel
+        from denim.kernels.memory_triton import warp_size
+
+        if kernel.serves_backward(grad, len(std), patch_size, dtype):
+            warp = warp_size(grad.device)
+            return kernel.launch_backward(grad, height, width, patch_size, std, dtype, warp_size=warp)
+    return _backward_reference(grad, height, width, patch_size, std, dtype)
 
 
 @_noise_patchify_backward.register_fake

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, unreachable"
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
-"""Triton kernel of `noise_patchify`."""
+"""Triton kernels of `noise_patchify`, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,17 +12,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from denim.kernels.memory_triton import chunks, on_device, per_channel
+from denim.kernels.memory_triton import chunks, load_run, on_device, per_channel, store_planes
 from denim.kernels.noise_triton import normals, philox
+from denim.kernels.tuning import run_tuned
 
-__all__ = ["MAX_CHANNELS", "launch", "noise_patchify_kernel", "tile"]
+__all__ = [
+    "CONFIGURATIONS",
+    "launch",
+    "launch_backward",
+    "noise_patchify_backward_kernel",
+    "noise_patchify_kernel",
+    "run_length",
+    "serves",
+    "serves_backward",
+    "tile",
+]
 
-# Per-channel constants are kernel arguments, and every element selects among them.
+# Of images, patches and their gradients; images may be uint8 too.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Per-channel constants are kernel arguments, and elements select among them.
 MAX_CHANNELS = 64
+# Elements of a run in the backward pass; every one is a register or two.
+MAX_RUN = 64
+# Elements of an image: offsets within one are 32 bits wide, and the last program reaches beyond its end.
+MAX_ELEMENTS = 2**30
+# Programs of a launch: CUDA's limit.
+MAX_PROGRAMS = 2**31 - 1
+# Threads of a program. What a thread does, and so the result, is the same in each.
+CONFIGURATIONS = (128, 64, 256)
 
 
-# One level and one draw, as in training, are a kernel of their own (no loops); other sizes compile nothing anew.
-@triton.jit(do_not_specialize=["batch", "rows", "patch_columns"], do_not_specialize_on_alignment=["levels", "draws"])
+@triton.jit
+def _target(patch_row, columns, PATCH: tl.constexpr, WIDTH: tl.constexpr):
+    """Where patch rows, counted over an image, begin in its patches."""
+    row = patch_row.to(tl.uint32)
+    y = row // columns
+    x = row - y * columns
+    return ((y // PATCH * columns + x) * (WIDTH * PATCH) + y % PATCH * WIDTH).to(tl.int32)
+
+
+@triton.jit
+def _target_line(line, columns, PATCH: tl.constexpr):
+    """The inverse: where lines of patches, counted over an image's patches, lie among its patch rows."""
+    index = line.to(tl.uint32)
+    patch = index // PATCH
+    y = patch // columns
+    x = patch - y * columns
+    return ((y * PATCH + index % PATCH) * columns + x).to(tl.int32)
+
+
+# One level and one draw, as in training, are a kernel of their own (no loops); other sizes compile nothing anew, but
+# for whether an image is a multiple of 16 elements.
+@triton.jit(do_not_specialize=["batch", "patch_columns"], do_not_specialize_on_alignment=["levels", "draws"])
 def noise_patchify_kernel(
     images,
     sigma,
@@ -31,110 +72,189 @@ def noise_patchify_kernel(
     noise_scale,
     shift,
     batch,
-    rows,
+    count,
     patch_columns,
     levels,
     draws,
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     PLANAR: tl.constexpr,
+    SWEEP: tl.constexpr,
     ALIGNED: tl.constexpr,
     SEGMENTS: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
     INSTRUCTIONS: tl.constexpr,
 ):
-    """One program: ROWS runs of one sample, all draws and levels. The image is read once, each draw is made once.
+    """One program: ROWS shares of one sample, all draws and levels. The image is read once, each draw is made once.
 
-    `rows` counts patch rows of a sample, H * W / PATCH; `noise_scale` is 1 / (255 std) and `shift` is -mean / std.
+    A share is SEGMENTS runs of COLS consecutive positions. `count` is the elements of an image, below 2^30; SWEEP says
+    whether there is more than one level or draw; `noise_scale` is 1 / (255 std) and `shift` is -mean / std.
     """
-    # Values move in chunks of 16 bytes. Planes have none, so there a chunk is one value.
-    LOAD: tl.constexpr = 1 if PLANAR else min(COLS, 128 // images.dtype.element_ty.primitive_bitwidth)
-    STORE: tl.constexpr = min(COLS, 128 // out.dtype.element_ty.primitive_bitwidth)
     # Consecutive positions lie in patch rows of WIDTH elements, which are contiguous in NHWC memory and in patches.
     WIDTH: tl.constexpr = PATCH * CHANNELS
-    count = rows.to(tl.int64) * WIDTH
+    SHARE: tl.constexpr = COLS * SEGMENTS
+    # Values move in chunks of 16 bytes. Planes have none, so there a chunk is one value; and stores must not straddle
+    # patch rows.
+    LOAD: tl.constexpr = 1 if PLANAR else min(COLS, 128 // images.dtype.element_ty.primitive_bitwidth)
+    WIDEST: tl.constexpr = min(COLS, 128 // out.dtype.element_ty.primitive_bitwidth)
+    STORE: tl.constexpr = WIDEST if ALIGNED else min(WIDEST, WIDTH & -WIDTH)
+    # All that can be large is a scalar and 64 bits wide; per element there is a 32-bit offset alone.
+    count = tl.cast(count, tl.int32)
+    size = count.to(tl.int64)
     samples = batch.to(tl.int64)
     wide_columns = patch_columns.to(tl.uint32)
     program = tl.program_id(0).to(tl.uint32)
-    # Aligned: a thread owns SEGMENTS runs of one patch row, and every register has a channel known at compile time.
-    # Else it owns one run, wherever patch rows begin and end in it.
-    PERIODS: tl.constexpr = WIDTH // (COLS * SEGMENTS) if ALIGNED else 1
-    tiles = tl.cdiv(rows if ALIGNED else tl.cdiv(count, COLS), ROWS).to(tl.uint32)
+    PERIODS: tl.constexpr = WIDTH // SHARE if ALIGNED else 1
+    rows = count // WIDTH if ALIGNED else tl.cdiv(count, SHARE)
+    tiles = tl.cdiv(rows, ROWS).to(tl.uint32)
     sample = (program // PERIODS // tiles).to(tl.int64)
-    run = program // PERIODS % tiles * ROWS + tl.arange(0, ROWS).to(tl.uint32)
-    column = tl.arange(0, COLS)[None, :]
+    row = (program // PERIODS % tiles * ROWS).to(tl.int32) + tl.arange(0, ROWS)
     if ALIGNED:
-        first = (program % PERIODS).to(tl.int64) * (COLS * SEGMENTS)
-        position = run.to(tl.int64) * WIDTH + first
-        patch_row = run[:, None]
-        inside = tl.broadcast_to(patch_row < rows.to(tl.uint32), (ROWS, COLS))
+        # A share lies in one patch row.
+        first = (program % PERIODS).to(tl.int32) * SHARE
+        position = row * WIDTH + first
+        target = _target(row, wide_columns, PATCH, WIDTH) + first
     else:
-        position = run.to(tl.int64) * COLS
-        first = (position % WIDTH)[:, None] + column
-        patch_row = ((position // WIDTH)[:, None] + first // WIDTH).to(tl.uint32)
-        first = first % WIDTH
-        inside = position[:, None] + column < count
-    y = patch_row // wide_columns
-    x = patch_row - y * wide_columns
-    target = (y // PATCH * wide_columns + x).to(tl.int64) * (WIDTH * PATCH) + y % PATCH * WIDTH + first
-    group = (position // 4)[None, :] + tl.arange(0, COLS // 4)[:, None]
-    image = images + sample * count
+        position = row * SHARE
+    column = tl.arange(0, COLS)
+    image = images + sample * size
+    # With one of each, loaded here and not once per segment.
+    only_seed = tl.load(seeds + sample)
+    only_amount = tl.load(sigma + sample).to(tl.float32)
 
-    pixels = ()
+    # Segments outside, so that one segment's pixels alone live through the loops.
     for segment in tl.static_range(SEGMENTS):
-        if PLANAR:
-            offset = segment * COLS + column if ALIGNED else first
-            plane = (offset % CHANNELS).to(tl.int64) * (rows.to(tl.int64) * PATCH)
-            line = y.to(tl.int64) * (patch_columns.to(tl.int64) * PATCH) + x.to(tl.int64) * PATCH
-            source = plane + line + offset // CHANNELS
-            if ALIGNED:
-                source += first // CHANNELS
+        start = position + segment * COLS
+        if SHARE % CHANNELS == 0:
+            # Every register has a channel known at compile time.
+            channel = (segment * COLS + column)[None, :] % CHANNELS
         else:
-            source = position[:, None] + (segment * COLS + column)
-        values = tl.load(image + chunks(source, LOAD), mask=chunks(inside, LOAD))
-        pixels = pixels + (tl.reshape(tl.permute(values, (1, 0, 2)), (ROWS, COLS)),)
-
-    level_stride = draws * samples * count
-    for draw in range(draws):
-        seed = tl.load(seeds + draw * samples + sample)
-        first_level = out + (draw * samples + sample) * count
-        k0 = seed.to(tl.uint32)
-        k1 = (seed >> 32).to(tl.uint32)
-        for segment in tl.static_range(SEGMENTS):
-            channel = (segment * COLS + column) % CHANNELS if ALIGNED else first % CHANNELS
-            scale = per_channel(noise_scale, channel, CHANNELS)
-            pixel_scale = scale if images.dtype.element_ty == tl.uint8 else scale * 255
-            clean = pixels[segment].to(tl.float32) * pixel_scale + per_channel(shift, channel, CHANNELS)
-            counter = group + segment * (COLS // 4)
-            zero = tl.zeros_like(counter).to(tl.uint32)
-            w0, w1, w2, w3 = philox(counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero, k0, k1)
+            channel = (start[:, None] + column[None, :]) % CHANNELS
+        if PLANAR:
+            source = channel * (count // CHANNELS)
+            if SHARE % CHANNELS == 0:
+                source += (position // CHANNELS)[:, None] + (segment * COLS + column)[None, :] // CHANNELS
+            else:
+                source += (start[:, None] + column[None, :]) // CHANNELS
+        else:
+            source = start[:, None] + column[None, :]
+        if ALIGNED:
+            inside = tl.broadcast_to(row[:, None] < rows, (ROWS, COLS))
+        else:
+            inside = start[:, None] + column[None, :] < count
+        pixel = tl.load(image + chunks(source, LOAD), mask=chunks(inside, LOAD))
+        pixel = tl.reshape(tl.permute(pixel, (1, 0, 2)), (ROWS, COLS)).to(tl.float32)
+        scale = per_channel(noise_scale, channel, CHANNELS)
+        pixel_scale = scale if images.dtype.element_ty == tl.uint8 else scale * 255
+        clean = pixel * pixel_scale + per_channel(shift, channel, CHANNELS)
+        if ALIGNED:
+            places = chunks(target[:, None] + (segment * COLS + column)[None, :], STORE)
+        else:
+            piece = start[None, :] + (tl.arange(0, COLS // STORE) * STORE)[:, None]
+            places = _target(piece // WIDTH, wide_columns, PATCH, WIDTH) + piece % WIDTH
+            places = places[:, :, None] + tl.arange(0, STORE)[None, None, :]
+        kept = chunks(inside, STORE)
+        group = (start // 4).to(tl.uint32)[None, :] + tl.arange(0, COLS // 4).to(tl.uint32)[:, None]
+        zero = tl.zeros_like(group)
+        for draw in range(draws):
+            seed = tl.load(seeds + draw * samples + sample) if SWEEP else only_seed
+            w0, w1, w2, w3 = philox(group, zero, zero, zero, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
             n0, n1 = normals(w0, w1, INSTRUCTIONS)
             n2, n3 = normals(w2, w3, INSTRUCTIONS)
             noise = tl.reshape(tl.permute(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (1, 0, 2, 3)), (ROWS, COLS))
-            places = chunks(target + (segment * COLS + column) if ALIGNED else target, STORE)
-            kept = chunks(inside, STORE)
+            destination = out + (draw * samples + sample) * size
             for level in range(levels):
-                amount = tl.load(sigma + level * samples + sample).to(tl.float32)
+                amount = tl.load(sigma + level * samples + sample).to(tl.float32) if SWEEP else only_amount
                 noisy = (clean + noise * (scale * amount)).to(out.dtype.element_ty)
-                destination = first_level + level * level_stride
                 tl.store(destination + places, chunks(noisy, STORE), mask=kept)
+                destination += draws * samples * size
+
+
+# As above. One lead, a gradient for one level and one draw, is a kernel of its own.
+@triton.jit(do_not_specialize=["batch", "length", "columns"], do_not_specialize_on_alignment=["leads"])
+def noise_patchify_backward_kernel(
+    grad,
+    pixels,
+    inverse_std,
+    batch,
+    leads,
+    length,
+    columns,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK runs of one sample, each the RUN pixels of one row of one patch that a thread sums over leads.
+
+    A sample has `length` patches, `columns` of them in a row; `leads` counts its gradients, one per level and draw.
+    """
+    WIDTH: tl.constexpr = RUN * CHANNELS
+    ACROSS: tl.constexpr = PATCH // RUN
+    plane = length.to(tl.int32) * (PATCH * PATCH)
+    size = plane.to(tl.int64) * CHANNELS
+    samples = batch.to(tl.int64)
+    program = tl.program_id(0).to(tl.uint32)
+    tiles = tl.cdiv(plane // RUN, BLOCK).to(tl.uint32)
+    sample = (program // tiles).to(tl.int64)
+    run = (program % tiles * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
+    inside = run < plane // RUN
+    total = ()
+    for _ in tl.static_range(WIDTH):
+        total = total + (tl.zeros((BLOCK,), tl.float32),)
+    source = grad + sample * size
+    for _ in range(leads):
+        values = load_run(source, run, inside, WIDTH)
+        summed = ()
+        for e in tl.static_range(WIDTH):
+            summed = summed + (total[e] + values[e],)
+        total = summed
+        source += samples * size
+    scaled = ()
+    for e in tl.static_range(WIDTH):
+        scaled = scaled + (total[e] * inverse_std[e % CHANNELS],)
+    # Runs of a patch row are neighbours in its line of the image.
+    line = run // ACROSS
+    target = _target_line(line, columns.to(tl.uint32), PATCH) * ACROSS + run % ACROSS
+    store_planes(pixels + sample * size, target, plane, inside, scaled, RUN, CHANNELS)
 
 
 def tile(patch_size: int, channels: int) -> dict[str, int | bool]:
-    """How patches are cut into runs of consecutive positions: the kernel's ALIGNED, SEGMENTS and COLS.
+    """How an image is cut into shares of consecutive positions: the kernel's ALIGNED, SEGMENTS and COLS.
 
-    A run is COLS positions, whole groups of four of the generator. Aligned runs divide a patch row, and SEGMENTS of
-    them, one period of the channels, make up a thread's share. Where groups straddle patch rows (P * C not a multiple
-    of four) or the period is too long to unroll, each element looks for its own place instead: several times slower.
+    A share is SEGMENTS runs of COLS positions, whole groups of four of the generator and one period of the channels
+    (but where that is too long to unroll: then every element looks for its own channel). Aligned shares divide a patch
+    row. Where groups straddle patch rows (P * C not a multiple of four), pieces of a run look for their own places.
     """
     width = patch_size * channels
-    if width % 4 == 0:
-        columns = math.gcd(16, width)
-        segments = channels // math.gcd(channels, columns)
-        if segments <= 4:
-            return {"ALIGNED": True, "SEGMENTS": segments, "COLS": columns}
-    return {"ALIGNED": False, "SEGMENTS": 1, "COLS": 16}
+    columns = math.gcd(16, width)
+    segments = channels // math.gcd(channels, columns)
+    if width % 4 == 0 and segments <= 4:
+        return {"ALIGNED": True, "SEGMENTS": segments, "COLS": columns}
+    columns = 16 if width >= 16 else 4
+    segments = channels // math.gcd(channels, columns)
+    return {"ALIGNED": False, "SEGMENTS": segments if segments <= 4 else 1, "COLS": columns}
+
+
+def _programs(batch: int, elements: int, patch_size: int, channels: int, threads: int) -> int:
+    """Programs for images of `elements` elements."""
+    cut, width = tile(patch_size, channels), patch_size * channels
+    share = cut["SEGMENTS"] * cut["COLS"]
+    rows, periods = (elements // width, width // share) if cut["ALIGNED"] else (-(-elements // share), 1)
+    return batch * -(-rows // threads) * periods
+
+
+def serves(images: Tensor, channels: int, patch_size: int, dtype: torch.dtype) -> bool:
+    """Whether `launch` takes these arguments of `noise_patchify`."""
+    batch, elements = images.shape[0], images.shape[1:].numel()
+    return (
+        images.dtype in (*DTYPES, torch.uint8)
+        and dtype in DTYPES
+        and channels <= MAX_CHANNELS
+        and elements < MAX_ELEMENTS
+        and _programs(batch, elements, patch_size, channels, min(CONFIGURATIONS)) <= MAX_PROGRAMS
+    )
 
 
 def launch(
@@ -147,20 +267,20 @@ def launch(
     dtype: torch.dtype,
     *,
     instructions: str,
-    block_rows: int = 128,
+    configurations: Sequence[int] = CONFIGURATIONS,
 ) -> Tensor:
-    """Run the kernel on arguments that `noise_patchify` has checked.
+    """Run the forward kernel on arguments that `noise_patchify` has checked and `serves` accepts.
 
     Args:
-        images: uint8 (B, H, W, C), or float32, float16 or bfloat16 pixels (B, C, H, W), any strides.
+        images: uint8 (B, H, W, C), or pixels (B, C, H, W) of one of `DTYPES`, any strides.
         sigma: (B,) or (S, B), floating.
         seeds: int64 (B,) or (R, B).
         patch_size: side P of a square patch.
-        mean: per channel, at most `MAX_CHANNELS`.
+        mean: per channel.
         std: per channel.
-        dtype: of the patches: float32, float16 or bfloat16.
+        dtype: of the patches, one of `DTYPES`.
         instructions: "ptx", "gcn" or "plain".
-        block_rows: runs of consecutive positions per program, a power of two. The result does not depend on it.
+        configurations: threads of a program, powers of two, to choose from. The result does not depend on them.
 
     Returns:
         Patches, sigma.shape[:-1] + seeds.shape[:-1] + (B, L, D), contiguous.
@@ -176,15 +296,11 @@ def launch(
     out = torch.empty((*sigma.shape[:-1], *seeds.shape[:-1], *shape), dtype=dtype, device=images.device)
     if out.numel() == 0:
         return out
-    cut = tile(patch_size, channels)
-    rows, run = height * columns, cut["SEGMENTS"] * cut["COLS"]
-    width = patch_size * channels
-    if cut["ALIGNED"]:
-        programs = batch * triton.cdiv(rows, block_rows) * (width // run)
-    else:
-        programs = batch * triton.cdiv(triton.cdiv(rows * width, run), block_rows)
-    with on_device(images.device):
-        noise_patchify_kernel[(programs,)](
+    elements = height * width * channels
+    levels, draws = sigma.numel() // batch, seeds.numel() // batch
+
+    def run(threads: int) -> None:
+        noise_patchify_kernel[(_programs(batch, elements, patch_size, channels, threads),)](
             images,
             sigma,
             seeds,
@@ -192,16 +308,97 @@ def launch(
             tuple(1 / (255 * value) for value in std),
             tuple(-centre / value for centre, value in zip(mean, std, strict=True)),
             batch,
-            rows,
+            elements,
             columns,
-            sigma.numel() // batch,
-            seeds.numel() // batch,
+            levels,
+            draws,
             PATCH=patch_size,
             CHANNELS=channels,
             PLANAR=planar,
-            ROWS=block_rows,
+            SWEEP=levels * draws > 1,
+            ROWS=threads,
             INSTRUCTIONS=instructions,
-            **cut,
-            num_warps=max(1, block_rows // (64 if instructions == "gcn" else 32)),
+            **tile(patch_size, channels),
+            num_warps=max(1, threads // (64 if instructions == "gcn" else 32)),
         )
+
+    key = ("noise_patchify", patch_size, channels, planar, images.dtype, dtype, levels > 1, draws > 1)
+    with on_device(images.device):
+        run_tuned(key, out.numel(), configurations, run, images.device)
     return out
+
+
+def run_length(patch_size: int, channels: int, grad: torch.dtype, dtype: torch.dtype) -> int:
+    """Pixels of a thread in the backward pass.
+
+    As many as one access of the narrower type takes, so that 16 bytes of every channel are stored, where that divides
+    a patch row and their elements fit a thread.
+    """
+    run = math.gcd(patch_size, 16 // min(grad.itemsize, dtype.itemsize))
+    while run > 1 and run * channels > MAX_RUN:
+        run //= 2
+    return run
+
+
+def serves_backward(grad: Tensor, channels: int, patch_size: int, dtype: torch.dtype) -> bool:
+    """Whether `launch_backward` takes these arguments of the operator."""
+    elements = grad.shape[-2:].numel()
+    if grad.dtype not in DTYPES or dtype not in DTYPES or channels > MAX_RUN or elements >= MAX_ELEMENTS:
+        return False
+    runs = elements // channels // run_length(patch_size, channels, grad.dtype, dtype)
+    return grad.shape[-3] * -(-runs // min(CONFIGURATIONS)) <= MAX_PROGRAMS
+
+
+def launch_backward(
+    grad: Tensor,
+    height: int,
+    width: int,
+    patch_size: int,
+    std: Sequence[float],
+    dtype: torch.dtype,
+    *,
+    warp_size: int,
+    configurations: Sequence[int] = CONFIGURATIONS,
+) -> Tensor:
+    """Run the backward kernel on arguments that `serves_backward` accepts.
+
+    Args:
+        grad: (..., B, L, D), one of `DTYPES`, any strides.
+        height: of an image.
+        width: of an image.
+        patch_size: side P of a square patch.
+        std: per channel.
+        dtype: of the pixels, one of `DTYPES`.
+        warp_size: lanes of a warp of the GPU.
+        configurations: as in `launch`.
+
+    Returns:
+        Gradient (B, C, H, W) for the pixels, contiguous: summed over (...) one after the other in float32.
+    """
+    channels, batch, length = len(std), grad.shape[-3], grad.shape[-2]
+    pixels = torch.empty((batch, channels, height, width), dtype=dtype, device=grad.device)
+    if pixels.numel() == 0:
+        return pixels
+    pixels_of_run, leads = run_length(patch_size, channels, grad.dtype, dtype), grad.shape[:-3].numel()
+    grad = grad.contiguous()
+
+    def run(threads: int) -> None:
+        noise_patchify_backward_kernel[(batch * triton.cdiv(height * width // pixels_of_run, threads),)](
+            grad,
+            pixels,
+            tuple(1 / value for value in std),
+            batch,
+            leads,
+            length,
+            width // patch_size,
+            PATCH=patch_size,
+            CHANNELS=channels,
+            RUN=pixels_of_run,
+            BLOCK=threads,
+            num_warps=max(1, threads // warp_size),
+        )
+
+    key = ("noise_patchify_backward", patch_size, channels, grad.dtype, dtype, leads > 1)
+    with on_device(grad.device):
+        run_tuned(key, max(1, leads) * pixels.numel(), configurations, run, grad.device)
+    return pixels

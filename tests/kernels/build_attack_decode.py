@@ -1,4 +1,4 @@
-"""Build the kernels of `attack_step` and `decode_patches` for GPUs that are not here.
+"""Build the kernels of `attack_step`, `attack_start` and `decode_patches` for GPUs that are not here.
 
 `python build_attack_decode.py OUTPUT attack` or `decode` writes a JSON of machine code. The launchers themselves are
 run, so the kernels are specialised as they would be on the GPU; only the launch is left out.
@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from machine_code import TARGETS, build, machine_code
 from triton.backends import backends
 
 from denim.kernels import attack_step_triton, decode_patches_triton
+from denim.kernels.machine_code import TARGETS, build, machine_code
 
 EVERY = tuple(TARGETS)
 # Name: targets, dtype of pixels and origin, of the gradient, elements of a sample.
@@ -21,14 +21,17 @@ ATTACK = {
     "attack, bfloat16": (("sm_90",), torch.bfloat16, torch.bfloat16, 3 * 224 * 224),
     "attack, odd size": (("sm_90",), torch.float32, torch.float32, 3 * 7 * 7),
 }
-# Name: targets, patch size, channels, dtype of the prediction, statistics, dtype of the source, leads.
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+# Name: targets, patch size, channels, dtype of the prediction, statistics, dtype of the source, leads; dtype of the
+# normalised patches, or none for pixels; whether the source's gradient is wanted.
 DECODE = {
-    "training": (EVERY, 16, 3, torch.bfloat16, "input", torch.uint8, 3),
-    "raw": (("sm_90",), 16, 3, torch.bfloat16, "raw", None, 1),
-    "noisy": (("sm_90",), 16, 3, torch.bfloat16, "noisy", torch.bfloat16, 1),
-    "float32": (("sm_90",), 16, 3, torch.float32, "input", torch.float32, 1),
-    "patch 14": (("sm_90",), 14, 3, torch.bfloat16, "input", torch.float32, 1),
-    "patch 32": (("sm_90",), 32, 3, torch.bfloat16, "input", torch.float32, 1),
+    "training": (EVERY, 16, 3, BF16, "input", U8, 3, None, True),
+    "raw": (("sm_90",), 16, 3, BF16, "raw", None, 1, None, True),
+    "noisy": (("sm_90",), 16, 3, BF16, "noisy", BF16, 1, None, True),
+    "noisy, fixed source": (("sm_90",), 16, 3, BF16, "noisy", BF16, 1, None, False),
+    "patch 32": (("sm_90",), 32, 3, BF16, "input", F32, 1, None, True),
+    "patches": (("sm_90",), 16, 3, BF16, "input", F32, 1, BF16, True),
+    "patches, raw, patch 4": (("sm_90",), 4, 3, BF16, "raw", None, 1, BF16, True),
 }
 
 
@@ -42,9 +45,15 @@ def attack_launches(dtype, gradient_dtype, elements):
         kernel.RUN,
         lambda **kwargs: kernel.launch(pixels, pixels, gradient, size, size, **kwargs),
     )
+    yield (
+        " start",
+        kernel.attack_start_kernel,
+        kernel.RUN,
+        lambda **kwargs: kernel.launch_start(pixels, torch.zeros(2, dtype=torch.int64), size, **kwargs),
+    )
 
 
-def decode_launches(patch_size, channels, dtype, statistics, source_dtype, leads):
+def decode_launches(patch_size, channels, dtype, statistics, source_dtype, leads, output, need_source):
     side = 4 * patch_size
     prediction = torch.zeros(leads, 2, 16, patch_size**2 * channels, dtype=dtype)
     source = sigma = None
@@ -54,24 +63,24 @@ def decode_launches(patch_size, channels, dtype, statistics, source_dtype, leads
     if statistics == "noisy":
         source, sigma = torch.zeros(prediction.shape, dtype=source_dtype), torch.ones(2)
     values = [0.5] * channels
+    normal = values if output else []
     kernel = decode_patches_triton
-    elements = kernel.cut(patch_size, channels, dtype)["RUN"] * channels
+    images = statistics == "input" or output is None
+    elements = kernel.cut(patch_size, channels, dtype, images=images)["RUN"] * channels
+    given = (prediction, source, sigma)
+    options = (patch_size, values, values, statistics)
     yield (
         " forward",
         kernel.decode_kernel,
         elements,
-        lambda **kwargs: kernel.launch(
-            prediction, source, sigma, side, side, patch_size, values, values, statistics, **kwargs
-        ),
+        lambda **kwargs: kernel.launch(*given, side, side, *options, normal, normal, output or F32, **kwargs),
     )
-    grad = torch.zeros(leads, 2, channels, side, side)
+    grad = torch.zeros(prediction.shape if output else (leads, 2, channels, side, side), dtype=output or F32)
     yield (
         " backward",
         kernel.decode_backward_kernel,
         elements,
-        lambda **kwargs: kernel.launch_backward(
-            grad, prediction, source, sigma, patch_size, values, values, statistics, **kwargs
-        ),
+        lambda **kwargs: kernel.launch_backward(grad, *given, *options, normal, need_source, **kwargs),
     )
 
 

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-from machine_code import TARGETS, build, machine_code
 from triton.backends import backends
 
 from denim.kernels import patch_loss_triton as kernel
+from denim.kernels.machine_code import TARGETS, build, machine_code
 
 # Name: targets, pixels, patch size, channels, dtype of the prediction, mask.
 CASES = {

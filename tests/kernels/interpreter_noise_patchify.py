@@ -4,14 +4,18 @@ A process of its own, since Triton decides between interpreter and compiler when
 torch files; what they hold is in `test_noise_patchify_triton.py`.
 """
 
+import math
+import mmap
 import os
 import sys
+import types
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import interpreter_builder
 
 from denim.kernels import noise_patchify_triton as kernel
 from denim.kernels import noise_triton
@@ -43,22 +47,103 @@ def normals_kernel(words, out, N: tl.constexpr):
     tl.store(out + N + i, sine)
 
 
-def dispatched(arguments: dict) -> tuple[torch.Tensor, int]:
+LAUNCHES = {
+    "noise_patchify": lambda **case: kernel.launch(**case, instructions="plain"),
+    "noise_patchify_backward": lambda **case: kernel.launch_backward(**case, warp_size=32),
+}
+
+
+def launched(function: str, case: dict) -> torch.Tensor:
+    """Memory that the kernel forgets to write shows up as NaN."""
+    empty = torch.empty
+    torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
+    try:
+        return LAUNCHES[function](**case)
+    finally:
+        torch.empty = empty
+
+
+def dispatched(function: str, case: dict) -> tuple[torch.Tensor, int]:
     """What the operator's CUDA kernel answers, and how often it launched Triton."""
-    launches = []
-    launch = kernel.launch
+    name = {"noise_patchify": "launch", "noise_patchify_backward": "launch_backward"}[function]
+    launches, launch = [], getattr(kernel, name)
 
     def counted(*args, **kwargs):
         launches.append(None)
         return launch(*args, **kwargs)
 
-    kernel.launch, noise_triton.instruction_set = counted, lambda device: "plain"
-    operator = torch.library.get_kernel("denim::noise_patchify", "CUDA")
+    setattr(kernel, name, counted)
+    noise_triton.instruction_set = lambda device: "plain"
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(warp_size=32)
+    operator = torch.library.get_kernel(f"denim::{function}", "CUDA")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     try:
-        return operator.call_boxed(keys, *arguments.values()), len(launches)
+        return operator.call_boxed(keys, *case.values()), len(launches)
     finally:
-        kernel.launch = launch
+        setattr(kernel, name, launch)
+
+
+class LastProgram:
+    """A kernel of whose programs only the last one runs."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, grid):
+        def run(*args, **kwargs):
+            place, size = interpreter_builder.set_grid_idx, interpreter_builder.set_grid_dim
+            interpreter_builder.set_grid_dim = lambda *_: size(*grid, 1, 1)
+            interpreter_builder.set_grid_idx = lambda *_: place(grid[0] - 1, 0, 0)
+            try:
+                self.function[(1,)](*args, **kwargs)
+            finally:
+                interpreter_builder.set_grid_idx, interpreter_builder.set_grid_dim = place, size
+
+        return run
+
+
+def reserved(shape, *, dtype: torch.dtype, device="cpu") -> torch.Tensor:
+    """`torch.empty` with addresses alone: memory comes with the first write, page by page."""
+    no_reserve = 0x4000  # MAP_NORESERVE on Linux, which the module names from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def last_of_many(function: str, batch: int, case: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last program's part of a huge batch, whose other samples are memory that nobody touches; and it alone.
+
+    Args:
+        function: which operator.
+        batch: samples of the huge batch.
+        case: arguments for one sample.
+    """
+    many, empty = dict(case), torch.empty
+    for name in ("images", "sigma", "seeds", "grad"):
+        if name in case:
+            dim = {"sigma": -1, "seeds": -1, "images": 0, "grad": -3}[name]
+            shape = list(case[name].shape)
+            shape[dim] = batch
+            many[name] = reserved(shape, dtype=case[name].dtype)
+            many[name].narrow(dim, batch - 1, 1).copy_(case[name])
+
+    def last_sample(out):
+        return out[..., -1:, :, :] if function == "noise_patchify" else out[-1:]
+
+    def marked(*args, **kwargs):
+        out = reserved(*args, **kwargs)
+        last_sample(out).fill_(float("nan"))
+        return out
+
+    forward, backward = kernel.noise_patchify_kernel, kernel.noise_patchify_backward_kernel
+    kernel.noise_patchify_kernel = LastProgram(forward)
+    kernel.noise_patchify_backward_kernel = LastProgram(backward)
+    torch.empty = marked
+    try:
+        return tuple(last_sample(LAUNCHES[function](**arguments)).clone() for arguments in (many, case))
+    finally:
+        torch.empty = empty
+        kernel.noise_patchify_kernel, kernel.noise_patchify_backward_kernel = forward, backward
 
 
 def main(inputs: str, outputs: str) -> None:
@@ -68,15 +153,15 @@ def main(inputs: str, outputs: str) -> None:
     philox_kernel[(1,)](counters, keys, philox, N=counters.shape[1])
     normals = torch.empty(words.shape, dtype=torch.float32)
     normals_kernel[(1,)](words, normals, N=words.shape[1])
-
-    # Memory that the kernel forgets to write shows up as NaN.
-    empty = torch.empty
-    torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
-    patches = {name: kernel.launch(**case, instructions="plain") for name, case in given["cases"].items()}
-    torch.empty = empty
-
-    answers = {name: dispatched(case) for name, case in given["dispatch"].items()}
-    torch.save({"philox": philox, "normals": normals, "patches": patches, "dispatch": answers}, outputs)
+    got = {
+        "philox": philox,
+        "normals": normals,
+        "patches": {name: launched("noise_patchify", case) for name, case in given["cases"].items()},
+        "pixels": {name: launched("noise_patchify_backward", case) for name, case in given["backward"].items()},
+        "dispatch": {name: dispatched(*case) for name, case in given["dispatch"].items()},
+        "huge": {name: last_of_many(*case) for name, case in given["huge"].items()},
+    }
+    torch.save(got, outputs)
 
 
 main(*sys.argv[1:])

@@ -198,6 +198,17 @@ def test_empty_batch():
     assert images.grad.shape == images.shape
 
 
+@pytest.mark.parametrize(("levels", "draws"), [(0, 2), (3, 0)])
+def test_no_level_or_no_draw(levels, draws):
+    images, geometry = make((2, 8, 12, 3, 4), torch.float32)
+    images.requires_grad_()
+    sigma, seeds = torch.zeros(levels, 2), torch.zeros(draws, 2, dtype=torch.int64)
+    patches = noise_patchify(images, sigma, seeds, **geometry)
+    assert patches.shape == (levels, draws, 2, 6, 48)
+    patches.sum().backward()
+    assert torch.equal(images.grad, torch.zeros_like(images))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

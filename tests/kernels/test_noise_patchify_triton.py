@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from denim.kernels import noise_words
-from denim.kernels.patches import patchify
+from denim.kernels.patches import patchify, unpatchify
 
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
@@ -29,40 +29,83 @@ GROUPS = 40
 WORDS = 4096
 
 # Name: images, height and width in patches, patch size, channels, pixels, dtype, sigma and seeds shapes without B,
-# rows of a block. Names say why a case is here; sizes are such that the last block of each is partly empty.
+# threads of a program. Names say why a case is here; sizes are such that the last block of each is partly empty.
 CASES = {
     "patch 16": (2, (1, 5), 16, 3, "uint8", torch.float32, (2,), (3,), 64),
     "patch 16, bfloat16": (2, (1, 3), 16, 3, "uint8", torch.bfloat16, (), (), 128),
     "patch 16, float16": (2, (1, 3), 16, 3, "uint8", torch.float16, (2,), (), 32),
     "patch 16, one channel": (3, (2, 1), 16, 1, "uint8", torch.float32, (), (2,), 32),
     "patch 8": (3, (3, 1), 8, 3, "uint8", torch.float32, (1,), (1,), 16),
-    "patch 4": (3, (5, 3), 4, 3, "uint8", torch.bfloat16, (3,), (2,), 32),
+    "patch 4": (2, (5, 3), 4, 3, "uint8", torch.bfloat16, (3,), (2,), 32),
     "patch 4, one channel": (5, (3, 3), 4, 1, "uint8", torch.float32, (), (), 128),
-    "patch 2": (3, (5, 7), 2, 3, "uint8", torch.float32, (2,), (2,), 16),
+    "patch 2": (2, (5, 7), 2, 3, "uint8", torch.float32, (2,), (2,), 32),
     "patch 2, one channel": (2, (3, 5), 2, 1, "uint8", torch.float32, (), (2,), 16),
-    "patch 14": (2, (3, 2), 14, 3, "uint8", torch.float32, (2,), (), 16),
+    "patch 14": (2, (3, 2), 14, 3, "uint8", torch.float32, (2,), (), 64),
     "patch 14, bfloat16": (1, (1, 3), 14, 3, "uint8", torch.bfloat16, (), (), 128),
     "patch 14, one channel": (1, (3, 1), 14, 1, "uint8", torch.float32, (), (), 16),
     "patch 32": (1, (1, 3), 32, 3, "uint8", torch.float32, (2,), (1,), 64),
     "patch 7, odd size": (2, (3, 1), 7, 3, "uint8", torch.float32, (), (2,), 16),
     "two channels": (1, (3, 3), 8, 2, "uint8", torch.float32, (), (), 16),
-    "four channels": (1, (3, 3), 16, 4, "uint8", torch.float32, (), (), 32),
+    "four channels": (1, (3, 3), 16, 4, "uint8", torch.float32, (), (), 128),
     "six channels": (1, (3, 1), 16, 6, "uint8", torch.float32, (), (), 32),
     "five channels, too many to unroll": (1, (3, 1), 16, 5, "uint8", torch.float32, (2,), (), 32),
     "planes": (2, (3, 1), 16, 3, "planes", torch.float32, (2,), (2,), 32),
     "planes, patch 32": (1, (1, 2), 32, 3, "planes", torch.bfloat16, (), (), 32),
-    "planes, patch 4": (2, (3, 5), 4, 3, "planes", torch.float32, (), (), 16),
-    "planes, patch 14": (2, (1, 3), 14, 3, "planes", torch.float32, (), (2,), 16),
+    "planes, patch 4": (2, (3, 5), 4, 3, "planes", torch.float32, (), (), 64),
+    "planes, patch 14": (2, (1, 3), 14, 3, "planes", torch.float32, (), (2,), 32),
     "planes, bfloat16 pixels": (1, (1, 3), 8, 3, "bfloat16 planes", torch.float32, (), (), 16),
     "channels_last": (2, (1, 3), 16, 3, "channels_last", torch.float32, (2,), (), 32),
     "channels_last, patch 14": (1, (1, 3), 14, 3, "channels_last", torch.float16, (), (), 16),
     "strided bytes": (2, (3, 1), 8, 3, "strided", torch.float32, (2,), (2,), 16),
+    "patch 1": (2, (3, 5), 1, 3, "uint8", torch.float32, (2,), (), 16),
+    "one pixel": (1, (1, 1), 1, 1, "uint8", torch.float32, (), (), 16),
+    "five channels, patch 2": (2, (3, 1), 2, 5, "planes", torch.float32, (), (2,), 16),
     "no image": (0, (3, 1), 8, 3, "uint8", torch.float32, (2,), (2,), 16),
+    "no level": (2, (3, 1), 8, 3, "uint8", torch.float32, (0,), (2,), 16),
+    "no draw": (2, (3, 1), 8, 3, "uint8", torch.float32, (2,), (0,), 16),
 }
-BLOCK_ROWS = (16, 32, 128)
+# Threads of a program: those shipped, where None takes the first.
+THREADS = (None, 64, 256)
+
+# Name: leads, images, height and width in patches, patch size, channels, dtype of the gradient and of the pixels,
+# threads of a program.
+BACKWARD = {
+    "patch 16": ((3, 2), 2, (1, 3), 16, 3, torch.float32, torch.float32, 128),
+    "patch 16, bfloat16": ((2,), 2, (1, 3), 16, 3, torch.bfloat16, torch.float32, 64),
+    "patch 16, all bfloat16": ((2,), 1, (1, 3), 16, 3, torch.bfloat16, torch.bfloat16, 64),
+    "patch 16, bfloat16 pixels": ((), 1, (1, 3), 16, 3, torch.float32, torch.bfloat16, 64),
+    "patch 16, float16": ((9,), 1, (2, 1), 16, 3, torch.float16, torch.float16, 64),
+    "patch 16, one channel": ((2,), 3, (2, 1), 16, 1, torch.float32, torch.float32, 32),
+    "patch 8": ((), 3, (3, 1), 8, 3, torch.bfloat16, torch.float32, 16),
+    "patch 4": ((2, 2), 3, (5, 3), 4, 3, torch.bfloat16, torch.float32, 32),
+    "patch 2": ((2,), 2, (5, 7), 2, 3, torch.float32, torch.float32, 16),
+    "patch 14": ((3,), 2, (3, 2), 14, 3, torch.bfloat16, torch.float32, 128),
+    "patch 32": ((2,), 1, (1, 3), 32, 3, torch.float16, torch.float32, 64),
+    "patch 7": ((2,), 2, (3, 1), 7, 3, torch.float32, torch.float32, 16),
+    "one pixel": ((2,), 1, (1, 1), 1, 1, torch.float32, torch.float32, 16),
+    "four channels": ((2,), 1, (1, 3), 16, 4, torch.bfloat16, torch.float32, 32),
+    "64 channels": ((2,), 1, (3, 1), 2, 64, torch.float32, torch.float32, 16),
+    "strided": ((2, 3), 2, (3, 1), 8, 3, torch.float32, torch.float32, 16),
+    "no image": ((2,), 0, (3, 1), 8, 3, torch.float32, torch.float32, 16),
+    "no lead": ((0,), 2, (3, 1), 8, 3, torch.float32, torch.float32, 16),
+}
+
+# Name: function, samples, arguments for one of them. Only the last program of each runs, which lies beyond
+# 2^31 elements of its input, of its output or of both.
+BF16 = torch.bfloat16
+HUGE = {
+    "bytes and patches": ("noise_patchify", 16384, (1, (14, 14), 16, 3, "uint8", BF16, (1,), (), 64)),
+    "levels": ("noise_patchify", 4096, (1, (14, 14), 16, 3, "uint8", BF16, (4,), (), 64)),
+    "draws": ("noise_patchify", 4096, (1, (14, 14), 16, 3, "uint8", BF16, (), (4,), 64)),
+    "from level to level": ("noise_patchify", 8192, (1, (14, 14), 16, 3, "uint8", BF16, (2,), (2,), 64)),
+    "planes": ("noise_patchify", 16384, (1, (16, 16), 14, 3, "bfloat16 planes", BF16, (), (), 64)),
+    "gradients": ("noise_patchify_backward", 4096, ((4,), 1, (14, 14), 16, 3, BF16, BF16, 64)),
+    "from lead to lead": ("noise_patchify_backward", 16384, ((2,), 1, (14, 14), 16, 3, BF16, BF16, 64)),
+    "gradients and pixels": ("noise_patchify_backward", 16384, ((), 1, (14, 14), 16, 3, BF16, BF16, 64)),
+}
 
 
-def _arguments(batch, grid, patch_size, channels, pixels, dtype, levels, draws, block_rows=None) -> dict:
+def _arguments(batch, grid, patch_size, channels, pixels, dtype, levels, draws, threads=None) -> dict:
     generator = torch.Generator().manual_seed(patch_size * 100 + channels)
     height, width = grid[0] * patch_size, grid[1] * patch_size
     images = torch.randint(0, 256, (batch, height, width, channels), generator=generator, dtype=torch.uint8)
@@ -80,7 +123,21 @@ def _arguments(batch, grid, patch_size, channels, pixels, dtype, levels, draws, 
         "mean": [0.3 + 0.02 * channel for channel in range(channels)],
         "std": [0.2 + 0.03 * channel for channel in range(channels)],
         "dtype": dtype,
-    } | ({} if block_rows is None else {"block_rows": block_rows})
+    } | ({} if threads is None else {"configurations": (threads,)})
+
+
+def _gradient(leads, batch, grid, patch_size, channels, dtype, pixel_dtype, threads=None, strided=False) -> dict:
+    generator = torch.Generator().manual_seed(patch_size * 100 + channels)
+    shape = (*leads, batch, grid[0] * grid[1], patch_size * patch_size * channels)
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    return {
+        "grad": grad.transpose(-1, -2).contiguous().transpose(-1, -2) if strided else grad,
+        "height": grid[0] * patch_size,
+        "width": grid[1] * patch_size,
+        "patch_size": patch_size,
+        "std": [0.2 + 0.03 * channel for channel in range(channels)],
+        "dtype": pixel_dtype,
+    } | ({} if threads is None else {"configurations": (threads,)})
 
 
 def _normals(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +158,16 @@ def _patches(case: dict) -> torch.Tensor:
     noise = torch.stack(pairs, dim=-1).reshape(seeds.numel(), words.shape[0] // max(1, seeds.numel()) * 4)
     noise = noise[:, : size.numel()].reshape(*seeds.shape, *size)
     mean, std = (torch.tensor(case[name], dtype=torch.float64) for name in ("mean", "std"))
-    levels = sigma.reshape(*sigma.shape[:-1], *(1,) * (seeds.dim() - 1), -1, 1, 1, 1) / 255
+    levels = sigma.reshape(*sigma.shape[:-1], *(1,) * (seeds.dim() - 1), sigma.shape[-1], 1, 1, 1) / 255
     noisy = (nhwc - mean) / std + levels * noise / std
     return patchify(noisy.flatten(0, -4), case["patch_size"]).unflatten(0, noisy.shape[:-3])
+
+
+def _stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As the interpreter stores it: it cuts float32 off to bfloat16 instead of rounding it."""
+    if dtype != torch.bfloat16:
+        return value.to(dtype)
+    return (value.float().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
 
 
 def _bounds(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,13 +179,17 @@ def _bounds(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
     largest = exact.abs() + 2 / min(case["std"])
     error = 1e-5 * sigma / (255 * min(case["std"])) + 6 * 2.0**-24 * largest
 
-    def stored(value: torch.Tensor) -> torch.Tensor:
-        if case["dtype"] != torch.bfloat16:
-            return value.to(case["dtype"])
-        # The interpreter cuts float32 off instead of rounding it. Both are monotonous, and so the bounds hold.
-        return (value.float().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
+    # Storing is monotonous, and so the bounds hold for what is stored.
+    return _stored(exact - error, case["dtype"]), _stored(exact + error, case["dtype"])
 
-    return stored(exact - error), stored(exact + error)
+
+def _pixels(case: dict, dtype: torch.dtype) -> torch.Tensor:
+    """Gradient for the pixels: summed over leads one after the other in `dtype`, then scaled."""
+    total = torch.zeros(case["grad"].shape[-3:], dtype=dtype)
+    for lead in case["grad"].flatten(0, -4) if case["grad"].dim() > 3 else [case["grad"]]:
+        total += lead
+    scale = (1 / torch.tensor(case["std"], dtype=torch.float64)).to(dtype).repeat(case["patch_size"] ** 2)
+    return unpatchify(total * scale, (case["height"], case["width"]), case["patch_size"]).permute(0, 3, 1, 2)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +211,16 @@ def given() -> dict:
     second[::8] = torch.tensor([0, 1, ALL, 1 << 31, (1 << 31) - 1, (1 << 31) + 1, 1 << 30, 3 << 30]).repeat(WORDS // 64)
 
     cases = {name: _arguments(*case) for name, case in CASES.items()}
-    blocks = {
-        f"{patch_size}, block {rows}": _arguments(2, (1, 3), patch_size, 3, "uint8", torch.float32, (), (), rows)
-        for patch_size in (16, 14)
-        for rows in BLOCK_ROWS
-    }
+    # One level and draw, and many: the two forms of the kernel.
+    for patch_size in (16, 14):
+        for outer in ((), (2,)):
+            for threads in THREADS:
+                case = _arguments(2, (1, 3), patch_size, 3, "uint8", torch.float32, outer, outer, threads)
+                cases[f"{patch_size}, {outer}, {threads}"] = case
+    backward = {name: _gradient(*case, strided=name == "strided") for name, case in BACKWARD.items()}
+    for threads in THREADS:
+        case = _gradient((2, 2), 2, (1, 3), 16, 3, torch.float32, torch.float32, threads)
+        backward[f"threads {threads}"] = case
     dispatch = {
         "Triton": _arguments(1, (1, 1), 4, 3, "uint8", torch.float32, (), ()),
         "float64 patches": _arguments(1, (1, 1), 4, 3, "uint8", torch.float64, (), ()),
@@ -155,12 +228,25 @@ def given() -> dict:
         "65 channels": _arguments(1, (1, 1), 2, 65, "uint8", torch.float32, (), ()),
     }
     dispatch["float64 pixels"]["images"] = dispatch["float64 pixels"]["images"].double()
+    dispatch_backward = {
+        "backward, Triton": _gradient((2,), 1, (1, 1), 4, 3, torch.float32, torch.float32),
+        "backward, float64 gradient": _gradient((2,), 1, (1, 1), 4, 3, torch.float64, torch.float32),
+        "backward, float64 pixels": _gradient((2,), 1, (1, 1), 4, 3, torch.float32, torch.float64),
+        "backward, 65 channels": _gradient((2,), 1, (1, 1), 2, 65, torch.float32, torch.float32),
+    }
+    huge = {}
+    for name, (function, batch, case) in HUGE.items():
+        make = _arguments if function == "noise_patchify" else _gradient
+        huge[name] = (function, batch, make(*case))
     return {
         "counters": torch.nn.functional.pad(counters, padding),
         "keys": torch.nn.functional.pad(keys, padding),
         "normal_words": torch.stack([first, second]),
-        "cases": cases | blocks,
-        "dispatch": dispatch,
+        "cases": cases,
+        "backward": backward,
+        "dispatch": {name: ("noise_patchify", case) for name, case in dispatch.items()}
+        | {name: ("noise_patchify_backward", case) for name, case in dispatch_backward.items()},
+        "huge": huge,
     }
 
 
@@ -208,23 +294,90 @@ def test_patches_equal_the_definition(given, interpreted, name):
 
 
 @pytest.mark.parametrize("patch_size", [16, 14])
-def test_a_draw_does_not_depend_on_the_block(interpreted, patch_size):
-    one, *others = (interpreted["patches"][f"{patch_size}, block {rows}"] for rows in BLOCK_ROWS)
+@pytest.mark.parametrize("outer", [(), (2,)])
+def test_a_draw_does_not_depend_on_the_configuration(interpreted, patch_size, outer):
+    one, *others = (interpreted["patches"][f"{patch_size}, {outer}, {threads}"] for threads in THREADS)
+    assert not one.isnan().any()
+    for other in others:
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_gradient_is_the_sum_in_order(given, interpreted, name):
+    case, pixels = given["backward"][name], interpreted["pixels"][name]
+    assert pixels.is_contiguous()
+    # Bitwise: one float32 addition after the other, one multiplication, one rounding.
+    expected = _stored(_pixels(case, torch.float32), case["dtype"])
+    assert pixels.dtype == expected.dtype
+    assert torch.equal(pixels, expected)
+    # And that is the gradient: a rounding of 2^-24 for every summand of the largest partial sum, for 1 / std and for
+    # the product, and one that may be cut off for the pixels' dtype.
+    exact = _pixels(case, torch.float64)
+    largest = _pixels(case | {"grad": case["grad"].abs()}, torch.float64)
+    error = (2 + case["grad"].shape[:-3].numel()) * 2.0**-24 * largest + torch.finfo(case["dtype"]).eps * exact.abs()
+    assert ((pixels.double() - exact).abs() <= error).all()
+
+
+def test_gradient_does_not_depend_on_the_configuration(interpreted):
+    one, *others = (interpreted["pixels"][f"threads {threads}"] for threads in THREADS)
     assert not one.isnan().any()
     for other in others:
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
-    ("name", "launches"), [("Triton", 1), ("float64 patches", 0), ("float64 pixels", 0), ("65 channels", 0)]
+    ("name", "launches"),
+    [
+        ("Triton", 1),
+        ("float64 patches", 0),
+        ("float64 pixels", 0),
+        ("65 channels", 0),
+        ("backward, Triton", 1),
+        ("backward, float64 gradient", 0),
+        ("backward, float64 pixels", 0),
+        ("backward, 65 channels", 0),
+    ],
 )
 def test_cuda_kernel_serves_what_it_can_and_the_reference_the_rest(given, interpreted, name, launches):
-    case = given["dispatch"][name]
-    patches, launched = interpreted["dispatch"][name]
+    function, case = given["dispatch"][name]
+    result, launched = interpreted["dispatch"][name]
     assert launched == launches
-    assert patches.dtype == case["dtype"]
-    lowest, highest = _bounds(case)
-    assert ((lowest <= patches) & (patches <= highest)).all()
+    assert result.dtype == case["dtype"]
+    if function == "noise_patchify":
+        lowest, highest = _bounds(case)
+        assert ((lowest <= result) & (result <= highest)).all()
+    else:
+        # Two summands; the kernel multiplies by 1 / std where the reference divides: four roundings of 2^-24.
+        torch.testing.assert_close(result.double(), _pixels(case, torch.float64), rtol=0, atol=4 * 2.0**-24 * 8 / 0.2)
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_offsets_beyond_32_bits(given, interpreted, name):
+    _, batch, case = given["huge"][name]
+    among_many, alone = interpreted["huge"][name]
+    largest = max(among_many.numel(), *(case[name].numel() for name in ("images", "grad") if name in case))
+    assert batch * largest > 2**31
+    # What the last program does not write is NaN in both, so bits are compared.
+    assert torch.equal(among_many.view(torch.int16), alone.view(torch.int16))
+    assert (~alone.isnan()).any()
+
+
+def test_sizes_that_the_kernels_leave_to_the_reference():
+    kernel = pytest.importorskip("denim.kernels.noise_patchify_triton")
+
+    def serves(batch, side, patch_size=16, channels=3, dtype=torch.bfloat16):
+        images = torch.empty(batch, side, side, channels, dtype=torch.uint8, device="meta")
+        grad = torch.empty(batch, (side // patch_size) ** 2, patch_size**2 * channels, dtype=dtype, device="meta")
+        forward = kernel.serves(images, channels, patch_size, dtype)
+        assert kernel.serves_backward(grad, channels, patch_size, torch.float32) == forward
+        return forward
+
+    assert serves(4096, 224)
+    assert serves(0, 224)
+    assert not serves(1, 32768)  # 3 * 2^30 elements of one image
+    assert serves(2**27, 32, 4)
+    assert not serves(2**31, 32, 4)  # that many programs, one at least for an image
+    assert not serves(2, 32, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -237,32 +390,99 @@ def test_machine_code_for_training(machine_code, target):
     assert opcodes["MUFU.SIN"] == opcodes["MUFU.COS"] == elements / 2
     # Conversion with rounding, two at a time; the interpreter cannot show that.
     assert sum(count for name, count in opcodes.items() if name.startswith("F2FP.BF16")) == elements / 2
-    # The image in 16-byte loads, patches in 16-byte stores, and nothing else but the seed and three sigmas.
-    assert opcodes["LDG.E.128"] == elements / 16
-    assert opcodes["STG.E.128"] == elements / 8
-    assert sum(count for name, count in opcodes.items() if name.startswith("LDG")) <= elements / 16 + 4
-    assert sum(count for name, count in opcodes.items() if name.startswith("STG")) == elements / 8
-    # 28.5 measured; the budget leaves room for another compiler release, not for another shared-memory round trip.
+    # The image in 16-byte loads, patches in 16-byte stores, and nothing else but the seed and sigma.
+    assert _accesses(code) == {"LDG.E.128": elements / 16, "STG.E.128": elements / 8, "LDG.E.64": 1, "LDG.E": 1}
+    # 28.2 measured; the budget leaves room for another compiler release, not for another shared-memory round trip.
     assert sum(opcodes.values()) / elements <= 32
-    assert code["registers"] <= 64
+    assert code["registers"] <= 48
 
 
-def test_no_local_memory(machine_code):
+def _accesses(code: dict) -> dict:
+    return {opcode: count for opcode, count in code["opcodes"].items() if opcode.startswith(("LDG", "STG"))}
+
+
+def test_machine_code_for_a_sweep(machine_code):
+    code = machine_code["sweep, sm_90"]
+    elements = code["elements"]
+    outside, draw, level = (sum(opcodes.values()) / elements for opcodes in code["depths"])
+    assert outside + draw + level < 36  # of three loops inside each other nothing was unrolled
+    # Measured 3.3 instructions for every level of every draw, and 24.0 for a draw; a level at most 6 by the budget.
+    assert level <= 6
+    assert draw <= 28
+    accesses = code["depths"][2]
+    assert {opcode: n for opcode, n in accesses.items() if opcode.startswith("STG")} == {"STG.E.128": elements / 8}
+    # The image is read outside the loops, the seed outside the loop over levels.
+    assert code["depths"][0]["LDG.E.128"] == code["opcodes"]["LDG.E.128"] == elements / 16
+    assert code["depths"][1]["LDG.E.64"] == code["opcodes"]["LDG.E.64"] == 3
+    assert code["occupancy"] >= 0.5
+    assert machine_code["draws, sm_90"]["occupancy"] >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "loads", "stores", "most"),
+    [
+        # Measured 38.0, 40.4 and 48.3: the generator's work is shared by fewer elements, and pieces look for their
+        # places where groups straddle patch rows.
+        ("patch 4", {"LDG.E": 3 + 1, "LDG.E.64": 1}, {"STG.E.64": 3}, 42),
+        ("patch 14", {"LDG.E.128": 3, "LDG.E.64": 1, "LDG.E": 1}, {"STG.E": 24}, 44),
+        ("patch 2", {"LDG.E": 3 + 1, "LDG.E.64": 1}, {"STG.E": 6}, 52),
+    ],
+)
+def test_machine_code_for_other_patches(machine_code, name, loads, stores, most):
+    code = machine_code[f"{name}, sm_90"]
+    assert _accesses(code) == loads | stores
+    assert sum(code["opcodes"].values()) / code["elements"] <= most
+
+
+def test_machine_code_for_the_gradient(machine_code):
+    one, many, float32 = (machine_code[f"backward, {name}, sm_90"] for name in ("one", "many", "float32"))
+    # bfloat16 patches to float32 pixels: every byte once, 16 at a time.
+    assert _accesses(one) == {"LDG.E.128": one["elements"] / 8, "STG.E.128": one["elements"] / 4}
+    assert _accesses(float32) == {"LDG.E.128": float32["elements"] / 4, "STG.E.128": float32["elements"] / 4}
+    # Measured 8.5 and 11.2 instructions per element, and 3.3 for every further lead.
+    assert sum(one["opcodes"].values()) / one["elements"] <= 10
+    assert sum(float32["opcodes"].values()) / float32["elements"] <= 13
+    outside, lead = many["depths"]
+    assert sum(lead.values()) / many["elements"] <= 4
+    assert lead["LDG.E.128"] == many["elements"] / 8
+    assert outside["STG.E.128"] == many["elements"] / 4
+    # Patches of 14 have rows of 28 pixels' halves: 4-byte loads are the widest, 8-byte stores.
+    assert _accesses(machine_code["backward, patch 14, sm_90"]) == {"LDG.E": 3, "STG.E.64": 3}
+    assert _accesses(machine_code["backward, patch 4, sm_90"]) == {"LDG.E.64": 3, "STG.E.128": 3}
+    for code in (one, many, float32):
+        assert code["occupancy"] >= 0.5
+        assert not any("ATOM" in opcode or opcode.startswith("RED") for opcode in code["opcodes"])
+
+
+@pytest.mark.parametrize("name", ["training", "backward"])
+def test_configurations_differ_in_threads_alone(machine_code, name):
+    first = machine_code[f"{name}, sm_90" if name == "training" else "backward, one, sm_90"]
+    others = [machine_code[f"{name}, {threads}, sm_90"] for threads in (64, 256)]
+    assert [code["threads"] for code in (first, *others)] == [128, 64, 256]
+    for code in others:
+        assert sum(code["opcodes"].values()) == sum(first["opcodes"].values())
+        assert code["occupancy"] <= first["occupancy"]
+
+
+def test_no_local_and_no_shared_memory(machine_code):
+    # Shared memory would mean that layouts of load, noise and store do not agree.
     for name, code in machine_code.items():
-        spills = [opcode for opcode in code["opcodes"] if opcode.startswith(("LDL", "STL", "scratch_"))]
-        assert not spills, name
-        assert not code.get("scratch"), name
+        assert (code["local"], code["spills"], code["shared"], code.get("scratch", 0)) == (0, 0, 0, 0), name
 
 
-def test_a_thread_keeps_its_run(machine_code):
-    # Shared memory would mean that layouts of load, noise and store do not agree; groups that straddle rows need it.
-    assert {name for name, code in machine_code.items() if code["shared"]} <= {"patch 14, sm_90"}
+def test_a_launch_is_one_kernel_and_copies_nothing(machine_code):
+    """No constant is copied to the device, and so a call can be captured in a CUDA graph."""
+    for name, code in machine_code.items():
+        assert set(code["operators"]) <= {"aten.empty.memory_format", "aten.permute.default"}, name
 
 
 def test_machine_code_for_amd(machine_code):
     if "training, gfx942" not in machine_code:
         pytest.skip("this Triton has no AMD backend")
     code = machine_code["training, gfx942"]
+    gradient = machine_code["backward, one, gfx942"]["opcodes"]
+    assert gradient["buffer_load_dwordx4"] == 3
+    assert gradient["buffer_store_dwordx4"] == 6
     opcodes, elements = code["opcodes"], code["elements"]
     assert opcodes["v_log_f32"] == opcodes["v_sin_f32"] == opcodes["v_cos_f32"] == elements / 2
     assert set(code["followers"]) == {"s_nop"}  # the wait state that CDNA 3 demands and inline assembly must bring
