@@ -86,11 +86,12 @@ def main() -> None:
         ("xformers", *_xformers(has_gpu)),
         ("DALI", *_dali()),
     ]
+    # With gradients, as in training: a backend serves only if its backward pass does too.
     sample = torch.empty(1, 2, 4, 64, device="cuda" if has_gpu else "cpu", dtype=torch.float16 if has_gpu else None)
-    rows += [
-        (f"attention: {name}", not reasons, "; ".join(reasons))
-        for name, reasons in attention_backends(sample, sample, sample).items()
-    ]
+    refusals = attention_backends(*[sample.requires_grad_()] * 3)
+    chosen = next(name for name, reasons in refusals.items() if not reasons)
+    rows.append(("attention: auto", True, f"takes {chosen}; inside torch.compile sdpa"))
+    rows += [(f"attention: {name}", not reasons, "; ".join(reasons)) for name, reasons in refusals.items()]
     table = Table("", "usable", "", title=f"denim {_installed('denim-vision') or '(not installed)'}", box=None)
     for name, usable, note in rows:
         table.add_row(name, "yes" if usable else "no", note)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from denim.defense.de3 import De3
-from denim.kernels import Domain, Stream, attack_step, derive_seeds, uniform_noise
+from denim.kernels import Domain, attack_start, attack_step, derive_seeds
 
 __all__ = ["Attack", "Attacked"]
 
@@ -131,8 +131,7 @@ class Attack:
                 iterate = pixels
                 if self.name == "pgd":
                     starts = derive_seeds(seed, Domain.ATTACK, ids, restart)
-                    noise = uniform_noise(starts, pixels.shape[1:], Stream.START).to(pixels.dtype)
-                    iterate = (pixels + self.epsilon * (2 * noise - 1)).clamp(0, 1)
+                    iterate = attack_start(pixels, starts, epsilon=self.epsilon)
                 for step in range(steps):
                     seeds = target.seeds(seed, Domain.ATTACK, ids, eot, (restart << 32) + step + 1)
                     gradient = _gradient(target, iterate, labels, seeds, kind)

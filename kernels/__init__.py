@@ -1,6 +1,6 @@
 """Fused operations on tensors: noise, patches, losses, attack steps. Knows nothing of models, data or attacks."""
 
-from denim.kernels.attack_step import attack_step
+from denim.kernels.attack_step import attack_start, attack_step
 from denim.kernels.attention import attention, attention_backends
 from denim.kernels.decode_patches import decode_patches
 from denim.kernels.noise import Domain, Stream, derive_seeds, draw_seeds, noise_words, normal_noise, uniform_noise
@@ -11,6 +11,7 @@ from denim.kernels.patches import check_pixels, normalized_patches
 __all__ = [
     "Domain",
     "Stream",
+    "attack_start",
     "attack_step",
     "attention",
     "attention_backends",

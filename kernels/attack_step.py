@@ -1,4 +1,4 @@
-"""`attack_step`: one step of an L-infinity attack for a whole batch, with a radius and a step size per sample."""
+"""Random start and step of an L-infinity attack for a whole batch, with a radius and a step size per sample."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from denim.kernels.noise import Stream, uniform_noise
 from denim.kernels.patches import compute_dtype
 
-__all__ = ["attack_step"]
+__all__ = ["attack_start", "attack_step"]
+
+
+def _column(size: Tensor, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """() or (B,) so that it broadcasts with pixels (B, ...)."""
+    return size.to(dtype).reshape(-1, *(1,) * (pixels.dim() - 1))
 
 
 def _reference(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
     """Torch reference, and the CPU kernel."""
     dtype = torch.promote_types(compute_dtype(pixels), compute_dtype(origin))
-    per_sample = (-1, *(1,) * (pixels.dim() - 1))
-    step, radius = step_size.to(dtype).reshape(per_sample), epsilon.to(dtype).reshape(per_sample)
+    step, radius = _column(step_size, pixels, dtype), _column(epsilon, pixels, dtype)
     # torch.sign turns NaN into 0, which would hide a broken gradient.
     direction = torch.where(gradient.isnan(), gradient, gradient.sign()).to(dtype)
     moved = pixels.to(dtype) + step * direction
@@ -46,6 +51,58 @@ def _(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsil
     return pixels.new_empty(pixels.shape)
 
 
+def _start_reference(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
+    """Torch reference, and the CPU kernel."""
+    dtype = compute_dtype(pixels)
+    noise = uniform_noise(seeds, pixels.shape[1:], Stream.START).to(dtype)
+    moved = pixels.to(dtype) + _column(epsilon, pixels, dtype) * (2 * noise - 1)
+    return moved.clamp(0, 1).to(pixels.dtype).contiguous()
+
+
+_attack_start = torch.library.custom_op("denim::attack_start", _start_reference, mutates_args=())
+
+
+@_attack_start.register_kernel("cuda")
+def _(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
+    """Triton kernel. The reference serves float64, and platforms that have no Triton."""
+    if importlib.util.find_spec("triton") is not None:
+        from denim.kernels import attack_step_triton as kernel
+        from denim.kernels.memory_triton import warp_size
+
+        if pixels.dtype in kernel.DTYPES:
+            return kernel.launch_start(pixels, seeds, epsilon, warp_size=warp_size(pixels.device))
+    return _start_reference(pixels, seeds, epsilon)
+
+
+@_attack_start.register_fake
+def _(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
+    return pixels.new_empty(pixels.shape)
+
+
+def _check(pixels: Tensor, others: dict[str, Tensor], sizes: dict[str, float | Tensor]) -> list[Tensor]:
+    """Check what both operations take; return the sizes as tensors () or (B,) beside the pixels."""
+    if pixels.dim() == 0:
+        raise ValueError("pixels must have shape (B, ...), got ()")
+    tensors = {}
+    for name, value in sizes.items():
+        if isinstance(value, Tensor):
+            size = value.to(pixels.device) if value.dim() == 0 else value
+        else:
+            # Filled on the device: a copy from the host would wait for it, and cannot be captured into a graph.
+            size = torch.full((), value, dtype=compute_dtype(pixels), device=pixels.device)
+        if tuple(size.shape) not in ((), (pixels.shape[0],)):
+            raise ValueError(f"{name} must be a scalar or ({pixels.shape[0]},), got {tuple(size.shape)}")
+        tensors[name] = size.detach()
+    for name, tensor in (("pixels", pixels), *others.items(), *tensors.items()):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != pixels.device:
+            raise ValueError(f"{name} is on {tensor.device} and pixels are on {pixels.device}")
+        if name in others and tensor.shape != pixels.shape:
+            raise ValueError(f"{name} must have the shape of pixels {tuple(pixels.shape)}, got {tuple(tensor.shape)}")
+    return list(tensors.values())
+
+
 def attack_step(
     pixels: Tensor, origin: Tensor, gradient: Tensor, *, step_size: float | Tensor, epsilon: float | Tensor
 ) -> Tensor:
@@ -73,23 +130,44 @@ def attack_step(
 
     Source: Madry et al. 2018, equation 2 (projected gradient descent).
     """
-    if pixels.dim() == 0:
-        raise ValueError("pixels must have shape (B, ...), got ()")
-    sizes: dict[str, Tensor] = {}
-    for name, value in (("step_size", step_size), ("epsilon", epsilon)):
-        size = value if isinstance(value, Tensor) else torch.tensor(value, dtype=compute_dtype(pixels))
-        size = size.to(pixels.device) if size.dim() == 0 else size
-        if tuple(size.shape) not in ((), (pixels.shape[0],)):
-            raise ValueError(f"{name} must be a scalar or ({pixels.shape[0]},), got {tuple(size.shape)}")
-        sizes[name] = size
-    for name, tensor in (("pixels", pixels), ("origin", origin), ("gradient", gradient), *sizes.items()):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.device != pixels.device:
-            raise ValueError(f"{name} is on {tensor.device} and pixels are on {pixels.device}")
-        if name not in sizes and tensor.shape != pixels.shape:
-            raise ValueError(f"{name} must have the shape of pixels {tuple(pixels.shape)}, got {tuple(tensor.shape)}")
-    moved: Tensor = _attack_step(
-        pixels.detach(), origin.detach(), gradient.detach(), sizes["step_size"].detach(), sizes["epsilon"].detach()
-    )
+    others = {"origin": origin, "gradient": gradient}
+    step, radius = _check(pixels, others, {"step_size": step_size, "epsilon": epsilon})
+    moved: Tensor = _attack_step(pixels.detach(), origin.detach(), gradient.detach(), step, radius)
     return moved
+
+
+def attack_start(pixels: Tensor, seeds: Tensor, *, epsilon: float | Tensor) -> Tensor:
+    """A point drawn uniformly from the L-infinity ball around each image, clamped to [0, 1].
+
+    Equivalent PyTorch::
+
+        noise = uniform_noise(seeds, pixels.shape[1:], Stream.START)
+        moved = (pixels + epsilon * (2 * noise - 1)).clamp(0, 1)
+
+    A pure function of the seed, the position and the pixel: the same, bit for bit, on every device. Computed in
+    float32, float64 for float64 pixels, and rounded once.
+
+    Args:
+        pixels: (B, ...) float in [0, 1], the clean image.
+        seeds: int64 (B,), one per sample. Positions count through a sample in the order of its shape, whatever its
+            strides.
+        epsilon: float or (B,), radius in [0, 1] units.
+
+    Returns:
+        The first iterate, in the shape and dtype of `pixels`. Not differentiable.
+
+    Raises:
+        TypeError: pixels or epsilon are not floating point, or seeds are not int64.
+        ValueError: shapes or devices differ, or epsilon is neither a scalar nor (B,).
+
+    Source: Madry et al. 2018, section 2.1 (random restarts of projected gradient descent).
+    """
+    (radius,) = _check(pixels, {}, {"epsilon": epsilon})
+    if seeds.dtype != torch.int64:
+        raise TypeError(f"seeds must be int64, got {seeds.dtype}; derive them with denim.kernels.derive_seeds")
+    if tuple(seeds.shape) != (pixels.shape[0],):
+        raise ValueError(f"seeds must have shape ({pixels.shape[0]},), got {tuple(seeds.shape)}")
+    if seeds.device != pixels.device:
+        raise ValueError(f"seeds are on {seeds.device} and pixels are on {pixels.device}")
+    start: Tensor = _attack_start(pixels.detach(), seeds, radius)
+    return start

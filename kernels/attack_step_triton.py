@@ -1,23 +1,30 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
-"""Triton kernel of `attack_step`: sign, step, projection and clamp, in one pass over pixels, origin and gradient."""
+"""Triton kernels of `attack_step` (sign, step, projection and clamp in one pass) and of `attack_start`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from denim.kernels.memory_triton import on_device
+from denim.kernels.memory_triton import chunks, on_device
+from denim.kernels.noise import Stream
+from denim.kernels.noise_triton import philox
+from denim.kernels.tuning import run_tuned
 
-__all__ = ["DTYPES", "attack_step_kernel", "launch"]
+__all__ = ["CONFIGURATIONS", "DTYPES", "attack_start_kernel", "attack_step_kernel", "launch", "launch_start"]
 
 # Of pixels, origin and gradient; sizes may be float64 too.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-THREADS = 128
-# Per thread: one 16-byte access of a 2-byte type, two of float32.
+# Per thread: one 16-byte access of a 2-byte type, two of float32; for the start two groups of the generator.
 RUN = 8
+THREADS = 128
+# Of `attack_step`: threads of a program, elements of a thread.
+CONFIGURATIONS = ((THREADS, RUN), (2 * THREADS, RUN), (4 * THREADS, RUN))
 
 
 # A batch or a stride of another size compiles nothing anew; divisibility of `elements` decides the width of accesses.
@@ -57,8 +64,68 @@ def attack_step_kernel(
     tl.store(out + start + offset, moved.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _symmetric(word):
+    """2 u - 1 for the uniform u of `uniform_noise`, which rounds (word + 1/2) / 2^32 to float32 once, and below 1.
+
+    No float64 is needed: both halves of the word are exact in float32, so that a fused multiply-add rounds their sum
+    once. A product by a power of two is exact, and so the second one rounds like the subtraction of 1 from 2 u.
+    """
+    high = (word >> 16).to(tl.int32).to(tl.float32)
+    low = (word & 0xFFFF).to(tl.int32).to(tl.float32) + 0.5
+    scaled = tl.minimum(tl.fma(high, 65536.0, low), 2.0**32 - 2.0**8)
+    return tl.fma(scaled, 2.0**-31, -1.0)
+
+
+@triton.jit(do_not_specialize=["tiles", "seed_stride", "epsilon_stride"])
+def attack_start_kernel(
+    pixels,
+    seeds,
+    epsilon,
+    out,
+    elements,
+    tiles,
+    seed_stride,
+    epsilon_stride,
+    STREAM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """One program: ROWS runs of COLS consecutive elements of one sample, which has `elements` in `tiles` programs."""
+    CHUNK: tl.constexpr = min(COLS, 128 // pixels.dtype.element_ty.primitive_bitwidth)
+    program = tl.program_id(0)
+    sample = (program // tiles).to(tl.int64)
+    first = (program % tiles).to(tl.int64) * (ROWS * COLS)
+    start = sample * elements + first
+    offset = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    place = chunks(offset, CHUNK)
+    inside = place < tl.minimum(elements - first, ROWS * COLS).to(tl.int32)
+    radius = tl.load(epsilon + sample * epsilon_stride).to(tl.float32)
+    seed = tl.load(seeds + sample * seed_stride)
+    values = tl.load(pixels + start + place, mask=inside)
+    x = tl.reshape(tl.permute(values, (1, 0, 2)), (ROWS, COLS)).to(tl.float32)
+    # Groups of four positions. `first` is a multiple of the tile, so the sum of low words does not overflow.
+    local = tl.arange(0, COLS // 4)[:, None] + tl.arange(0, ROWS)[None, :] * (COLS // 4)
+    low = (first // 4).to(tl.uint32) + local.to(tl.uint32)
+    high = tl.full(local.shape, 0, tl.uint32) + (first // 4 >> 32).to(tl.uint32)
+    zero = tl.full(local.shape, 0, tl.uint32)
+    w0, w1, w2, w3 = philox(low, high, zero + STREAM, zero, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+    words = tl.reshape(tl.permute(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (1, 0, 2, 3)), (ROWS, COLS))
+    moved = x + radius * _symmetric(words)
+    moved = tl.maximum(moved, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    moved = tl.minimum(moved, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + start + place, chunks(moved.to(out.dtype.element_ty), CHUNK), mask=inside)
+
+
 def launch(
-    pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor, *, warp_size: int
+    pixels: Tensor,
+    origin: Tensor,
+    gradient: Tensor,
+    step_size: Tensor,
+    epsilon: Tensor,
+    *,
+    warp_size: int,
+    configurations: Sequence[tuple[int, int]] = CONFIGURATIONS,
 ) -> Tensor:
     """Run the kernel on arguments that `attack_step` has checked.
 
@@ -68,7 +135,9 @@ def launch(
         gradient: same shape, one of `DTYPES`.
         step_size: () or (B,), floating.
         epsilon: () or (B,), floating.
-        warp_size: lanes of a warp of the GPU. The result does not depend on it.
+        warp_size: lanes of a warp of the GPU.
+        configurations: (threads of a program, elements of a thread), powers of two, to choose from. The result depends
+            on neither.
 
     Returns:
         The next iterate, in the shape and dtype of `pixels`, contiguous. Equal to the reference exactly.
@@ -77,14 +146,17 @@ def launch(
     if out.numel() == 0:
         return out
     batch = pixels.shape[0]
-    elements, block = out.numel() // batch, THREADS * RUN
-    tiles = triton.cdiv(elements, block)
+    elements = out.numel() // batch
+    pixels, origin, gradient = pixels.contiguous(), origin.contiguous(), gradient.contiguous()
     step_size, epsilon = step_size.expand(batch), epsilon.expand(batch)
-    with on_device(pixels.device):
+
+    def run(configuration: tuple[int, int]) -> None:
+        threads, run_length = configuration
+        tiles = triton.cdiv(elements, threads * run_length)
         attack_step_kernel[(batch * tiles,)](
-            pixels.contiguous(),
-            origin.contiguous(),
-            gradient.contiguous(),
+            pixels,
+            origin,
+            gradient,
             step_size,
             epsilon,
             out,
@@ -92,7 +164,50 @@ def launch(
             tiles,
             step_size.stride(0),
             epsilon.stride(0),
-            BLOCK=block,
+            BLOCK=threads * run_length,
+            num_warps=threads // warp_size,
+        )
+
+    key = ("attack_step", pixels.dtype, origin.dtype, gradient.dtype)
+    with on_device(pixels.device):
+        run_tuned(key, out.numel(), configurations, run, pixels.device)
+    return out
+
+
+def launch_start(pixels: Tensor, seeds: Tensor, epsilon: Tensor, *, warp_size: int) -> Tensor:
+    """Run the kernel on arguments that `attack_start` has checked.
+
+    Args:
+        pixels: (B, ...), one of `DTYPES`, any strides.
+        seeds: int64 (B,).
+        epsilon: () or (B,), floating.
+        warp_size: lanes of a warp of the GPU. The result does not depend on it.
+
+    Returns:
+        The first iterate, in the shape and dtype of `pixels`, contiguous. Equal to the reference exactly.
+    """
+    out = torch.empty(pixels.shape, dtype=pixels.dtype, device=pixels.device)
+    if out.numel() == 0:
+        return out
+    batch = pixels.shape[0]
+    elements = out.numel() // batch
+    tiles = triton.cdiv(elements, THREADS * RUN)
+    epsilon = epsilon.expand(batch)
+    with on_device(pixels.device):
+        attack_start_kernel[(batch * tiles,)](
+            pixels.contiguous(),
+            seeds,
+            epsilon,
+            out,
+            elements,
+            tiles,
+            seeds.stride(0),
+            epsilon.stride(0),
+            STREAM=int(Stream.START),
+            ROWS=THREADS,
+            COLS=RUN,
             num_warps=THREADS // warp_size,
+            # A fused multiply-add would round once where the reference rounds twice.
+            enable_fp_fusion=False,
         )
     return out

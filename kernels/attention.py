@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attention", "attention_backends"]
+__all__ = ["attention", "attention_backends", "check_backend"]
+
+# How a backend would run a call, or the reasons why it would not.
+Answer = Callable[[Tensor, Tensor, Tensor], Tensor] | list[str]
 
 
 @functools.cache
@@ -45,7 +48,7 @@ def load_xformers() -> tuple[ModuleType | None, str]:
     return ops, " ".join(messages)
 
 
-def _xformers_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Answer:
     if query.device.type != "cuda":
         return [f"xformers has kernels for CUDA and ROCm alone, tensors are on {query.device.type}"]
     if torch.compiler.is_compiling():
@@ -54,22 +57,29 @@ def _xformers_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     if ops is None:
         return [message]
     inputs = ops.fmha.Inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    operators = ops.fmha.ALL_FW_OPS
-    refusals = {operator.NAME: operator.not_supported_reasons(inputs) for operator in operators}
-    if any(not reasons for reasons in refusals.values()):
-        return []
-    return [f"{name}: {'; '.join(reasons)}" for name, reasons in refusals.items()]
+    backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    refusals = []
+    # Forward and backward kernels are chosen here, in xformers' own order, and handed over, so that what runs is what
+    # was asked. Its lists of all operators also have some that it never takes by itself.
+    for name in ("flash3", "flash", "cutlass", "ck"):
+        family = getattr(ops.fmha, name, None)
+        if family is None:
+            continue
+        pair = (family.FwOp, family.BwOp)
+        asked = pair if backward else pair[:1]
+        reasons = [reason for operator in asked for reason in operator.not_supported_reasons(inputs)]
+        if not reasons:
+            return functools.partial(_run_xformers, ops, pair)
+        refusals.append(f"{family.FwOp.NAME}: {'; '.join(dict.fromkeys(reasons))}")
+    return refusals or ["this xformers has none of the kernels flash3, flash, cutlass and ck"]
 
 
-def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    ops, _ = load_xformers()
-    assert ops is not None
-    out: Tensor = ops.memory_efficient_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+def _run_xformers(ops: ModuleType, pair: tuple[object, object], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    # xformers has (B, N, heads, head_dim): transposed views of packed qkv go in as they are.
+    out: Tensor = ops.memory_efficient_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), op=pair
+    )
     return out.transpose(1, 2)
-
-
-def _no_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    return []
 
 
 def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -78,11 +88,21 @@ def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 # In the order in which "auto" tries them.
-_BACKENDS: dict[str, tuple[Callable[..., list[str]], Callable[..., Tensor]]] = {
-    "xformers": (_xformers_reasons, _xformers),
-    "sdpa": (_no_reasons, F.scaled_dot_product_attention),
-    "math": (_no_reasons, _math),
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Answer]] = {
+    "xformers": _xformers,
+    "sdpa": lambda query, key, value: F.scaled_dot_product_attention,
+    "math": lambda query, key, value: _math,
 }
+
+
+def check_backend(backend: str) -> None:
+    """Check the name of a backend, "auto" included.
+
+    Raises:
+        ValueError: there is none of that name; the message lists the valid ones.
+    """
+    if backend != "auto" and backend not in _BACKENDS:
+        raise ValueError(f"attention backend must be auto, {', '.join(_BACKENDS)}, got {backend!r}")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -115,7 +135,8 @@ def attention_backends(query: Tensor, key: Tensor, value: Tensor) -> dict[str, l
         TypeError, ValueError: the tensors fit no backend.
     """
     _check(query, key, value)
-    return {name: reasons(query, key, value) for name, (reasons, _) in _BACKENDS.items()}
+    answers = {name: ask(query, key, value) for name, ask in _BACKENDS.items()}
+    return {name: answer if isinstance(answer, list) else [] for name, answer in answers.items()}
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> Tensor:
@@ -137,13 +158,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto
     Source: Vaswani et al. 2017, equation 1.
     """
     _check(query, key, value)
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(f"attention backend must be auto, {', '.join(_BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     refusals: dict[str, list[str]] = {}
     for name in _BACKENDS if backend == "auto" else (backend,):
-        reasons, run = _BACKENDS[name]
-        refusals[name] = reasons(query, key, value)
-        if not refusals[name]:
-            return run(query, key, value)
+        answer = _BACKENDS[name](query, key, value)
+        if not isinstance(answer, list):
+            return answer(query, key, value)
+        refusals[name] = answer
     inputs = f"{query.dtype} {tuple(query.shape)} on {query.device}"
     raise ValueError(f"attention backend {backend!r} cannot serve {inputs}: {refusals}")

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from denim.kernels import Stream, noise_words
+from denim.nim.attention import Attention
 from denim.nim.checkpoint import Pretrained
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PRESETS", "Autoencoder", "AutoencoderConfig", "Mask", "preset"]
@@ -208,7 +209,7 @@ class Autoencoder(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
+        block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm, attn_layer=Attention)
         # timm's module holds the projection under the published name; `_embed` applies it to patches.
         self.patch_embed = PatchEmbed(config.image_size, config.patch_size, config.channels, config.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))

@@ -1,11 +1,13 @@
-"""Run the kernels of `attack_step` and `decode_patches` in Triton's interpreter.
+"""Run the kernels of `attack_step`, `attack_start` and `decode_patches` in Triton's interpreter.
 
 `python interpreter_attack_decode.py INPUTS OUTPUTS`: a process of its own, since Triton decides between interpreter and
-compiler when it is imported. INPUTS is a torch file of {name: (function, arguments)}, OUTPUTS one of {name: (result,
-number of launches)}.
+compiler when it is imported. INPUTS is a torch file of {"launch": {name: (function, arguments, options)}, "dispatch":
+{name: (function, arguments)}, "huge": {name: arguments of `end_of_huge`}}, options and the last entry may be left out;
+OUTPUTS one of {"launch": {name: result}, "dispatch": {name: (result, number of launches)}, "huge": {name: result}}.
 """
 
 import math
+import mmap
 import os
 import sys
 import types
@@ -13,12 +15,14 @@ import types
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from denim.kernels import attack_step_triton, decode_patches_triton
 
 GUARD = 256
 LAUNCHES = {
     "attack_step": (attack_step_triton, "launch"),
+    "attack_start": (attack_step_triton, "launch_start"),
     "decode_patches": (decode_patches_triton, "launch"),
     "decode_patches_backward": (decode_patches_triton, "launch_backward"),
 }
@@ -33,12 +37,12 @@ def poisoned(shape, *, dtype=torch.float32, device="cpu"):
     return memory[GUARD : GUARD + size].view(shape)
 
 
-def launched(function: str, arguments: tuple):
+def launched(function: str, arguments: tuple, options: dict | None = None):
     module, name = LAUNCHES[function]
     empty = torch.empty
     torch.empty = poisoned
     try:
-        result = getattr(module, name)(*arguments, warp_size=32)
+        result = getattr(module, name)(*arguments, warp_size=32, **(options or {}))
     finally:
         torch.empty = empty
     for memory in allocations:
@@ -67,11 +71,59 @@ def dispatched(function: str, arguments: tuple):
         setattr(module, name, launch)
 
 
+def reserved(shape, *, dtype: torch.dtype, device="cpu") -> torch.Tensor:
+    """`torch.empty` with addresses alone: memory comes with the first use, page by page."""
+    no_reserve = 0x4000  # MAP_NORESERVE on Linux, which the module names from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
+
+
+class LastProgram:
+    """A kernel of whose programs only the last one runs."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+
+    def __getitem__(self, grid):
+        def run(*args, **kwargs):
+            place, size = interpreter_builder.set_grid_idx, interpreter_builder.set_grid_dim
+            interpreter_builder.set_grid_dim = lambda *_: size(*grid, 1, 1)
+            interpreter_builder.set_grid_idx = lambda *_: place(grid[0] - 1, 0, 0)
+            try:
+                self.function[(1,)](*args, **kwargs)
+            finally:
+                interpreter_builder.set_grid_idx, interpreter_builder.set_grid_dim = place, size
+
+        return run
+
+
+def end_of_huge(function: str, kernel: str, shape: tuple, ends: list, others: tuple) -> torch.Tensor:
+    """Of tensors of a huge shape, each given by its last elements, the last elements of the result."""
+    module, name = LAUNCHES[function]
+    count = len(ends[0])
+
+    def ending(shape, *, dtype, device="cpu", end=math.nan):
+        memory = reserved(shape, dtype=dtype)
+        memory.view(-1)[-count:] = end
+        return memory
+
+    tensors = [ending(shape, dtype=end.dtype, end=end) for end in ends]
+    empty, whole = torch.empty, getattr(module, kernel)
+    torch.empty = ending
+    setattr(module, kernel, LastProgram(whole))
+    try:
+        return getattr(module, name)(*tensors, *others, warp_size=32).view(-1)[-count:].clone()
+    finally:
+        torch.empty = empty
+        setattr(module, kernel, whole)
+
+
 def main(inputs: str, outputs: str) -> None:
     given = torch.load(inputs, weights_only=True)
     got = {name: launched(*case) for name, case in given["launch"].items()}
     answers = {name: dispatched(*case) for name, case in given["dispatch"].items()}
-    torch.save({"launch": got, "dispatch": answers}, outputs)
+    huge = {name: end_of_huge(*case) for name, case in given.get("huge", {}).items()}
+    torch.save({"launch": got, "dispatch": answers, "huge": huge}, outputs)
 
 
 main(*sys.argv[1:])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from denim.kernels import attack_step
+from denim.kernels import Stream, attack_start, attack_step, noise_words
 
 
 def reference(pixels, origin, gradient, step_size, epsilon):
@@ -135,3 +135,116 @@ def test_bad_input_is_refused(changes, error, message):
     attack_step(**good)
     with pytest.raises(error, match=message):
         attack_step(**{**good, **changes})
+
+
+# The random start
+
+
+def start_of(words, pixels, epsilon):
+    """The definition in float64: u = (word + 1/2) / 2^32."""
+    uniform = (words.double() + 0.5) / 2**32
+    epsilon = epsilon.double().reshape(-1, *(1,) * (pixels.dim() - 1)) if isinstance(epsilon, torch.Tensor) else epsilon
+    return (pixels.double() + epsilon * (2 * uniform.reshape(pixels.shape) - 1)).clamp(0, 1)
+
+
+SEEDS = torch.tensor([7, -3, 2**63 - 1])
+GOLDEN = ["0xf0a90abc", "0x115896b8", "0xbedefe84", "0xb86f45c6", "0x547ade6a"]  # words of seed 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 1, 5, 7), (3, 3, 8, 12), (3, 5), (3,)])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_start_is_the_plain_computation(shape, dtype, per_sample, global_rng_untouched):
+    pixels, *_ = make(shape, dtype)
+    epsilon = torch.linspace(0, 0.9, 3) if per_sample else 8 / 255
+    moved = attack_start(pixels, SEEDS, epsilon=epsilon)
+    assert moved.dtype == dtype
+    assert moved.is_contiguous()
+    words = noise_words(SEEDS, pixels[0].numel(), Stream.START)
+    # The uniform is rounded to float32, half a unit in the last place below one, and doubled. In float32 that of the
+    # difference, the product and the sum, all below two, come along.
+    tolerance = 2.0**-23 if dtype == torch.float64 else 5 * 2.0**-24 + torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(moved.double(), start_of(words, pixels, epsilon), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_starts_never_change(dtype):
+    """Bit for bit, so that a published attack can be run again: (pixel + epsilon (2 u - 1)), clamped."""
+    pixels = torch.tensor([[0.0, 0.25, 0.5, 1.0, 0.5], [0.0, 0.25, 0.5, 1.0, 0.5]], dtype=dtype)
+    moved = attack_start(pixels, torch.tensor([0, 2**40 + 1]), epsilon=0.25)
+    # By numpy: a Python float holds (word + 1/2) / 2^32 exactly, and is rounded once.
+    words = noise_words(torch.tensor([0, 2**40 + 1]), 5, Stream.START)
+    uniform = torch.tensor([[np.float32((word + 0.5) / 2**32) for word in row] for row in words.tolist()])
+    numpy = np.float32 if dtype == torch.float32 else np.float64
+    noise = uniform.numpy().astype(numpy)
+    expected = (pixels.numpy() + numpy(0.25) * (numpy(2) * noise - numpy(1))).clip(0, 1)
+    assert moved.numpy().tobytes() == expected.astype(numpy).tobytes()
+    assert [hex(word) for word in words[0].tolist()] == GOLDEN
+
+
+@given(
+    pixels=st.lists(sizes, min_size=1, max_size=9),
+    epsilon=st.floats(0, 2, width=32),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_start_lies_in_the_ball_and_in_range(pixels, epsilon, seed, dtype):
+    pixels = torch.tensor([pixels], dtype=torch.float64).to(dtype)
+    moved = attack_start(pixels, torch.tensor([seed]), epsilon=epsilon)
+    assert ((moved >= 0) & (moved <= 1)).all()
+    # One rounding of the sum at magnitude up to 3, one of the result.
+    assert ((moved.double() - pixels.double()).abs() <= epsilon + 2**-23 + torch.finfo(dtype).eps / 2).all()
+
+
+def test_starts_are_uniform_and_symmetric():
+    moved = attack_start(torch.full((64, 4096), 0.5), torch.arange(64), epsilon=0.25).double().flatten().sort().values
+    # Kolmogorov-Smirnov: sqrt(n) times the distance exceeds 2.2 with probability 2 exp(-2 * 2.2^2) = 1e-4.
+    distance = (moved - 0.25) / 0.5 - (torch.arange(len(moved)) + 0.5) / len(moved)
+    assert distance.abs().max() * len(moved) ** 0.5 < 2.2
+
+
+def test_a_start_depends_on_the_seed_alone():
+    pixels, *_ = make((3, 2, 4, 4))
+    together = attack_start(pixels, SEEDS, epsilon=torch.tensor([0.1, 0.2, 0.0]))
+    assert torch.equal(together[2], pixels[2])
+    for index in range(2):
+        alone = attack_start(pixels[index : index + 1], SEEDS[index : index + 1], epsilon=[0.1, 0.2][index])
+        assert torch.equal(alone[0], together[index])
+    strided = pixels.contiguous(memory_format=torch.channels_last)
+    other = attack_start(strided, SEEDS.repeat_interleave(2)[::2], epsilon=torch.tensor([0.1, 0.2, 0.0]))
+    assert torch.equal(other, together)
+    assert other.is_contiguous()
+    assert not attack_start(pixels.requires_grad_(), SEEDS, epsilon=0.1).requires_grad
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (0,)])
+def test_empty_batches_and_samples(shape):
+    pixels, seeds = torch.zeros(shape), torch.zeros(shape[0], dtype=torch.int64)
+    assert attack_start(pixels, seeds, epsilon=0.1).shape == shape
+    assert attack_step(pixels, pixels, pixels, step_size=0.1, epsilon=torch.zeros(shape[0])).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"pixels": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, TypeError, "pixels must be floating point"),
+        ({"pixels": torch.tensor(0.5)}, ValueError, r"pixels must have shape \(B, ...\)"),
+        ({"seeds": torch.zeros(2)}, TypeError, "seeds must be int64, got torch.float32; derive them"),
+        ({"seeds": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seeds must have shape \(2,\), got \(3,\)"),
+        ({"seeds": torch.zeros(1, 2, dtype=torch.int64)}, ValueError, r"seeds must have shape \(2,\), got \(1, 2\)"),
+        (
+            {"seeds": torch.zeros(2, dtype=torch.int64, device="meta")},
+            ValueError,
+            "seeds are on meta and pixels are on",
+        ),
+        ({"epsilon": torch.tensor([1, 2])}, TypeError, "epsilon must be floating point"),
+        ({"epsilon": torch.zeros(3)}, ValueError, r"epsilon must be a scalar or \(2,\), got \(3,\)"),
+        ({"epsilon": torch.zeros(2, device="meta")}, ValueError, "epsilon is on meta"),
+    ],
+)
+def test_bad_input_of_the_start_is_refused(changes, error, message):
+    good = {"pixels": torch.zeros(2, 3, 4, 4), "seeds": torch.zeros(2, dtype=torch.int64), "epsilon": 0.03}
+    attack_start(**good)
+    with pytest.raises(error, match=message):
+        attack_start(**{**good, **changes})

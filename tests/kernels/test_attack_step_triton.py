@@ -1,14 +1,18 @@
-"""The Triton kernel of `attack_step`: its source in the interpreter, and its machine code built ahead of time."""
+"""The Triton kernels of `attack_step` and `attack_start`: in the interpreter, and machine code built ahead of time."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from denim.kernels import attack_step
+from denim.kernels import Stream, attack_start, attack_step, noise_words
+from denim.kernels.noise import philox
 
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
+# Those of the kernel, which this process must not import: threads of a program, elements of a thread.
+CONFIGURATIONS = ((128, 8), (256, 8), (512, 8))
 # Name: shape, dtypes of pixels, origin and gradient, step size and epsilon per sample. Blocks have 1,024 elements.
 CASES = {
     "float32": ((3, 3, 16, 16), torch.float32, torch.float32, torch.float32, True, True),
@@ -24,7 +28,28 @@ CASES = {
     "float64 sizes": ((2, 700), torch.float32, torch.float32, torch.float32, "float64", "float64"),
     "strided": ((2, 8, 6, 3), torch.float32, torch.float32, torch.float32, "strided", True),
     "no sample": ((0, 3, 4, 4), torch.float32, torch.float32, torch.float32, True, False),
+    "empty samples": ((2, 3, 0, 4), torch.float32, torch.float32, torch.float32, True, False),
 }
+# Name: shape, dtype, epsilon.
+STARTS = {
+    "float32": ((3, 3, 16, 16), torch.float32, True),
+    "several blocks, the last of one element": ((2, 2049), torch.float32, False),
+    "odd": ((3, 3, 5, 7), torch.float32, True),
+    "one block exactly": ((2, 1024), torch.float32, False),
+    "one sample": ((1, 1, 9, 9), torch.float32, True),
+    "vector": ((5,), torch.float32, True),
+    "float16": ((2, 3, 7, 9), torch.float16, True),
+    "bfloat16": ((2, 1500), torch.bfloat16, True),
+    "float64 epsilon": ((2, 700), torch.float32, "float64"),
+    "strided": ((2, 8, 6, 3), torch.float32, "strided"),
+    "no sample": ((0, 3, 4, 4), torch.float32, True),
+    "empty samples": ((2, 3, 0, 4), torch.float32, True),
+    "large": ((1, 400_000), torch.float32, False),
+}
+# Shapes whose last element lies beyond 2^31 elements, or whose last group of four beyond 2^32 of them.
+HUGE = {"long samples": (2, 2**31 + 3), "many samples": (2**30 + 2, 3), "a very long sample": (1, 2**34 + 3)}
+# Its word 12 is 2^32 - 32.
+NEXT_TO_ONE = 5082525
 DISPATCH = {
     "Triton": (torch.float32, torch.bfloat16, 1),
     "float64 pixels": (torch.float64, torch.float32, 0),
@@ -57,12 +82,28 @@ def _arguments(shape, pixels, origin, gradient, step_size, epsilon) -> tuple:
     return (*tensors, _size(step_size, shape[0], 0.3), _size(epsilon, shape[0], 0.1))
 
 
+def _start_arguments(shape, dtype, epsilon) -> tuple:
+    generator = torch.Generator().manual_seed(len(shape))
+    # Radii up to 0.4, both signs: many points leave [0, 1] on either side.
+    pixels = torch.rand(shape, generator=generator).to(dtype)
+    if pixels.numel():
+        pixels.view(-1)[-1] = float("nan")
+    seeds = torch.tensor([-(2**63), 2**63 - 1, 5, 2**40 + 3, -1])[: shape[0]]
+    if epsilon == "strided":
+        pixels, seeds = pixels.movedim(-1, 1), seeds.repeat_interleave(2)[::2]
+    return pixels, seeds, _size(epsilon, shape[0], 0.4)
+
+
+def _stored(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.bfloat16:  # the interpreter cuts float32 off instead of rounding it
+        exact = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    return exact.to(dtype)
+
+
 def _expected(pixels, origin, gradient, step_size, epsilon) -> torch.Tensor:
     """The operator on the CPU in float32, which `test_attack_step.py` compares with the definition in float64."""
     moved = attack_step(pixels.float(), origin.float(), gradient.float(), step_size=step_size, epsilon=epsilon)
-    if pixels.dtype == torch.bfloat16:  # the interpreter cuts float32 off instead of rounding it
-        moved = (moved.view(torch.int32) & ~0xFFFF).view(torch.float32)
-    return moved.to(pixels.dtype)
+    return _stored(moved, pixels.dtype)
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +112,38 @@ def given() -> dict:
         name: _arguments((2, 3, 4, 4), pixels, torch.float32, gradient, True, False)
         for name, (pixels, gradient, _) in DISPATCH.items()
     }
-    return {"launch": {name: _arguments(*case) for name, case in CASES.items()}, "dispatch": dispatch}
+    steps = {name: _arguments(*case) for name, case in CASES.items()}
+    starts = {("start", name): _start_arguments(*case) for name, case in STARTS.items()}
+    dispatch |= {
+        ("start", name): (dispatch[name][0], torch.tensor([3, -4]), torch.tensor(0.1))
+        for name in ("Triton", "float64 pixels")
+    }
+    starts["start", "next to one"] = (torch.zeros(1, 13), torch.tensor([NEXT_TO_ONE]), torch.tensor(1.0))
+    # Above the ball, below it, within; and NaN.
+    ends = [torch.tensor(end).half() for end in ([0.9, 0.25, 0.75], [0.5, 0.6, 0.7], [3.0, -2.0, math.nan])]
+    sizes = (torch.tensor(0.05), torch.tensor(0.1))
+    seeds = torch.tensor([2**40 + 5])
+    huge = {name: ("attack_step", "attack_step_kernel", shape, ends, sizes) for name, shape in HUGE.items()}
+    huge |= {
+        ("start", name): ("attack_start", "attack_start_kernel", shape, ends[:1], (seeds.expand(shape[0]), sizes[1]))
+        for name, shape in HUGE.items()
+    }
+    return {"launch": steps | starts, "dispatch": dispatch, "huge": huge}
 
 
 @pytest.fixture(scope="module")
 def interpreted(given, tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("interpreter")
-    calls = {part: {name: ("attack_step", case) for name, case in cases.items()} for part, cases in given.items()}
+    calls = {
+        part: {name: ("attack_start" if "start" in name else "attack_step", case) for name, case in cases.items()}
+        for part, cases in given.items()
+        if part != "huge"
+    }
+    calls["huge"] = given["huge"]
+    calls["launch"] |= {
+        ("configuration", *configuration): ("attack_step", given["launch"]["odd"], {"configurations": [configuration]})
+        for configuration in CONFIGURATIONS
+    }
     torch.save(calls, folder / "given.pt")
     run_script("interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
     return torch.load(folder / "got.pt", weights_only=True)
@@ -98,6 +164,52 @@ def test_equals_the_reference_exactly(given, interpreted, name):
     torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_the_result_does_not_depend_on_the_configuration(given, interpreted, configuration):
+    moved = interpreted["launch"]["configuration", *configuration]
+    torch.testing.assert_close(moved, _expected(*given["launch"]["odd"]), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", [*STARTS, "next to one"])
+def test_start_equals_the_reference_exactly(given, interpreted, name):
+    pixels, seeds, epsilon = given["launch"]["start", name]
+    moved = interpreted["launch"]["start", name]
+    assert moved.is_contiguous()
+    # Every operation of the kernel rounds where the reference rounds.
+    expected = _stored(attack_start(pixels.float(), seeds, epsilon=epsilon), pixels.dtype)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)
+    assert moved.isnan().sum() == pixels.isnan().sum()
+
+
+def test_start_cases_see_every_kind_of_word(given):
+    """The reference rounds words in float64. Where a float32 has not enough bits is what could go wrong."""
+    _, seeds, _ = given["launch"]["start", "large"]
+    words = noise_words(seeds, 400_000, Stream.START)
+    for low, high in ((0, 2**16), (2**16, 2**24), (2**24, 2**25), (2**32 - 2**17, 2**32)):
+        assert ((words >= low) & (words < high)).any()
+    # Half way between two float32, and one half of a word decides.
+    assert ((words >= 2**31) & (words % 2**8 == 2**7)).any()
+    # Rounded to one, and then put below it.
+    words = noise_words(torch.tensor([NEXT_TO_ONE]), 13, Stream.START)
+    assert words[0, 12] >= 2**32 - 2**7
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_the_end_of_tensors_beyond_int32(given, interpreted, name):
+    *_, shape, (pixels, origin, gradient), (step_size, epsilon) = given["huge"][name]
+    moved = attack_step(*(end[None] for end in (pixels, origin, gradient)), step_size=step_size, epsilon=epsilon)
+    torch.testing.assert_close(interpreted["huge"][name][None], moved, rtol=0, atol=0, equal_nan=True)
+
+    *_, (seeds, epsilon) = given["huge"]["start", name]
+    positions = math.prod(shape[1:]) - 3 + torch.arange(3)
+    groups, seed = positions // 4, seeds[0]
+    counter = (groups & 0xFFFFFFFF, groups >> 32, torch.full_like(groups, Stream.START), torch.zeros_like(groups))
+    words = torch.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)))[positions % 4, torch.arange(3)]
+    uniform = ((words.double() + 0.5) / 2**32).float()
+    start = (pixels.float() + epsilon * (2 * uniform - 1)).clamp(0, 1).half()
+    assert torch.equal(interpreted["huge"]["start", name], start)
+
+
 def test_nan_stays_nan_and_nothing_else_becomes_it(given, interpreted):
     pixels, origin, gradient, *_ = given["launch"]["float32"]
     broken = pixels.isnan() | origin.isnan() | gradient.isnan()
@@ -112,6 +224,45 @@ def test_cuda_kernel_serves_what_it_can_and_the_reference_the_rest(given, interp
     assert launches == DISPATCH[name][2]
     expected = attack_step(pixels, origin, gradient, step_size=step_size, epsilon=epsilon)
     torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["Triton", "float64 pixels"])
+def test_cuda_kernel_of_the_start_serves_what_it_can_and_the_reference_the_rest(given, interpreted, name):
+    pixels, seeds, epsilon = given["dispatch"]["start", name]
+    moved, launches = interpreted["dispatch"]["start", name]
+    assert launches == DISPATCH[name][2]
+    torch.testing.assert_close(moved, attack_start(pixels, seeds, epsilon=epsilon), rtol=0, atol=0, equal_nan=True)
+
+
+def _count(opcodes: dict, start: str) -> int:
+    return sum(count for name, count in opcodes.items() if name.startswith(start))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_machine_code_of_the_start(machine_code, target):
+    code = machine_code[f"attack start, {target}"]
+    opcodes, elements = code["opcodes"], code["elements"]
+    # Pixels once and the iterate once, four float32 at a time; beside them the seed and epsilon.
+    assert opcodes["LDG.E.128"] == opcodes["STG.E.128"] == elements / 4
+    assert _count(opcodes, "LDG") == elements / 4 + 2
+    assert _count(opcodes, "STG") == elements / 4
+    # Ten rounds of two products per group of four: no word is thrown away.
+    assert opcodes["IMAD.WIDE.U32"] <= 20 * elements / 4 + 1
+    # No float64; a multiply-add where the reference rounds twice would not be exact. Two of an element are meant.
+    assert not [name for name in opcodes if name.startswith(("DADD", "DMUL", "DFMA", "F2F.F32.F64", "I2F.F64"))]
+    assert _count(opcodes, "FFMA") <= 2 * elements
+    # 33 measured on sm_90. H100 moves the 8 bytes of an element in the time that it issues some 68.
+    assert sum(opcodes.values()) / elements <= 36
+    assert code["registers"] <= 32  # full occupancy
+
+
+def test_machine_code_of_the_start_in_bfloat16(machine_code):
+    code = machine_code["attack, bfloat16 start, sm_90"]
+    opcodes, elements = code["opcodes"], code["elements"]
+    assert opcodes["LDG.E.128"] == opcodes["STG.E.128"] == elements / 8
+    assert _count(opcodes, "F2FP.BF16") == elements / 2  # rounded, two at a time
+    assert sum(opcodes.values()) / elements <= 37
+    assert code["registers"] <= 32
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
@@ -131,14 +282,16 @@ def test_machine_code(machine_code, target):
 def test_machine_code_for_amd(machine_code):
     if "attack, gfx942" not in machine_code:
         pytest.skip("this Triton has no AMD backend")
-    opcodes, elements = machine_code["attack, gfx942"]["opcodes"], machine_code["attack, gfx942"]["elements"]
-    assert opcodes.get("buffer_load_dwordx4", 0) + opcodes.get("global_load_dwordx4", 0) == 3 * elements / 4
-    assert opcodes.get("buffer_store_dwordx4", 0) + opcodes.get("global_store_dwordx4", 0) == elements / 4
+    for name, tensors in (("attack", 3), ("attack start", 1)):
+        opcodes, elements = machine_code[f"{name}, gfx942"]["opcodes"], machine_code[f"{name}, gfx942"]["elements"]
+        assert opcodes.get("buffer_load_dwordx4", 0) + opcodes.get("global_load_dwordx4", 0) == tensors * elements / 4
+        assert opcodes.get("buffer_store_dwordx4", 0) + opcodes.get("global_store_dwordx4", 0) == elements / 4
 
 
 def test_no_local_or_shared_memory(machine_code):
     for name, code in machine_code.items():
+        # Elements of an odd size are loaded one by one, in another order than the generator makes its groups.
+        assert not code["shared"] or name == "attack, odd size start, sm_90", name
         spills = [opcode for opcode in code["opcodes"] if opcode.startswith(("LDL", "STL", "scratch_"))]
         assert not spills, name
         assert not code.get("scratch"), name
-        assert not code["shared"], name

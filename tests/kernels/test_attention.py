@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,143 @@ def test_compiles_into_one_graph(backend):
         for grad, plain in zip(grads, torch.autograd.grad(expected.square().sum(), tensors), strict=True):
             torch.testing.assert_close(grad, plain, rtol=0, atol=1e-5)
     assert counter.frame_count == 1
+
+
+class Xformers:
+    """xformers as far as Denim uses it: forward and backward kernels with reasons, and the call, which is recorded.
+
+    Refusals: {kernel: reasons}, such as {"flashB": ["too old"]}.
+    """
+
+    def __init__(self, families=("flash3", "flash", "cutlass", "ck"), **refusals) -> None:
+        self.calls, self.asked = [], []
+        self.fmha = SimpleNamespace(Inputs=lambda *tensors: tensors)
+        for family in families:
+            kernels = {part: self.kernel(family + part[0], refusals) for part in ("FwOp", "BwOp")}
+            setattr(self.fmha, family, SimpleNamespace(**kernels))
+
+    def kernel(self, name, refusals):
+        def not_supported_reasons(inputs):
+            self.asked.append((name, [tuple(tensor.shape) for tensor in inputs]))
+            return refusals.get(name, [])
+
+        return SimpleNamespace(NAME=name, not_supported_reasons=not_supported_reasons)
+
+    def memory_efficient_attention(self, query, key, value, *, op):
+        self.calls.append((query, key, value, [kernel.NAME for kernel in op]))
+        parts = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """CPU tensors that say they are on CUDA, and `Xformers` in the place of xformers."""
+    attention_module = sys.modules["denim.kernels.attention"]
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
+
+    def install(ops, message=""):
+        monkeypatch.setattr(attention_module, "load_xformers", lambda: (ops, message))
+        return ops
+
+    return install
+
+
+def packed_views():
+    packed = torch.randn((2, 5, 3, 4, 8), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    return packed, [part.transpose(1, 2) for part in packed.unbind(2)]
+
+
+def test_xformers_gets_the_views_themselves(on_cuda):
+    ops = on_cuda(Xformers())
+    packed, views = packed_views()
+    out = attention(*views)
+    (*tensors, kernels) = ops.calls[0]
+    assert kernels == ["flash3F", "flash3B"]
+    for index, tensor in enumerate(tensors):
+        # (B, N, heads, head_dim) in the memory of (B, N, 3, heads, head_dim).
+        assert tensor.shape == (2, 5, 4, 8)
+        assert tensor.stride() == (5 * 96, 96, 8, 1)
+        assert tensor.data_ptr() == packed.data_ptr() + 4 * 32 * index
+    torch.testing.assert_close(out.double(), reference(*views), rtol=0, atol=2e-6)
+    (grad,) = torch.autograd.grad(out.square().sum(), packed)
+    (expected,) = torch.autograd.grad(attention(*views, backend="math").square().sum(), packed)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("refusals", "training", "evaluation"),
+    [
+        ({}, "flash3", "flash3"),
+        ({"flash3F": ["not built"]}, "flash", "flash"),
+        ({"flash3B": ["not built"]}, "flash", "flash3"),
+        ({"flash3F": ["not built"], "flashB": ["head_dim"], "flashF": ["float32"]}, "cutlass", "cutlass"),
+        ({"flash3B": ["no"], "flashB": ["no"], "cutlassB": ["not deterministic"]}, "ck", "flash3"),
+    ],
+)
+def test_forward_and_backward_kernel_are_those_that_were_asked(on_cuda, refusals, training, evaluation):
+    """Without gradients a backward kernel that refuses does not matter."""
+    ops = on_cuda(Xformers(**refusals))
+    _, views = packed_views()
+    attention(*views)
+    with torch.no_grad():
+        attention(*views)
+    attention(*(view.detach() for view in views))
+    assert [kernels for *_, kernels in ops.calls] == [
+        [f"{name}F", f"{name}B"] for name in (training, *[evaluation] * 2)
+    ]
+    assert attention_backends(*views)["xformers"] == []
+    assert all(shapes == [(2, 5, 4, 8)] * 3 for _, shapes in ops.asked)
+
+
+def test_reasons_of_every_kernel_are_given(on_cuda):
+    refusals = {f"{family}F": [f"{family} is too old"] for family in ("flash", "cutlass")}
+    ops = on_cuda(Xformers(("flash", "cutlass"), **refusals, flashB=["flash is too old", "no backward"]))
+    _, views = packed_views()
+    expected = ["flashF: flash is too old; no backward", "cutlassF: cutlass is too old"]
+    assert attention_backends(*views)["xformers"] == expected
+    with pytest.raises(ValueError, match=r"flash is too old; no backward.*cutlass is too old"):
+        attention(*views, backend="xformers")
+    assert torch.equal(attention(*views), attention(*views, backend="sdpa"))
+    assert ops.calls == []
+
+
+@pytest.mark.parametrize(
+    ("ops", "message", "reason"),
+    [
+        (None, "xformers cannot be imported: no", "xformers cannot be imported: no"),
+        (Xformers(()), "", "this xformers has none of the kernels flash3, flash, cutlass and ck"),
+    ],
+)
+def test_without_xformers_sdpa_serves(on_cuda, ops, message, reason):
+    on_cuda(ops, message)
+    _, views = packed_views()
+    assert attention_backends(*views) == {"xformers": [reason], "sdpa": [], "math": []}
+    assert torch.equal(attention(*views), attention(*views, backend="sdpa"))
+
+
+def test_inside_compile_sdpa_serves(on_cuda, monkeypatch):
+    ops = on_cuda(Xformers())
+    _, views = packed_views()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    reasons = ["inside torch.compile SDPA is used: it does not break the graph"]
+    assert attention_backends(*views) == {"xformers": reasons, "sdpa": [], "math": []}
+    assert torch.equal(attention(*views), attention(*views, backend="sdpa"))
+    assert ops.calls == []
+
+
+def test_the_installed_xformers_has_what_is_asked_of_it():
+    """Names, signature and reasons, in a process of its own: nothing else here imports xformers."""
+    pytest.importorskip("xformers", reason="xformers is a dependency on Linux x86-64 alone")
+    code = (
+        "import inspect, torch; from denim.kernels.attention import load_xformers\n"
+        "ops, _ = load_xformers(); x = torch.zeros(1, 2, 3, 8)\n"
+        "pairs = [getattr(ops.fmha, name) for name in ('flash3', 'flash', 'cutlass', 'ck')]\n"
+        "for op in [op for pair in pairs for op in (pair.FwOp, pair.BwOp)]:\n"
+        "    reasons = op.not_supported_reasons(ops.fmha.Inputs(x, x, x))\n"
+        "    assert isinstance(op.NAME, str) and any('device=cpu' in reason for reason in reasons), op\n"
+        "assert inspect.signature(ops.memory_efficient_attention).parameters['op'].kind.name == 'KEYWORD_ONLY'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 GOOD = (2, 3, 5, 8)

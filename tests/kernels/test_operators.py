@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from denim.kernels import (
+    attack_start,
     attack_step,
     decode_patches,
     derive_seeds,
@@ -51,6 +52,7 @@ def arguments(s):
     mask = torch.stack([rand(2, 6) < 0.5] * 2, dim=-1)[..., 0] if s else rand(2, 6) < 0.5
     geometry = (4, MEAN, STD)
     raw = (None, None, 8, 12, *geometry, "raw")
+    pixels, patches = ([], [], torch.float32), (STD, MEAN, torch.bfloat16)
     prediction = {"grad": True, **size}
     return [
         ("normal_noise", (ids(2, 3, **size), 37)),
@@ -73,26 +75,31 @@ def arguments(s):
             "patch_loss_backward",
             (torch.tensor(2.0), rand(2, 6, 48, **size), bytes_(2, 8, 12, 3, **size), mask, *geometry, True),
         ),
-        ("decode_patches", (rand(2, 2, 6, 48, **prediction), *raw)),
-        ("decode_patches", (rand(2, 96, 3, **prediction), None, None, 8, 12, 1, MEAN, STD, "raw")),
-        (
-            "decode_patches",
-            (rand(2, 2, 6, 48, **prediction), rand(2, 3, 8, 12, **prediction), None, 8, 12, *geometry, "input"),
+        *(
+            ("decode_patches", (*case, *output))
+            for output in (pixels, patches)
+            for case in (
+                (rand(2, 2, 6, 48, **prediction), *raw),
+                (rand(2, 96, 3, **prediction), None, None, 8, 12, 1, MEAN, STD, "raw"),
+                (rand(2, 2, 6, 48, **prediction), rand(2, 3, 8, 12, **prediction), None, 8, 12, *geometry, "input"),
+                (rand(2, 6, 48, **prediction), rand(2, 3, 8, 12, **size), None, 8, 12, *geometry, "input"),
+                (rand(2, 6, 48, **prediction), bytes_(2, 8, 12, 3, **size), None, 8, 12, *geometry, "input"),
+                (rand(2, 6, 48, **prediction), rand(2, 6, 48, **prediction), rand(2) * 90, 8, 12, *geometry, "noisy"),
+            )
         ),
-        (
-            "decode_patches",
-            (rand(2, 6, 48, **prediction), bytes_(2, 8, 12, 3, **size), None, 8, 12, *geometry, "input"),
-        ),
-        (
-            "decode_patches",
-            (rand(2, 6, 48, **prediction), rand(2, 6, 48, **prediction), rand(2) * 90, 8, 12, *geometry, "noisy"),
-        ),
-        ("decode_patches_backward", (rand(2, 3, 8, 12, **size), rand(2, 6, 48, **size), None, None, *geometry, "raw")),
-        (
-            "decode_patches_backward",
-            (rand(2, 3, 8, 12, **size), rand(2, 6, 48, **size), bytes_(2, 8, 12, 3, **size), None, *geometry, "input"),
+        *(
+            ("decode_patches_backward", (grad, rand(2, 6, 48, **size), source, None, *geometry, kind, std, wanted))
+            for grad, std in ((rand(2, 3, 8, 12, **size), []), (rand(2, 6, 48, **size), MEAN))
+            for source, kind, wanted in (
+                (None, "raw", True),
+                (bytes_(2, 8, 12, 3, **size), "input", True),
+                (rand(2, 3, 8, 12, **size), "input", True),
+                (rand(2, 3, 8, 12, **size), "input", False),
+            )
         ),
         ("attack_step", (*(rand(2, 3, 8, 12, seed=i, **size) for i in range(3)), rand(2, **size), torch.tensor(0.1))),
+        ("attack_start", (rand(2, 3, 8, 12, **size), ids(2, **size), rand(2, **size))),
+        ("attack_start", (rand(2, 7, dtype=torch.bfloat16, **size), ids(2, **size), torch.tensor(0.1))),
     ]
 
 
@@ -132,19 +139,28 @@ def sweep(pixels, prediction, ids):
     return (decoded - decode_patches(noisy * prediction, **options, statistics="input", source=pixels)).square().mean()
 
 
+def to_patches(pixels, prediction, ids):
+    options = {"image_size": (8, 12), **GEOMETRY, "normalize": (STD, MEAN)}
+    decoded = decode_patches(prediction, **options, statistics="input", source=pixels)
+    raw = decode_patches(prediction, **options, dtype=torch.bfloat16)
+    fixed = decode_patches(prediction, **options, statistics="input", source=pixels.detach())
+    return (decoded - raw.float()).square().mean() + fixed.square().mean()
+
+
 def raw_target(pixels, prediction, ids):
     patches = normalized_patches(pixels, **GEOMETRY) + normal_noise(ids, (6, 48))
     return decode_patches(patches * prediction, image_size=(8, 12), **GEOMETRY).square().mean()
 
 
 def attack(pixels, prediction, ids):
-    moved = attack_step(pixels, pixels, prediction.reshape(pixels.shape), step_size=0.01, epsilon=0.03)
+    moved = attack_start(pixels, ids, epsilon=0.03)
+    moved = attack_step(moved, pixels, prediction.reshape(pixels.shape), step_size=0.01, epsilon=0.03)
     radius = uniform_noise(ids, (), Stream.START)
     moved = attack_step(moved, pixels, pixels - 0.5, step_size=radius, epsilon=radius)
     return (moved * pixels * prediction.reshape(pixels.shape)).sum()
 
 
-@pytest.mark.parametrize("function", [train_step, masked_loss, sweep, raw_target, attack])
+@pytest.mark.parametrize("function", [train_step, masked_loss, sweep, to_patches, raw_target, attack])
 def test_one_graph_for_every_batch(function):
     """fullgraph, forward and backward; the trace of the first batch size serves the others."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -162,6 +178,19 @@ def test_one_graph_for_every_batch(function):
             torch.testing.assert_close(gradient, plain, rtol=1e-5, atol=1e-7)
         traces.append(counter.frame_count)
     assert traces[0] == traces[-1] > 0
+
+
+def test_no_constant_is_copied_from_the_host(monkeypatch):
+    """A copy would wait for the GPU, and cannot be captured into a CUDA graph."""
+    pixels, seeds = torch.zeros(2, 3, 8, 12, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, None)
+    for name in ("item", "tolist", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    assert attack_start(pixels, seeds, epsilon=0.1).shape == pixels.shape
+    assert attack_step(pixels, pixels, pixels, step_size=0.1, epsilon=1).shape == pixels.shape
+    patches = normalized_patches(pixels, **GEOMETRY)
+    assert decode_patches(patches, image_size=(8, 12), **GEOMETRY).shape == pixels.shape
 
 
 def test_inductor_forward_and_backward():
