@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
-from denim.nim import Autoencoder, Mask, add_noise, reconstruct
+from denim.nim import Autoencoder, Classifier, Mask, add_noise, reconstruct
+from denim.nim.classifier import PatchEmbed
 from denim.nim.finetune import training_images
-from denim.nim.reconstruct import check_degradation
+from denim.nim.reconstruct import check_degradation, same_patches
 
 __all__ = ["De3"]
 
@@ -25,12 +26,23 @@ def _entropy() -> int:
     return int.from_bytes(os.urandom(8), "little", signed=True)
 
 
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is its class's `forward` and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return type(module) is kind and not changed and not any(hooks)
+
+
 class De3(nn.Module):
     """Degrade (noise of level sigma), denoise, classify (You et al. 2023, arXiv 2302.01056, section 4).
 
     An ordinary module from pixels (B, C, H, W) in [0, 1] to logits (B, K), differentiable end to end. Its noise comes
     from its own stream: the global torch generator is neither read nor seeded, every call draws afresh, and copies of
     the module and ranks of a job draw differently. `frozen` gives a deterministic function of the image instead.
+
+    A `Classifier` of the denoiser's image and patch size is handed patches, with the same logits, and pixels are never
+    put together between the two networks. It gets pixels all the same where a call of it is more than
+    `Classifier.forward`: a subclass, a wrapper, hooks or a replaced `forward`, of it or of its patch embedding.
 
     Args:
         denoiser: an `Autoencoder`, or None for noise alone (a classifier fine-tuned on noise; not clipped).
@@ -215,8 +227,8 @@ class De3(nn.Module):
         if not torch.compiler.is_compiling() and not capturing:
             check_pixels(pixels)
 
-    def _rebuild(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
-        """sigma (B,) or (S, B), seeds (R, B) -> (S, R, B, C, H, W) or (R, B, C, H, W)."""
+    def _rebuild(self, pixels: Tensor, sigma: Tensor, seeds: Tensor, classifier: Classifier | None = None) -> Tensor:
+        """sigma (B,) or (S, B), seeds (R, B) -> (S, R, B, C, H, W) or (R, B, C, H, W); a classifier's patches alike."""
         if self.denoiser is None:
             return add_noise(pixels, sigma, seeds)
         rebuilt = reconstruct(
@@ -227,6 +239,7 @@ class De3(nn.Module):
             degrade=self.degrade,
             mask_ratio=self.mask_ratio,
             statistics=self.statistics,
+            classifier=classifier,
         )
         # Masks know no levels: every level has the same images.
         return rebuilt.expand(*sigma.shape[:-1], *rebuilt.shape) if self.degrade == "mask" else rebuilt
@@ -235,6 +248,25 @@ class De3(nn.Module):
         """(..., C, H, W) -> (..., K)."""
         logits: Tensor = self.classifier(images.reshape(-1, *images.shape[-3:]))
         return logits.reshape(*images.shape[:-3], logits.shape[-1])
+
+    def _defended(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
+        """sigma (B,) or (S, B), seeds (R, B) -> logits (S, R, B, K) or (R, B, K)."""
+        model = self._takes_patches()
+        if model is None:
+            return self._classify(self._rebuild(pixels, sigma, seeds))
+        patches = self._rebuild(pixels, sigma, seeds, model)
+        logits = model.forward_patches(patches.reshape(-1, *patches.shape[-2:]))
+        return logits.reshape(*patches.shape[:-2], logits.shape[-1])
+
+    def _takes_patches(self) -> Classifier | None:
+        """The classifier, if it fits the denoiser and nobody would miss the pixels."""
+        model = self.classifier
+        if self.denoiser is None or not isinstance(model, Classifier) or not _is_plain(model, Classifier):
+            return None
+        embedding = model.patch_embed
+        if not _is_plain(embedding, PatchEmbed) or not _is_plain(embedding.proj, nn.Conv2d):
+            return None
+        return model if same_patches(self.denoiser, model) else None
 
     def _aggregate(self, logits: Tensor, surrogate: bool) -> Tensor:
         """(..., draws * self.draws, B, K) -> (..., draws, B, K)."""
@@ -264,7 +296,7 @@ class De3(nn.Module):
         if self.sigma is None:
             return self._classify(pixels).expand(seeds.shape[0] // self.draws, -1, -1)
         sigma = torch.full((pixels.shape[0],), self.sigma, dtype=pixels.dtype, device=pixels.device)
-        return self._aggregate(self._classify(self._rebuild(pixels, sigma, seeds)), surrogate)
+        return self._aggregate(self._defended(pixels, sigma, seeds), surrogate)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (B, K) for pixels (B, C, H, W) in [0, 1].
@@ -370,7 +402,7 @@ class De3(nn.Module):
                     columns = slice(first, first + level_block)
                     chosen = pixels[images]
                     sigma = levels[columns, None].expand(-1, chosen.shape[0])
-                    part = self._classify(self._rebuild(chosen, sigma, seeds[rows, images]))
+                    part = self._defended(chosen, sigma, seeds[rows, images])
                     if logits is None:
                         logits = part.new_empty((len(levels), len(seeds), batch, part.shape[-1]))
                     logits[columns, rows, images] = part

@@ -1,10 +1,10 @@
-"""`decode_patches`: predicted patches -> un-normalise by the chosen statistics -> clamp to [0, 1] -> pixels."""
+"""`decode_patches`: predicted patches -> un-normalise by the chosen statistics -> clamp -> pixels, or patches again."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from denim.kernels.patches import (
 __all__ = ["STATISTICS", "decode_patches"]
 
 STATISTICS = (None, "input", "noisy")
+OUTPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class _Statistics(NamedTuple):
@@ -92,13 +93,19 @@ def _reference(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
+    normal_mean: Sequence[float],
+    normal_std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Torch reference, and the CPU kernel."""
-    dtype = _working_dtype(prediction, source)
-    stats = _source_statistics(prediction, source, sigma, patch_size, mean, std, statistics, dtype)
-    pixels = _unclamped(prediction.to(dtype), stats, patch_size * patch_size, mean, std).clamp(0, 1)
+    """Torch reference, and the CPU kernel. Pixels where `normal_mean` and `normal_std` are empty, patches otherwise."""
+    working, repeat = _working_dtype(prediction, source), patch_size * patch_size
+    stats = _source_statistics(prediction, source, sigma, patch_size, mean, std, statistics, working)
+    pixels = _unclamped(prediction.to(working), stats, repeat, mean, std).clamp(0, 1)
+    if normal_std:
+        patches = (pixels - channel_vector(normal_mean, pixels, repeat)) / channel_vector(normal_std, pixels, repeat)
+        return patches.to(dtype).contiguous()
     images = unpatchify(pixels, (height, width), patch_size).movedim(-1, -3)
-    return images.contiguous()
+    return images.to(dtype).contiguous()
 
 
 _decode_patches = torch.library.custom_op("denim::decode_patches", _reference, mutates_args=())
@@ -115,19 +122,21 @@ def _(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
+    normal_mean: Sequence[float],
+    normal_std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
     """Triton kernel. The reference serves float64, very large patches, and platforms that have no Triton."""
+    given = (prediction, source, sigma, height, width, patch_size, mean, std, statistics)
+    output = (normal_mean, normal_std, dtype)
     if importlib.util.find_spec("triton") is not None:
         # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
         from denim.kernels import decode_patches_triton as kernel
         from denim.kernels.memory_triton import warp_size
 
-        if kernel.serves(prediction, source, patch_size, len(mean)):
-            size = warp_size(prediction.device)
-            return kernel.launch(
-                prediction, source, sigma, height, width, patch_size, mean, std, statistics, warp_size=size
-            )
-    return _reference(prediction, source, sigma, height, width, patch_size, mean, std, statistics)
+        if kernel.serves(prediction, source, patch_size, len(mean), dtype):
+            return kernel.launch(*given, *output, warp_size=warp_size(prediction.device))
+    return _reference(*given, *output)
 
 
 @_decode_patches.register_fake
@@ -141,9 +150,16 @@ def _(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
+    normal_mean: Sequence[float],
+    normal_std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
-    shape = (*prediction.shape[:-2], len(mean), height, width)
-    return prediction.new_empty(shape, dtype=_working_dtype(prediction, source))
+    shape = prediction.shape if normal_std else (*prediction.shape[:-2], len(mean), height, width)
+    return prediction.new_empty(shape, dtype=dtype)
+
+
+def _has_gradient(source: Tensor | None, need_source: bool) -> TypeGuard[Tensor]:
+    return need_source and source is not None and source.is_floating_point()
 
 
 def _reference_backward(
@@ -155,19 +171,30 @@ def _reference_backward(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
+    normal_std: Sequence[float],
+    need_source: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for prediction and source (empty without one). The clamp mask is recomputed, not stored."""
+    """Gradients for prediction and source, from that of the pixels, or of patches where `normal_std` is not empty.
+
+    The clamp mask is recomputed, not stored. The source's gradient is empty where none is needed, and for bytes.
+    """
     dtype, repeat = _working_dtype(prediction, source), patch_size * patch_size
     stats = _source_statistics(prediction, source, sigma, patch_size, mean, std, statistics, dtype)
     patches = prediction.to(dtype)
     pixels = _unclamped(patches, stats, repeat, mean, std)
-    upstream = grad.to(dtype).movedim(-3, -1)
-    upstream = patchify(upstream.reshape(-1, *upstream.shape[-3:]), patch_size).view(pixels.shape)
+    upstream, scale = grad.to(dtype), channel_vector(std, patches, repeat)
+    if normal_std:
+        scale = scale / channel_vector(normal_std, patches, repeat)
+    else:
+        upstream = upstream.movedim(-3, -1)
+        upstream = patchify(upstream.reshape(-1, *upstream.shape[-3:]), patch_size).view(pixels.shape)
     inside = (pixels >= 0) & (pixels <= 1)
     # Selected, not multiplied: a saturated pixel passes nothing of an infinite gradient either.
-    upstream = torch.where(inside, upstream, 0) * channel_vector(std, upstream, repeat)
-    if stats is None or source is None:
-        return upstream.to(prediction.dtype).contiguous(), prediction.new_empty(0)
+    upstream = torch.where(inside, upstream, 0) * scale
+    to_prediction = upstream if stats is None else upstream * stats.deviation
+    to_prediction = to_prediction.to(prediction.dtype).contiguous()
+    if stats is None or not _has_gradient(source, need_source):
+        return to_prediction, prediction.new_empty(0)
     size = patches.shape[-1]
     to_mean = upstream.sum(dim=-1, keepdim=True)
     to_deviation = (upstream * patches).sum(dim=-1, keepdim=True)
@@ -178,10 +205,8 @@ def _reference_backward(
     to_source = to_mean / size + to_variance * 2 * stats.centred / (size - 1)
     if statistics == "input":
         to_source = to_source / channel_vector(std, to_source, repeat)
-        image_size = source.shape[2:4] if source.is_floating_point() else source.shape[1:3]
-        to_source = unpatchify(to_source, (image_size[0], image_size[1]), patch_size).permute(0, 3, 1, 2)
-    grad_dtype = source.dtype if source.is_floating_point() else dtype
-    return (upstream * stats.deviation).to(prediction.dtype).contiguous(), to_source.to(grad_dtype).contiguous()
+        to_source = unpatchify(to_source, (source.shape[2], source.shape[3]), patch_size).permute(0, 3, 1, 2)
+    return to_prediction, to_source.to(source.dtype).contiguous()
 
 
 _decode_patches_backward = torch.library.custom_op(
@@ -199,18 +224,19 @@ def _(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
+    normal_std: Sequence[float],
+    need_source: bool,
 ) -> tuple[Tensor, Tensor]:
     """Triton kernel, for what the forward kernel serves."""
+    given = (grad, prediction, source, sigma, patch_size, mean, std, statistics, normal_std)
     if importlib.util.find_spec("triton") is not None:
         from denim.kernels import decode_patches_triton as kernel
         from denim.kernels.memory_triton import warp_size
 
-        if kernel.serves(prediction, source, patch_size, len(mean)):
-            size = warp_size(prediction.device)
-            return kernel.launch_backward(
-                grad, prediction, source, sigma, patch_size, mean, std, statistics, warp_size=size
-            )
-    return _reference_backward(grad, prediction, source, sigma, patch_size, mean, std, statistics)
+        if kernel.serves(prediction, source, patch_size, len(mean), grad.dtype):
+            need_source = _has_gradient(source, need_source)
+            return kernel.launch_backward(*given, need_source, warp_size=warp_size(prediction.device))
+    return _reference_backward(*given, need_source)
 
 
 @_decode_patches_backward.register_fake
@@ -223,25 +249,27 @@ def _(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
+    normal_std: Sequence[float],
+    need_source: bool,
 ) -> tuple[Tensor, Tensor]:
     to_prediction = prediction.new_empty(prediction.shape)
-    if statistics == "raw" or source is None:
+    if not _has_gradient(source, need_source):
         return to_prediction, prediction.new_empty(0)
-    if source.is_floating_point():
-        return to_prediction, source.new_empty(source.shape)
-    batch, height, width, channels = source.shape
-    return to_prediction, source.new_empty((batch, channels, height, width), dtype=_working_dtype(prediction, source))
+    return to_prediction, source.new_empty(source.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own signature
-    prediction, source, sigma, _, _, *ctx.rest = inputs
+    prediction, source, sigma, _, _, *ctx.rest, _, ctx.normal_std, _ = inputs
     ctx.save_for_backward(prediction, source, sigma)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch's own signature
     prediction, source, sigma = ctx.saved_tensors
-    to_prediction, to_source = _decode_patches_backward(grad, prediction, source, sigma, *ctx.rest)
-    return to_prediction, to_source if ctx.needs_input_grad[1] else None, *(None,) * 7
+    need_source = ctx.needs_input_grad[1]
+    to_prediction, to_source = _decode_patches_backward(
+        grad, prediction, source, sigma, *ctx.rest, ctx.normal_std, need_source
+    )
+    return to_prediction, to_source if need_source else None, *(None,) * 10
 
 
 _decode_patches.register_autograd(_backward, setup_context=_setup_context)
@@ -257,8 +285,10 @@ def decode_patches(
     statistics: str | None = None,
     source: Tensor | None = None,
     sigma: Tensor | None = None,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Pixels in [0, 1] from a decoder's prediction.
+    """Pixels in [0, 1] from a decoder's prediction, or the patches of a classifier that is to look at them.
 
     Equivalent PyTorch, with t the patches that the statistics come from::
 
@@ -268,7 +298,9 @@ def decode_patches(
             d = t.var(-1) - n,  n = (sigma / 255) ** 2 * mean(1 / std ** 2)     # what the noise added, taken away
             v = (d + (d ** 2 + 4 * f ** 2).sqrt()) / 2                          # smooth floor
             f ** 2 = n ** 2 * 2 / (D - 1) + 1e-12                               # its width: the sampling error of n
-        pixels = (unpatchify(patches) * std + mean).clamp(0, 1)
+        pixels = (patches * std + mean).clamp(0, 1)
+        return unpatchify(pixels).to(dtype)                                     # normalize=None
+        return ((pixels - classifier_mean) / classifier_std).to(dtype)          # normalize: still patches
 
     "input" is what the published defense does; it hands two noise-free numbers per patch of the un-noised, possibly
     attacked image to the classifier. "noisy" is a diagnostic. A raw target needs no statistics and leaks nothing.
@@ -284,8 +316,12 @@ def decode_patches(
             the prediction; for "noisy" the noisy patches, in the shape of the prediction.
         sigma: for "noisy" the noise level in 0-255 pixel levels, broadcastable to prediction.shape[:-2].
 
+        normalize: per-channel (mean, std) in [0, 1] units of a classifier, for patches instead of pixels: normalised
+            by them, and in (row, column, channel) order, they are what its patch embedding takes as a linear layer.
+        dtype: of the result: float32, bfloat16, float16 or float64; by default float32, float64 where an input is.
+
     Returns:
-        Pixels (..., C, H, W), float32 (float64 where an input is). Differentiable in prediction and source; the
+        Pixels (..., C, H, W), or patches (..., L, D) with `normalize`. Differentiable in prediction and source; the
         gradient of the clamp is 1 on [0, 1], both ends included, and 0 outside (at the ends torch.clamp has 1 or 0,
         depending on its release). No double backward.
 
@@ -298,6 +334,16 @@ def decode_patches(
         raise ValueError(f'statistics must be None, "input" or "noisy", got {statistics!r}')
     if len(mean) != len(std) or not mean or any(not value > 0 for value in std):
         raise ValueError(f"mean and std need one value per channel and std > 0, got {tuple(mean)} and {tuple(std)}")
+    normal_mean, normal_std = ((), ()) if normalize is None else normalize
+    if normalize is not None and (
+        len(normal_mean) != len(mean) or len(normal_std) != len(mean) or any(not value > 0 for value in normal_std)
+    ):
+        raise ValueError(
+            f"normalize needs a mean and a std > 0 for each of {len(mean)} channels, "
+            f"got {tuple(normal_mean)} and {tuple(normal_std)}"
+        )
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, OUTPUT_DTYPES))}, got {dtype}")
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"image sides must be multiples of the patch size {patch_size}, got {height} x {width}")
     if not prediction.is_floating_point():
@@ -338,7 +384,18 @@ def decode_patches(
             raise ValueError(
                 f"sigma must broadcast to {tuple(prediction.shape[:-2])}, got {tuple(sigma.shape)}"
             ) from None
-    pixels: Tensor = _decode_patches(
-        prediction, source, sigma, height, width, patch_size, list(mean), list(std), statistics or "raw"
+    decoded: Tensor = _decode_patches(
+        prediction,
+        source,
+        sigma,
+        height,
+        width,
+        patch_size,
+        list(mean),
+        list(std),
+        statistics or "raw",
+        list(normal_mean),
+        list(normal_std),
+        dtype or _working_dtype(prediction, source),
     )
-    return pixels
+    return decoded

@@ -3,7 +3,8 @@
 """Triton kernels of `decode_patches`, forward and backward.
 
 A thread owns one run: a few neighbouring pixels of one row of one patch, all channels. A run is contiguous in patch
-vectors and in NHWC memory, and in each plane of NCHW memory. It is moved in wide pieces and taken apart into one tensor
+vectors and in NHWC memory, and in each plane of NCHW memory; where no image is read or written it may go on into the
+patch's next rows. It is moved in wide pieces and taken apart into one tensor
 of shape (threads,) per element, so channels and positions are known when the kernel is built, and the change between
 (pixel, channel) and planes is a renaming of registers: nothing goes through shared memory but the sums over a patch.
 """
@@ -43,12 +44,15 @@ def _over_patch(value, PATCHES: tl.constexpr, RUNS: tl.constexpr):
 
 @triton.jit
 def _place(tile, patches, length, columns, PATCH: tl.constexpr, RUN: tl.constexpr, PATCHES: tl.constexpr, RUNS):
-    """Where this thread's run is: patch, image, position in runs within a patch and within a plane; and if it is."""
-    ACROSS: tl.constexpr = PATCH // RUN
+    """Where this thread's run is: patch, image, position in runs within a patch and within a plane; and if it is.
+
+    A run of more than a row (see `cut`) has no position in a plane; what stands for it is not used.
+    """
+    ACROSS: tl.constexpr = max(1, PATCH // RUN)
     thread = tl.arange(0, PATCHES * RUNS)
     patch = tile.to(tl.uint32) * PATCHES + (thread // RUNS).to(tl.uint32)
     run = thread % RUNS
-    inside = (patch < patches.to(tl.uint32)) & (run < PATCH * ACROSS)
+    inside = (patch < patches.to(tl.uint32)) & (run < PATCH * PATCH // RUN)
     image = patch // length.to(tl.uint32)
     index = patch - image * length.to(tl.uint32)
     y = index // columns.to(tl.uint32)
@@ -133,6 +137,8 @@ def decode_kernel(
     inverse_std,
     shift,
     added_scale,
+    normal_scale,
+    normal_shift,
     patches,
     leads,
     length,
@@ -140,6 +146,7 @@ def decode_kernel(
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     RUN: tl.constexpr,
     PATCHES: tl.constexpr,
     RUNS: tl.constexpr,
@@ -147,7 +154,8 @@ def decode_kernel(
     """One program: PATCHES patches, a run per thread. The programs that share a source patch follow one another.
 
     `patches` counts patches of the source, each of which serves `leads` of the prediction; an image has `length`,
-    `columns` of them in a row. `centre` is the mean per channel and `shift` is -mean / std.
+    `columns` of them in a row. `centre` is the mean per channel and `shift` is -mean / std, `normal_scale` and
+    `normal_shift` are 1 / std and -mean / std of the classifier: with NORMALIZE the result is patches.
     """
     WIDTH: tl.constexpr = RUN * CHANNELS
     IN_PATCH: tl.constexpr = PATCH * PATCH // RUN
@@ -156,7 +164,8 @@ def decode_kernel(
     place = _place(program // leads, patches, length, columns, PATCH, RUN, PATCHES, RUNS)
     patch, image, run, in_plane, inside = place
     plane = length.to(tl.int64) * (PATCH * PATCH)
-    values = load_run(prediction, (lead * patches + patch) * IN_PATCH + run, inside, WIDTH)
+    position = (lead * patches + patch) * IN_PATCH + run
+    values = load_run(prediction, position, inside, WIDTH)
     mean = 0.0
     deviation = 1.0
     if STATISTICS != "raw":
@@ -179,9 +188,15 @@ def decode_kernel(
     for e in tl.static_range(WIDTH):
         pixel = _unclamped(values[e], std[e % CHANNELS], centre[e % CHANNELS], mean, deviation, STATISTICS)
         pixel = tl.maximum(pixel, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        pixels = pixels + (tl.minimum(pixel, 1.0, propagate_nan=tl.PropagateNan.ALL),)
-    target = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
-    store_planes(out, target, plane, inside, pixels, RUN, CHANNELS)
+        pixel = tl.minimum(pixel, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        if NORMALIZE:
+            pixel = pixel * normal_scale[e % CHANNELS] + normal_shift[e % CHANNELS]
+        pixels = pixels + (pixel,)
+    if NORMALIZE:
+        store_run(out, position, inside, pixels, WIDTH)
+    else:
+        target = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
+        store_planes(out, target, plane, inside, pixels, RUN, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["leads"])
@@ -197,6 +212,7 @@ def decode_backward_kernel(
     inverse_std,
     shift,
     added_scale,
+    gain,
     patches,
     leads,
     length,
@@ -204,13 +220,16 @@ def decode_backward_kernel(
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NEED_SOURCE: tl.constexpr,
     RUN: tl.constexpr,
     PATCHES: tl.constexpr,
     RUNS: tl.constexpr,
 ):
     """One program: PATCHES patches of the source and, one after another, all that they serve in the prediction.
 
-    So the sum over leads has one owner and one order. Arguments as in `decode_kernel`.
+    So the sum over leads has one owner and one order. Arguments as in `decode_kernel`; `gain` is the derivative of an
+    unsaturated output by the patch, per channel.
     """
     WIDTH: tl.constexpr = RUN * CHANNELS
     IN_PATCH: tl.constexpr = PATCH * PATCH // RUN
@@ -241,19 +260,23 @@ def decode_backward_kernel(
     for step in range(leads):
         lead = tl.cast(step, tl.int64)
         position = (lead * patches + patch) * IN_PATCH + run
-        above = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
         values = load_run(prediction, position, inside, WIDTH)
-        upstream = load_planes(grad, above, plane, inside, RUN, CHANNELS)
+        if NORMALIZE:
+            upstream = load_run(grad, position, inside, WIDTH)
+        else:
+            above = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
+            upstream = load_planes(grad, above, plane, inside, RUN, CHANNELS)
         result = ()
         for e in tl.static_range(WIDTH):
             pixel = _unclamped(values[e], std[e % CHANNELS], centre[e % CHANNELS], mean, deviation, STATISTICS)
             # Selected, not multiplied: a saturated pixel passes nothing of an infinite gradient either.
-            passed = tl.where((pixel >= 0) & (pixel <= 1), upstream[e], 0.0) * std[e % CHANNELS]
-            to_mean += passed
-            to_deviation += passed * values[e]
+            passed = tl.where((pixel >= 0) & (pixel <= 1), upstream[e], 0.0) * gain[e % CHANNELS]
+            if NEED_SOURCE:
+                to_mean += passed
+                to_deviation += passed * values[e]
             result = result + (passed * deviation,)
         store_run(to_prediction, position, inside, result, WIDTH)
-    if STATISTICS != "raw":
+    if NEED_SOURCE:
         to_mean = _over_patch(to_mean, PATCHES, RUNS) * (1.0 / SIZE)
         to_variance = _over_patch(to_deviation, PATCHES, RUNS) * slope / (2 * deviation) * (2.0 / (SIZE - 1))
         result = ()
@@ -269,24 +292,27 @@ def decode_backward_kernel(
             store_planes(to_source, target, plane, inside, result, RUN, CHANNELS)
 
 
-def cut(patch_size: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
+def cut(patch_size: int, channels: int, dtype: torch.dtype, *, images: bool = True) -> dict[str, int]:
     """How patches of a prediction are shared out to threads: the kernels' RUN, PATCHES and RUNS.
 
     A run is as many pixels as one access of `dtype` takes, so that its channels are 16 bytes each, where that divides
-    a patch row. `serves` says whether that many elements fit a thread, and that many runs a program.
+    a patch row; where no `images` are read or written, and so rows end nowhere, where it divides the patch. `serves`
+    says whether that many elements fit a thread, and that many runs a program.
     """
-    run = math.gcd(patch_size, 16 // dtype.itemsize)
+    run = math.gcd(patch_size if images else patch_size**2, 16 // dtype.itemsize)
     while run > 1 and run * channels > MAX_RUN:
         run //= 2
     runs = triton.next_power_of_2(patch_size * patch_size // run)
     return {"RUN": run, "PATCHES": max(1, THREADS // runs), "RUNS": runs}
 
 
-def serves(prediction: Tensor, source: Tensor | None, patch_size: int, channels: int) -> bool:
-    """Whether the kernels take these arguments of `decode_patches`."""
+def serves(prediction: Tensor, source: Tensor | None, patch_size: int, channels: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels take these arguments of `decode_patches`; `dtype` is that of its result."""
+    # Runs of whole patches, without images, are longer, fewer, and within the same bounds.
     sizes = cut(patch_size, channels, prediction.dtype)
     return (
         prediction.dtype in DTYPES
+        and dtype in DTYPES
         and (source is None or source.dtype in (*DTYPES, torch.uint8))
         and sizes["RUN"] * channels <= MAX_RUN
         and sizes["RUNS"] <= MAX_THREADS
@@ -299,12 +325,11 @@ def _arguments(
     prediction: Tensor,
     source: Tensor | None,
     sigma: Tensor | None,
-    columns: int,
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[object, ...]]:
-    """Contiguous prediction, source and sigma, and the kernels' scalar arguments up to the constants."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[object, ...], tuple[int, int, int]]:
+    """Contiguous prediction, source and sigma, the constants of the statistics, and `patches`, `leads` and `length`."""
     patches, length = prediction.shape[:-1].numel(), prediction.shape[-2]
     leads = 1
     if statistics == "input" and source is not None:
@@ -312,18 +337,15 @@ def _arguments(
         patches //= leads
     if sigma is not None:
         sigma = sigma.expand(prediction.shape[:-2]).contiguous()
-    scalars = (
+    constants = (
         tuple(mean),
         tuple(std),
         tuple(1 / value for value in std),
         tuple(-centre / value for centre, value in zip(mean, std, strict=True)),
         sum(value**-2 for value in std) / len(std),
-        patches,
-        leads,
-        length,
-        columns,
     )
-    return prediction.contiguous(), None if source is None else source.contiguous(), sigma, scalars
+    source = None if source is None else source.contiguous()
+    return prediction.contiguous(), source, sigma, constants, (patches, leads, length)
 
 
 def launch(
@@ -336,6 +358,9 @@ def launch(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
+    normal_mean: Sequence[float] = (),
+    normal_std: Sequence[float] = (),
+    dtype: torch.dtype = torch.float32,
     *,
     warp_size: int,
 ) -> Tensor:
@@ -351,31 +376,40 @@ def launch(
         mean: per channel.
         std: per channel.
         statistics: "raw", "input" or "noisy".
+        normal_mean: per channel, of the classifier whose patches are wanted; empty for pixels.
+        normal_std: likewise.
+        dtype: of the result, one of `DTYPES`.
         warp_size: lanes of a warp of the GPU.
 
     Returns:
-        Pixels (..., C, H, W), float32, contiguous.
+        Pixels (..., C, H, W) or patches (..., L, D), contiguous.
     """
-    channels = len(mean)
-    shape = (*prediction.shape[:-2], channels, height, width)
-    out = torch.empty(shape, dtype=torch.float32, device=prediction.device)
+    channels, normalize = len(mean), len(normal_std) > 0
+    shape = prediction.shape if normalize else (*prediction.shape[:-2], channels, height, width)
+    out = torch.empty(shape, dtype=dtype, device=prediction.device)
     if out.numel() == 0:
         return out
-    sizes = cut(patch_size, channels, prediction.dtype)
-    prediction, source, sigma, scalars = _arguments(
-        prediction, source, sigma, width // patch_size, mean, std, statistics
+    sizes = cut(patch_size, channels, prediction.dtype, images=statistics == "input" or not normalize)
+    prediction, source, sigma, constants, (patches, leads, length) = _arguments(
+        prediction, source, sigma, mean, std, statistics
     )
-    _, _, _, _, _, patches, leads, _, _ = scalars
     with on_device(prediction.device):
         decode_kernel[(triton.cdiv(patches, sizes["PATCHES"]) * leads,)](
             prediction,
             source,
             sigma,
             out,
-            *scalars,
+            *constants,
+            tuple(1 / value for value in normal_std),
+            tuple(-centre / value for centre, value in zip(normal_mean, normal_std, strict=True)),
+            patches,
+            leads,
+            length,
+            width // patch_size,
             PATCH=patch_size,
             CHANNELS=channels,
             STATISTICS=statistics,
+            NORMALIZE=normalize,
             **sizes,
             num_warps=sizes["PATCHES"] * sizes["RUNS"] // warp_size,
         )
@@ -391,30 +425,34 @@ def launch_backward(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
+    normal_std: Sequence[float] = (),
+    need_source: bool = True,
     *,
     warp_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Run the backward kernel. Arguments as for `launch`, and the gradient (..., C, H, W) of the pixels, float32.
+    """Run the backward kernel. Arguments as for `launch`, and the gradient of what it returned, one of `DTYPES`.
 
     Returns:
-        Gradients for prediction and source in their shapes and dtypes, contiguous; empty where the statistics are
-        "raw", and float32 (B, C, H, W) for bytes.
+        Gradients for prediction and source in their shapes and dtypes, contiguous. That for the source is empty unless
+        `need_source` says that it is wanted and the source is floating point.
     """
-    channels, (height, width) = len(mean), grad.shape[-2:]
+    channels, normalize = len(mean), len(normal_std) > 0
     to_prediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
-    if source is None:
-        to_source = prediction.new_empty(0)
-    elif source.dtype == torch.uint8:
-        to_source = torch.empty((source.shape[0], channels, height, width), device=source.device)
-    else:
+    if source is not None and source.is_floating_point() and need_source:
         to_source = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    else:
+        to_source, need_source = prediction.new_empty(0), False
     if prediction.numel() == 0:
         return to_prediction, to_source.zero_()  # images that serve no prediction
-    sizes = cut(patch_size, channels, prediction.dtype)
-    prediction, source, sigma, scalars = _arguments(
-        prediction, source, sigma, width // patch_size, mean, std, statistics
+    if statistics == "input" and source is not None:
+        width = source.shape[2 if source.dtype == torch.uint8 else 3]
+    else:  # with `normalize` there is no image, and this stands for a width that nothing depends on
+        width = grad.shape[-1]
+    images = statistics == "input" or not normalize
+    sizes = cut(patch_size, channels, prediction.dtype, images=images)
+    prediction, source, sigma, constants, (patches, leads, length) = _arguments(
+        prediction, source, sigma, mean, std, statistics
     )
-    _, _, _, _, _, patches, _, _, _ = scalars
     with on_device(prediction.device):
         decode_backward_kernel[(triton.cdiv(patches, sizes["PATCHES"]),)](
             grad.contiguous(),
@@ -423,10 +461,17 @@ def launch_backward(
             sigma,
             to_prediction,
             to_source,
-            *scalars,
+            *constants,
+            tuple(a / b for a, b in zip(std, normal_std, strict=True)) if normalize else tuple(std),
+            patches,
+            leads,
+            length,
+            width // patch_size,
             PATCH=patch_size,
             CHANNELS=channels,
             STATISTICS=statistics,
+            NORMALIZE=normalize,
+            NEED_SOURCE=need_source,
             **sizes,
             num_warps=sizes["PATCHES"] * sizes["RUNS"] // warp_size,
         )

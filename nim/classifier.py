@@ -8,9 +8,12 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed as TimmPatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from denim.nim.attention import Attention
 from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, AutoencoderConfig, check_architecture
 from denim.nim.checkpoint import Pretrained
 
@@ -62,6 +65,18 @@ class ClassifierConfig:
         return cls(num_classes, **{name: getattr(encoder, name) for name in shared}, **other)
 
 
+class PatchEmbed(TimmPatchEmbed):
+    """timm's patch embedding, which also takes images that are patches already, (B, L, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, width) for normalised images (B, C, H, W), or for their patches."""
+        if x.dim() == 4:
+            tokens: Tensor = super().forward(x)
+            return tokens
+        # The convolution's weight is (width, channel, row, column), a patch vector (row, column, channel).
+        return F.linear(x, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
 class Classifier(Pretrained, VisionTransformer):
     """A timm `VisionTransformer` from pixels (B, C, H, W) in [0, 1] to logits (B, K).
 
@@ -85,6 +100,8 @@ class Classifier(Pretrained, VisionTransformer):
             num_heads=config.heads,
             drop_path_rate=config.drop_path,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            embed_layer=PatchEmbed,
+            attn_layer=Attention,
         )
         self.config = config
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
@@ -96,6 +113,34 @@ class Classifier(Pretrained, VisionTransformer):
         """Logits (B, K) for pixels (B, C, H, W) in [0, 1]."""
         logits: Tensor = super().forward((pixels - self.mean) / self.std)
         return logits
+
+    def forward_patches(self, patches: Tensor) -> Tensor:
+        """Logits (B, K) for patches (B, L, D) in (row, column, channel) order, normalised with `config.mean` and std.
+
+        Those of `forward` on the pixels, which need not be put together: `decode_patches` and `normalized_patches` give
+        such patches. Forward hooks of this module and of the convolution in its `patch_embed` see nothing of the call.
+
+        Args:
+            patches: of dtype `patch_dtype`.
+
+        Raises:
+            ValueError: patches of another number or size than the config's.
+        """
+        config: ClassifierConfig = self.config
+        (height, width), area = config.image_size, config.patch_size**2
+        expected = (height * width // area, area * len(config.mean))
+        if patches.dim() != 3 or tuple(patches.shape[1:]) != expected:
+            raise ValueError(f"patches must have shape (B, {expected[0]}, {expected[1]}), got {tuple(patches.shape)}")
+        logits: Tensor = super().forward(patches)
+        return logits
+
+    @property
+    def patch_dtype(self) -> torch.dtype:
+        """Of the patches that the embedding multiplies: that of its weight, or autocast's where that applies."""
+        dtype, device = self.patch_embed.proj.weight.dtype, self.patch_embed.proj.weight.device.type
+        # Autocast leaves float64 alone.
+        autocast = dtype != torch.float64 and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else dtype
 
     def load_encoder(self, state: Mapping[str, Tensor]) -> None:
         """Take the encoder's weights by name: of an autoencoder, a classifier or a plain timm ViT.

@@ -8,6 +8,7 @@ from torch import Tensor
 from denim.kernels import decode_patches, noise_patchify, normalized_patches
 from denim.kernels.patches import unpatchify
 from denim.nim.autoencoder import Autoencoder, Mask
+from denim.nim.classifier import Classifier
 
 __all__ = ["DEGRADATIONS", "add_noise", "check_degradation", "reconstruct"]
 
@@ -51,6 +52,12 @@ def check_degradation(autoencoder: Autoencoder | None, degrade: str, statistics:
         raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
 
 
+def same_patches(autoencoder: Autoencoder, classifier: Classifier) -> bool:
+    """Whether images of the autoencoder, cut into its patches, are the classifier's."""
+    sizes = [(c.image_size, c.patch_size, len(c.mean)) for c in (autoencoder.config, classifier.config)]
+    return sizes[0] == sizes[1]
+
+
 def reconstruct(
     autoencoder: Autoencoder,
     images: Tensor,
@@ -60,6 +67,7 @@ def reconstruct(
     degrade: str = "noise",
     mask_ratio: float = 0.75,
     statistics: str = "input",
+    classifier: Classifier | None = None,
 ) -> Tensor:
     """Degrade images, rebuild them with an autoencoder, clamp to [0, 1].
 
@@ -73,9 +81,12 @@ def reconstruct(
         mask_ratio: share of hidden patches, for "mask" and "both".
         statistics: where a decoder of the normalised target gets each patch's mean and variance: "input" (as
             published, from the un-degraded image) or "noisy"; without effect for a raw target.
+        classifier: of the autoencoder's image and patch size, to get patches for its `forward_patches` instead of
+            pixels: the same images, which then never leave patch space between the two networks.
 
     Returns:
-        Pixels of shape sigma.shape[:-1] + seeds.shape[:-1] + (B, C, H, W). Differentiable in float images.
+        Pixels of shape sigma.shape[:-1] + seeds.shape[:-1] + (B, C, H, W), or patches (..., B, L, D) normalised for
+        the classifier, in its `patch_dtype`. Differentiable in float images.
 
     Raises:
         ValueError: sizes or options that do not fit together.
@@ -87,6 +98,12 @@ def reconstruct(
     if image_size != config.image_size:
         raise ValueError(f"the denoiser takes images of {config.image_size}, got {image_size}")
     check_degradation(autoencoder, degrade, statistics)
+    if classifier is not None and not same_patches(autoencoder, classifier):
+        own = classifier.config
+        raise ValueError(
+            f"the denoiser has patches of {config.patch_size} in images of {config.image_size} with {config.channels} "
+            f"channels, the classifier of {own.patch_size} in {own.image_size} with {len(own.mean)}; hand it pixels"
+        )
     if (sigma is None) != (degrade == "mask"):
         raise ValueError(f"degrade={degrade!r} {'takes no' if degrade == 'mask' else 'needs a'} sigma")
 
@@ -115,18 +132,24 @@ def reconstruct(
     elif config.norm_pix:
         assert sigma is not None
         source, levels = patches, sigma if seeds.dim() == 1 else sigma.unsqueeze(-2)
-    pixels = decode_patches(
+    normalize = None if classifier is None else (classifier.config.mean, classifier.config.std)
+    decoded = decode_patches(
         prediction,
         image_size=config.image_size,
         statistics=statistics if config.norm_pix else None,
         source=source,
         sigma=levels,
+        normalize=normalize,
+        dtype=None if classifier is None else classifier.patch_dtype,
         **pixel,
     )
     if degrade == "mask":
         assert mask is not None
-        hidden = mask.hidden.view(*lead, config.length, 1).expand(*patches.shape)
-        hidden = unpatchify(hidden, config.image_size, config.patch_size).movedim(-1, -3)
-        kept = images.permute(0, 3, 1, 2) / 255 if images.dtype == torch.uint8 else images
-        pixels = torch.where(hidden, pixels, kept.to(pixels.dtype))
-    return pixels
+        hidden = mask.hidden.view(*lead, config.length, 1)
+        if normalize is not None:
+            kept = normalized_patches(images, patch_size=config.patch_size, mean=normalize[0], std=normalize[1])
+        else:
+            hidden = unpatchify(hidden.expand(*patches.shape), config.image_size, config.patch_size).movedim(-1, -3)
+            kept = images.permute(0, 3, 1, 2) / 255 if images.dtype == torch.uint8 else images
+        decoded = torch.where(hidden, decoded, kept.to(decoded.dtype))
+    return decoded

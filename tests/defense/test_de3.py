@@ -478,6 +478,154 @@ def test_a_compiled_defense_draws_afresh(degrade, aggregate):
     assert not torch.equal(first, second)
 
 
+# Patches for the classifier
+
+
+def vit(kind: type[Classifier] = Classifier, **changes) -> Classifier:
+    # Statistics of its own, and exact in float32, in which the classifier keeps them.
+    config = replace(ClassifierConfig.for_encoder(CONFIG, CLASSES), mean=(0.375, 0.5), std=(0.25, 0.3125), images="any")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = kind(replace(config, **changes)).double().eval().requires_grad_(False)
+        nn.init.normal_(model.head.weight)
+    return model
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """The kinds of input that classifiers get, call by call."""
+    calls = []
+
+    def record(name, plain):
+        def recorded(self, images):
+            calls.append((name, images.dtype))
+            return plain(self, images)
+
+        monkeypatch.setattr(Classifier, name, recorded)
+
+    for name in ("forward", "forward_patches"):
+        record(name, getattr(Classifier, name))
+    return calls
+
+
+@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+@CASES
+def test_a_fitting_classifier_gets_patches_and_answers_the_same(degrade, norm_pix, statistics, handed):
+    options = {"degrade": degrade, "statistics": statistics, "mask_ratio": 0.5, "draws": 2, "seed": 3}
+    results = []
+    for classifier in (vit(), Recorder(vit())):
+        defense = De3(build(norm_pix), classifier, level(degrade), **options)
+        images = pixels().requires_grad_()
+        logits = defense.draw_logits(images, SEEDS)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), images)
+        swept = defense.sweep(pixels(), [level(degrade)], 2, max_batch=5)
+        results.append((logits, gradient, swept, defense(pixels())))
+        kinds = {kind for kind, _ in handed}
+        assert kinds == ({"forward_patches"} if isinstance(classifier, Classifier) else {"forward"})
+        handed.clear()
+    assert results[0][0].abs().max() > 1
+    assert results[0][1].abs().max() > 1
+    # Sums of 32 products in another order, float64, at values up to a hundred.
+    for bridged, plain in zip(*results, strict=True):
+        torch.testing.assert_close(bridged, plain, rtol=1e-11, atol=1e-11)
+
+
+class Changed(Classifier):
+    """Of the kind, but with a forward of its own."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.flip(-1))
+
+
+def spy(*_) -> None:
+    """A hook that changes nothing."""
+
+
+def with_lambda_forward(model: Classifier) -> None:
+    model.forward = lambda images: Classifier.forward(model, images)
+
+
+@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda model: model.register_forward_hook(spy),
+        lambda model: model.register_forward_pre_hook(spy),
+        lambda model: model.register_full_backward_hook(spy),
+        lambda model: model.register_full_backward_pre_hook(spy),
+        lambda model: model.patch_embed.register_forward_pre_hook(spy),
+        lambda model: model.patch_embed.proj.register_forward_hook(spy),
+        lambda model: model.compile(backend="eager"),
+        lambda model: nn.utils.parametrizations.weight_norm(model.patch_embed.proj),
+        with_lambda_forward,
+    ],
+    ids=["hook", "pre-hook", "backward", "backward pre-hook", "embed", "proj", "compiled", "parametrized", "replaced"],
+)
+def test_who_watches_or_changes_the_classifier_sees_pixels(prepare, handed):
+    model = vit()
+    defense = De3(build(), model, 70)
+    expected = defense.draw_logits(pixels(), SEEDS)
+    assert {kind for kind, _ in handed} == {"forward_patches"}
+    handed.clear()
+    prepare(model)
+    logits = defense.draw_logits(pixels(), SEEDS)
+    assert {kind for kind, _ in handed} == {"forward"}
+    torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+@pytest.mark.parametrize(
+    ("denoiser", "classifier"),
+    [
+        (True, vit(Changed)),
+        (True, vit(patch_size=2)),
+        (True, nn.Sequential(vit())),
+        (False, vit()),
+    ],
+    ids=["subclass", "other patches", "wrapper", "no denoiser"],
+)
+def test_other_classifiers_see_pixels(denoiser, classifier, handed):
+    defense = De3(build() if denoiser else None, classifier, 70)
+    expected = torch.stack([by_hand(defense, pixels(), seeds, 70) for seeds in SEEDS])
+    torch.testing.assert_close(defense.draw_logits(pixels(), SEEDS), expected, **CLOSE)
+    assert {kind for kind, _ in handed} == {"forward"}
+
+
+@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+def test_patches_under_autocast_are_in_its_dtype(handed):
+    images, outcomes = pixels().float(), {}
+    for name, classifier in (("patches", vit().float()), ("pixels", Recorder(vit().float()))):
+        defense = De3(build(True).float(), classifier, 70).frozen(3)
+        outcomes[name, "float32"] = defense(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            given = images.clone().requires_grad_()
+            outcomes[name, "bfloat16"] = defense(given).float()
+            assert torch.autograd.grad(outcomes[name, "bfloat16"].sum(), given)[0].isfinite().all()
+    assert handed == [("forward_patches", torch.float32), ("forward_patches", torch.bfloat16), *handed[2:]]
+    assert {kind for kind, _ in handed[2:]} == {"forward"}
+    torch.testing.assert_close(outcomes["patches", "float32"], outcomes["pixels", "float32"], rtol=1e-4, atol=1e-4)
+    exact = outcomes["pixels", "float32"]
+    error = {name: (outcomes[name, "bfloat16"] - exact).abs().max() for name in ("patches", "pixels")}
+    # The same roundings before the embedding; behind it, another order of sums rounds differently.
+    assert 0 < error["patches"] < 2 * error["pixels"] + 0.02 * exact.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+def test_patches_for_the_classifier_are_one_compiled_graph():
+    torch.compiler.reset()
+    frozen, images = De3(build(True), vit(), 70, draws=2).frozen(3), pixels().requires_grad_()
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(frozen(images).square().sum(), images)
+    logits = compiled(images)
+    torch.testing.assert_close(logits, frozen(images), **CLOSE)
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), images)[0], expected, rtol=0, atol=1e-10)
+    # A hook that comes later is seen.
+    seen = []
+    frozen.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    frozen(images)
+    assert seen == [(2 * BATCH, 2, 8, 12)]
+
+
 # Frozen
 
 

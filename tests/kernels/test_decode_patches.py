@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from denim.kernels import decode_patches, noise_patchify, normalized_patches
 
@@ -10,6 +11,8 @@ from denim.kernels import decode_patches, noise_patchify, normalized_patches
 SHAPES = [(1, 4, 6, 1, 2), (2, 8, 12, 3, 4), (3, 21, 14, 5, 7), (2, 28, 42, 1, 14), (1, 32, 48, 3, 16)]
 MEAN = (0.485, 0.456, 0.406, 0.3, 0.7)
 STD = (0.229, 0.224, 0.225, 0.5, 0.1)
+# A classifier's.
+NORMAL = ((0.4, 0.5, 0.6, 0.2, 0.5), (0.25, 0.2, 0.3, 0.4, 0.5))
 STATISTICS = (None, "input", "noisy")
 
 
@@ -43,6 +46,17 @@ def unpatch(patches, image_size, patch_size):
         tile = patches[..., index, :].reshape(*lead, p, p, -1)
         images[..., top : top + p, left : left + p] = np.moveaxis(tile, -1, -3)
     return images
+
+
+def as_patches(images, patch_size):
+    p, (height, width) = patch_size, images.shape[-2:]
+    corners = [(r, c) for r in range(0, height, p) for c in range(0, width, p)]
+    tiles = [np.moveaxis(images[..., r : r + p, c : c + p], -3, -1) for r, c in corners]
+    return np.stack([tile.reshape(*images.shape[:-3], -1) for tile in tiles], axis=-2)
+
+
+def normal(channels):
+    return tuple(values[:channels] for values in NORMAL)
 
 
 def reference(prediction, image_size, patch_size, mean, std, statistics=None, source=None, sigma=None):
@@ -92,10 +106,39 @@ def test_equals_the_plain_computation(shape, statistics, dtype, source_dtype, gl
     torch.testing.assert_close(pixels.double(), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_patches_are_the_normalised_pixels(shape, statistics, dtype, global_rng_untouched):
+    prediction, options = make(shape, statistics, lead=(2,))
+    if statistics == "input":
+        options["source"] = options["source"].double()
+    mean, std = normal(shape[3])
+    patches = decode_patches(prediction, **options, normalize=(mean, std), dtype=dtype)
+    assert patches.dtype == (dtype or torch.float64)
+    assert patches.is_contiguous()
+    pixels = reference(prediction, **options).clip(0, 1)
+    expected = as_patches((pixels - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1)), shape[4])
+    # Computed in float64 and rounded once, if at all: half a step of the dtype, whose smallest one float16 does reach.
+    rounding = 0 if patches.dtype == torch.float64 else torch.finfo(patches.dtype).eps / 2
+    smallest = max(1e-12, rounding * torch.finfo(patches.dtype).smallest_normal)
+    torch.testing.assert_close(patches.double(), torch.from_numpy(expected), rtol=rounding, atol=smallest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_pixels_in_another_dtype_are_rounded_once(dtype):
+    prediction, options = make(SHAPES[1], "input")
+    expected = decode_patches(prediction, **options).to(dtype)
+    pixels = decode_patches(prediction, **options, dtype=dtype)
+    assert pixels.dtype == dtype
+    assert torch.equal(pixels, expected)
+
+
+@pytest.mark.parametrize("patches", [False, True])
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("lead", [(), (2,), (3, 2)])
 @pytest.mark.parametrize("shape", [(1, 4, 6, 1, 2), (2, 4, 6, 3, 2)])
-def test_gradcheck(shape, statistics, lead):
+def test_gradcheck(shape, statistics, lead, patches):
     """Saturated and unsaturated pixels; none so close to 0 or 1 that a difference quotient would cross the kink."""
     prediction, options = make(shape, statistics, lead=lead, seed=1)
     unclamped = reference(prediction, **options)
@@ -103,6 +146,7 @@ def test_gradcheck(shape, statistics, lead):
     saturated = (unclamped < 0) | (unclamped > 1)
     assert 0 < saturated.mean() < 1
     source = options.pop("source", None)
+    options["normalize"] = normal(shape[3]) if patches else None
     inputs = [prediction.requires_grad_(), *([] if source is None else [source.requires_grad_()])]
 
     def decode(prediction, source=None):
@@ -126,6 +170,47 @@ def test_gradient_reaches_either_input_alone(statistics):
     assert torch.equal(right.grad, expected[1])
 
 
+class Watch(TorchDispatchMode):
+    """Keeps what the backward operator returned."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.denim.decode_patches_backward.default:
+            self.result = result
+        return result
+
+
+@pytest.mark.parametrize("patches", [False, True])
+@pytest.mark.parametrize(
+    ("statistics", "dtype", "wanted"),
+    [
+        ("input", torch.float64, True),
+        ("input", torch.float64, False),
+        ("input", torch.uint8, False),
+        ("noisy", torch.float64, True),
+        ("noisy", torch.float64, False),
+    ],
+)
+def test_the_gradient_for_the_source_is_computed_where_it_is_wanted(statistics, dtype, wanted, patches):
+    prediction, options = make(SHAPES[1], statistics, source_dtype=dtype, lead=(2,))
+    options["normalize"] = normal(3) if patches else None
+    prediction.requires_grad_()
+    if wanted:
+        options["source"].requires_grad_()
+    with Watch() as watch:
+        decode_patches(prediction, **options).square().sum().backward()
+    assert torch.equal(watch.result[0], prediction.grad)
+    assert watch.result[1].shape == (options["source"].shape if wanted else (0,))
+    # Bytes have no gradient, whoever asks.
+    geometry = (4, options["mean"], options["std"], statistics, normal(3)[1])
+    grad = torch.ones(prediction.shape, dtype=torch.float64)
+    given = (grad, prediction.detach(), options["source"].detach(), options.get("sigma"), *geometry)
+    asked, not_asked = (torch.ops.denim.decode_patches_backward(*given, asked) for asked in (True, False))
+    assert torch.equal(asked[0], not_asked[0])
+    assert asked[1].numel() == (0 if dtype == torch.uint8 else options["source"].numel())
+    assert not_asked[1].numel() == 0
+
+
 def test_uint8_source_gives_the_prediction_its_gradient():
     prediction, options = make(SHAPES[1], "input", source_dtype=torch.uint8)
     prediction.requires_grad_()
@@ -136,15 +221,18 @@ def test_uint8_source_gives_the_prediction_its_gradient():
     torch.testing.assert_close(prediction.grad, other.grad, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("patches", [False, True])
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_gradient(statistics, dtype):
+def test_low_precision_gradient(statistics, dtype, patches):
     """That of float64 on the same numbers, rounded once."""
     prediction, options = make(SHAPES[1], statistics, dtype, dtype, lead=(2,))
     upstream = torch.randn((2, 2, 3, 8, 12), generator=torch.Generator().manual_seed(3))
     # Away from the kinks, where the two precisions may fall on different sides.
     unclamped = torch.from_numpy(reference(prediction, **options))
     upstream[(unclamped.abs() < 1e-3) | ((unclamped - 1).abs() < 1e-3)] = 0
+    if patches:
+        upstream, options["normalize"] = torch.from_numpy(as_patches(upstream.numpy(), 4)), normal(3)
 
     def gradients(precision):
         tensors = {"prediction": prediction, **options}
@@ -260,6 +348,13 @@ SIGMA = torch.zeros(2)
         ({"patch_size": 0}, ValueError, "patch size 0"),
         ({"mean": (0.5,)}, ValueError, "one value per channel and std > 0"),
         ({"std": (0.5, 0.0, 0.5)}, ValueError, "one value per channel and std > 0"),
+        (
+            {"normalize": (MEAN[:1], STD[:1])},
+            ValueError,
+            "a mean and a std > 0 for each of 3 channels, got",
+        ),
+        ({"normalize": ((0.5,) * 3, (0.5, 0.0, 0.5))}, ValueError, "a mean and a std > 0 for each of 3 channels"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be one of torch.float32, .* got torch.int32"),
         ({"statistics": "clean"}, ValueError, 'statistics must be None, "input" or "noisy", got \'clean\''),
         ({"statistics": "input"}, ValueError, "statistics='input' needs a source"),
         ({"source": IMAGES}, ValueError, "statistics=None takes no source"),

@@ -48,6 +48,65 @@ def test_logits_are_those_of_a_timm_vit_on_normalised_images(pool):
     assert torch.equal(model(pixels()), vit(normalised))
 
 
+@POOLS
+def test_patches_give_the_logits_and_gradients_of_their_pixels(pool):
+    # Statistics that float32, in which the classifier keeps them, has exactly.
+    model = build(pool=pool).double().requires_grad_(False)
+    model.config = replace(model.config, mean=(0.375, 0.5), std=(0.25, 0.3125))
+    for name in ("mean", "std"):
+        getattr(model, name).copy_(torch.tensor(getattr(model.config, name)).view(-1, 1, 1))
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(3))
+    torch.nn.init.normal_(model.patch_embed.proj.bias, generator=torch.Generator().manual_seed(4))
+    model.patch_embed.proj.requires_grad_()
+    images = pixels(torch.float64).requires_grad_()
+    patches = normalized_patches(images, patch_size=4, mean=model.config.mean, std=model.config.std)
+    inputs = (images, *model.patch_embed.proj.parameters())
+    results = []
+    for logits in (model(images), model.forward_patches(patches)):
+        assert logits.abs().max() > 1
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), inputs)))
+    # Sums of 32 products in another order, float64.
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_patches_go_through_what_pixels_go_through():
+    """Stochastic depth in training and checkpointing of activations: timm's forward itself, not a copy of it."""
+    model = build(drop_path=0.5).train()
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(3))
+    patches = normalized_patches(pixels(), patch_size=4, mean=BODY.mean, std=BODY.std)
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            expected = model(pixels())
+            torch.manual_seed(0)
+            logits = model.forward_patches(patches)
+            torch.manual_seed(1)
+            other = model.forward_patches(patches)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # logits of some ten, float32
+        assert not torch.allclose(logits, other, rtol=1e-2, atol=1e-2)
+
+
+def test_patch_dtype_is_what_the_embedding_multiplies():
+    model = build()
+    patches = normalized_patches(pixels(), patch_size=4, mean=BODY.mean, std=BODY.std)
+    assert model.patch_dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.patch_dtype == torch.bfloat16
+        # Rounded beforehand or by autocast: the same numbers in, the same numbers out.
+        assert torch.equal(model.forward_patches(patches.bfloat16()), model.forward_patches(patches))
+        assert model.double().patch_dtype == torch.float64, "autocast leaves float64 alone"
+        assert model.forward_patches(patches.double()).dtype == torch.float64
+    assert model.half().patch_dtype == torch.float16
+
+
+@pytest.mark.parametrize("shape", [(3, 15, 31), (3, 14, 32), (15, 32), (3, 2, 12, 20)])
+def test_refuses_patches_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"patches must have shape \(B, 15, 32\), got \(" + str(shape[0])):
+        build().forward_patches(torch.zeros(shape))
+
+
 def test_initial_head_is_next_to_zero():
     model = build()
     # 224 draws of N(0, 2e-5): the deviation's relative standard error is sqrt(1 / 448); five of them.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from denim.kernels import normal_noise
 from denim.nim.autoencoder import Autoencoder, AutoencoderConfig, Mask
+from denim.nim.classifier import Classifier, ClassifierConfig
 from denim.nim.reconstruct import add_noise, reconstruct
 
 CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3))
@@ -156,6 +157,47 @@ def test_uint8_images_are_the_same_images(degrade, norm_pix, statistics):
     from_floats = reconstruct(model, images.float() / 255, levels(degrade, 70.0), SEEDS, **options)
     assert from_bytes.dtype == torch.float32
     torch.testing.assert_close(from_bytes, from_floats, rtol=0, atol=1e-6)  # values in [0, 1], a few units of 6e-8
+
+
+def classifier(**changes) -> Classifier:
+    # Statistics of its own, and exact in float32, in which the classifier keeps them.
+    config = replace(ClassifierConfig.for_encoder(CONFIG, 3), mean=(0.375, 0.5), std=(0.25, 0.3125))
+    with torch.random.fork_rng(devices=[]):
+        return Classifier(replace(config, **changes)).double().eval()
+
+
+@CASES
+@pytest.mark.parametrize("layout", ["float", "uint8"])
+def test_patches_for_a_classifier_are_the_rebuilt_pixels_normalised(degrade, norm_pix, statistics, layout):
+    model, images, reader = build(norm_pix), pixels(), classifier()
+    if layout == "uint8":
+        images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    draws = torch.stack((SEEDS, SEEDS + 1))
+    given = (images, levels(degrade, 70.0), draws)
+    options = {"degrade": degrade, "mask_ratio": 0.5, "statistics": statistics}
+    patches = reconstruct(model, *given, **options, classifier=reader)
+    rebuilt = reconstruct(model, *given, **options)
+    assert patches.shape == (2, BATCH, 6, 32)
+    normalised = (rebuilt.double() - reader.mean) / reader.std
+    expected = to_patches(normalised.flatten(0, 1)).view(patches.shape)
+    # Visible bytes are divided by 255 in float32.
+    tolerance = 1e-6 if layout == "uint8" else 1e-12
+    torch.testing.assert_close(patches, expected, rtol=0, atol=tolerance)
+    assert patches.dtype == torch.float64
+    assert reconstruct(model, *given, **options, classifier=reader.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"patch_size": 2}, r"patches of 4 in images of \(8, 12\) with 2 channels, the classifier of 2 in \(8, 12\)"),
+        ({"image_size": (8, 8)}, r"the classifier of 4 in \(8, 8\) with 2; hand it pixels"),
+        ({"mean": (0.5,), "std": (0.5,)}, "2 channels, the classifier of .* with 1"),
+    ],
+)
+def test_refuses_patches_for_a_classifier_of_others(change, words):
+    with pytest.raises(ValueError, match=words):
+        reconstruct(build(), pixels(), levels("noise", 70.0), SEEDS, classifier=classifier(**change))
 
 
 def test_statistics_have_no_effect_on_a_raw_target():
