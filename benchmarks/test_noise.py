@@ -1,4 +1,4 @@
-"""Noise and noisy patches against plain torch, in one process and on one thread count. Correct first, then timed.
+"""Noise against plain torch, in one process and on one thread count. Correct first, then timed.
 
 Run: `make bench`. `extra_info` of each record holds nanoseconds per element and the ratio to the plain version.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from denim.kernels import Domain, derive_seeds, noise_patchify, normal_noise
+from denim.kernels import Domain, derive_seeds, normal_noise
 from denim.kernels.noise import noise_backend, noise_words, normals_from_words
 
-BATCH, SIDE, CHANNELS, PATCH = 16, 224, 3, 16
+BATCH, SIDE, CHANNELS = 16, 224, 3
 ELEMENTS = BATCH * SIDE * SIDE * CHANNELS
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ROUNDS = 10
 
 
@@ -48,31 +47,4 @@ def test_normal_noise(benchmark, best_seconds, seeds):
         lambda: normal_noise(seeds, shape),
         lambda: torch.randn((BATCH, *shape), generator=generator),
         "randn",
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_noise_patchify(benchmark, best_seconds, seeds, dtype):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (BATCH, SIDE, SIDE, CHANNELS), generator=generator, dtype=torch.uint8)
-    sigma = torch.linspace(0, 150, BATCH)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-
-    def chain(noise: torch.Tensor) -> torch.Tensor:
-        noisy = (images / 255 + sigma[:, None, None, None] / 255 * noise - mean) / std
-        tiles = noisy.unflatten(1, (-1, PATCH)).unflatten(3, (-1, PATCH)).transpose(2, 3)
-        return tiles.flatten(3).flatten(1, 2).to(dtype)
-
-    def fused() -> torch.Tensor:
-        return noise_patchify(images, sigma, seeds, patch_size=PATCH, mean=MEAN, std=STD, dtype=dtype)
-
-    expected = chain(normal_noise(seeds, (SIDE, SIDE, CHANNELS)))
-    # Values up to 20 after some five roundings of float32, and one of the dtype.
-    torch.testing.assert_close(fused(), expected, rtol=torch.finfo(dtype).eps, atol=20 * 5 * 2**-24)
-    record(
-        benchmark,
-        best_seconds,
-        fused,
-        lambda: chain(torch.randn((BATCH, SIDE, SIDE, CHANNELS), generator=generator)),
-        "torch_chain",
     )

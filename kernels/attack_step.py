@@ -8,25 +8,28 @@ import torch
 from torch import Tensor
 
 from denim.kernels.noise import Stream, uniform_noise
-from denim.kernels.patches import compute_dtype
+from denim.kernels.patches import compute_dtype, sample_chunks
 
 __all__ = ["attack_start", "attack_step"]
 
 
 def _column(size: Tensor, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-    """() or (B,) so that it broadcasts with pixels (B, ...)."""
-    return size.to(dtype).reshape(-1, *(1,) * (pixels.dim() - 1))
+    """() or (B,) as (B, 1, ...), which broadcasts with pixels (B, ...)."""
+    return size.to(dtype).expand(len(pixels)).reshape(-1, *(1,) * (pixels.dim() - 1))
 
 
 def _reference(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
     """Torch reference, and the CPU kernel."""
     dtype = torch.promote_types(compute_dtype(pixels), compute_dtype(origin))
     step, radius = _column(step_size, pixels, dtype), _column(epsilon, pixels, dtype)
-    # torch.sign turns NaN into 0, which would hide a broken gradient.
-    direction = torch.where(gradient.isnan(), gradient, gradient.sign()).to(dtype)
-    moved = pixels.to(dtype) + step * direction
-    low, high = (origin - radius).clamp(min=0), (origin + radius).clamp(max=1)
-    return torch.minimum(torch.maximum(moved, low), high).to(pixels.dtype).contiguous()
+    moved = pixels.new_empty(pixels.shape)
+    for chunk in sample_chunks(len(pixels), pixels.shape[1:].numel(), pixels.device):
+        slope, centre, size = gradient[chunk], origin[chunk], radius[chunk]
+        # torch.sign turns NaN into 0, which would hide a broken gradient. Clamped to 0, NaN alone is not 0.
+        direction = slope.sign().add_(slope.clamp(0, 0)).to(dtype)
+        stepped = torch.addcmul(pixels[chunk].to(dtype), step[chunk], direction)
+        moved[chunk] = torch.clamp(stepped, centre - size, centre + size).clamp_(0, 1)
+    return moved
 
 
 _attack_step = torch.library.custom_op("denim::attack_step", _reference, mutates_args=())

@@ -57,10 +57,11 @@ def attack_step_kernel(
     slope = tl.load(gradient + start + offset, mask=inside).to(tl.float32)
     # What is neither above nor below zero is its own sign: zero, and NaN, which must not look like a step of zero.
     sign = tl.where(slope > 0, 1.0, tl.where(slope < 0, -1.0, slope))
-    low = tl.maximum(centre - radius, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    high = tl.minimum(centre + radius, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    moved = tl.maximum(x + step * sign, low, propagate_nan=tl.PropagateNan.ALL)
-    moved = tl.minimum(moved, high, propagate_nan=tl.PropagateNan.ALL)
+    moved = tl.maximum(x + step * sign, centre - radius, propagate_nan=tl.PropagateNan.ALL)
+    moved = tl.minimum(moved, centre + radius, propagate_nan=tl.PropagateNan.ALL)
+    # Last, so that an origin a little outside of [0, 1] moves no pixel out of it.
+    moved = tl.maximum(moved, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    moved = tl.minimum(moved, 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + start + offset, moved.to(out.dtype.element_ty), mask=inside)
 
 

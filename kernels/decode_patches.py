@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -15,7 +15,9 @@ from denim.kernels.patches import (
     check_images,
     compute_dtype,
     normalized_patches,
+    patch_moments,
     patchify,
+    sample_chunks,
     unpatchify,
 )
 
@@ -35,24 +37,22 @@ class _Statistics(NamedTuple):
 
 
 def _patch_statistics(patches: Tensor, sigma: Tensor | None, std: Sequence[float], dtype: torch.dtype) -> _Statistics:
-    patches = patches.to(dtype)
-    variance, centre = torch.var_mean(patches, dim=-1, keepdim=True)
+    centred, centre, variance = patch_moments(patches.to(dtype))
     slope: Tensor | float = 1.0
     if sigma is not None:
         # The noise added this much variance to a patch in normalised space.
-        inverse = channel_vector(std, patches).to(dtype).reciprocal().square().mean()
+        inverse = channel_vector(std, centred).reciprocal().square().mean()
         added = (sigma.to(dtype) / 255).square()[..., None, None] * inverse
         # What is left after taking it away is often negative. The floor is smooth, so that no gradient is zeroed, and
         # as wide as the statistical error of the difference: the sd of a sample variance of D normals.
         excess = variance - added
-        floor = added.square() * (2.0 / (patches.shape[-1] - 1)) + VARIANCE_EPS**2
+        floor = added.square() * (2.0 / (centred.shape[-1] - 1)) + VARIANCE_EPS**2
         root = torch.sqrt(excess.square() + 4 * floor)
         variance, slope = (excess + root) / 2, (1 + excess / root) / 2
-    return _Statistics(patches - centre, centre, torch.sqrt(variance + VARIANCE_EPS), slope)
+    return _Statistics(centred, centre, torch.sqrt(variance + VARIANCE_EPS), slope)
 
 
 def _source_statistics(
-    prediction: Tensor,
     source: Tensor | None,
     sigma: Tensor | None,
     patch_size: int,
@@ -67,7 +67,7 @@ def _source_statistics(
         patches = normalized_patches(source, patch_size=patch_size, mean=mean, std=std)
         return _patch_statistics(patches, None, std, dtype)
     assert sigma is not None
-    return _patch_statistics(source, sigma.expand(prediction.shape[:-2]), std, dtype)
+    return _patch_statistics(source, sigma, std, dtype)
 
 
 def _unclamped(
@@ -81,6 +81,20 @@ def _unclamped(
 def _working_dtype(prediction: Tensor, source: Tensor | None) -> torch.dtype:
     dtype = compute_dtype(prediction)
     return dtype if source is None else torch.promote_types(dtype, compute_dtype(source))
+
+
+def _parts(
+    prediction: Tensor, source: Tensor | None, sigma: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
+    """(samples, prediction, source, sigma) of a few samples at a time, all leading dimensions in one."""
+    lead, batch = prediction.shape[:-3].numel(), prediction.shape[-3]
+    predictions = prediction.reshape(lead, *prediction.shape[-3:])
+    # Without sigma a source holds images, which serve every lead.
+    sources = source if source is None or sigma is None else source.reshape(predictions.shape)
+    sigmas = sigma if sigma is None else sigma.expand(prediction.shape[:-2]).reshape(lead, batch)
+    for chunk in sample_chunks(batch, predictions[:, :1].numel(), prediction.device):
+        part = sources if sources is None else sources[chunk] if sigmas is None else sources[:, chunk]
+        yield chunk, predictions[:, chunk], part, sigmas if sigmas is None else sigmas[:, chunk]
 
 
 def _reference(
@@ -99,13 +113,18 @@ def _reference(
 ) -> Tensor:
     """Torch reference, and the CPU kernel. Pixels where `normal_mean` and `normal_std` are empty, patches otherwise."""
     working, repeat = _working_dtype(prediction, source), patch_size * patch_size
-    stats = _source_statistics(prediction, source, sigma, patch_size, mean, std, statistics, working)
-    pixels = _unclamped(prediction.to(working), stats, repeat, mean, std).clamp(0, 1)
-    if normal_std:
-        patches = (pixels - channel_vector(normal_mean, pixels, repeat)) / channel_vector(normal_std, pixels, repeat)
-        return patches.to(dtype).contiguous()
-    images = unpatchify(pixels, (height, width), patch_size).movedim(-1, -3)
-    return images.to(dtype).contiguous()
+    lead = prediction.shape[:-3]
+    shape = prediction.shape[-3:] if normal_std else (prediction.shape[-3], len(mean), height, width)
+    decoded = prediction.new_empty((lead.numel(), *shape), dtype=dtype)
+    for chunk, part, given, level in _parts(prediction, source, sigma):
+        stats = _source_statistics(given, level, patch_size, mean, std, statistics, working)
+        pixels = _unclamped(part.to(working), stats, repeat, mean, std).clamp_(0, 1)
+        if normal_std:
+            centre, scale = (channel_vector(values, pixels, repeat) for values in (normal_mean, normal_std))
+            decoded[:, chunk] = pixels.sub_(centre).div_(scale)
+        else:
+            decoded[:, chunk] = unpatchify(pixels, (height, width), patch_size).movedim(-1, -3)
+    return decoded.reshape(*lead, *shape)
 
 
 _decode_patches = torch.library.custom_op("denim::decode_patches", _reference, mutates_args=())
@@ -179,34 +198,44 @@ def _reference_backward(
     The clamp mask is recomputed, not stored. The source's gradient is empty where none is needed, and for bytes.
     """
     dtype, repeat = _working_dtype(prediction, source), patch_size * patch_size
-    stats = _source_statistics(prediction, source, sigma, patch_size, mean, std, statistics, dtype)
-    patches = prediction.to(dtype)
-    pixels = _unclamped(patches, stats, repeat, mean, std)
-    upstream, scale = grad.to(dtype), channel_vector(std, patches, repeat)
+    lead, size = prediction.shape[:-3], prediction.shape[-1]
+    upstreams = grad.reshape(lead.numel(), *grad.shape[len(lead) :])
+    scale = channel_vector(std, prediction, repeat).to(dtype)
     if normal_std:
-        scale = scale / channel_vector(normal_std, patches, repeat)
-    else:
-        upstream = upstream.movedim(-3, -1)
-        upstream = patchify(upstream.reshape(-1, *upstream.shape[-3:]), patch_size).view(pixels.shape)
-    inside = (pixels >= 0) & (pixels <= 1)
-    # Selected, not multiplied: a saturated pixel passes nothing of an infinite gradient either.
-    upstream = torch.where(inside, upstream, 0) * scale
-    to_prediction = upstream if stats is None else upstream * stats.deviation
-    to_prediction = to_prediction.to(prediction.dtype).contiguous()
-    if stats is None or not _has_gradient(source, need_source):
-        return to_prediction, prediction.new_empty(0)
-    size = patches.shape[-1]
-    to_mean = upstream.sum(dim=-1, keepdim=True)
-    to_deviation = (upstream * patches).sum(dim=-1, keepdim=True)
-    if statistics == "input":  # one image serves every leading index of the prediction
-        lead = (to_mean.shape[:-3].numel(), *to_mean.shape[-3:])
-        to_mean, to_deviation = to_mean.reshape(lead).sum(dim=0), to_deviation.reshape(lead).sum(dim=0)
-    to_variance = to_deviation * stats.slope / (2 * stats.deviation)
-    to_source = to_mean / size + to_variance * 2 * stats.centred / (size - 1)
-    if statistics == "input":
-        to_source = to_source / channel_vector(std, to_source, repeat)
-        to_source = unpatchify(to_source, (source.shape[2], source.shape[3]), patch_size).permute(0, 3, 1, 2)
-    return to_prediction, to_source.to(source.dtype).contiguous()
+        scale = scale / channel_vector(normal_std, prediction, repeat)
+    to_predictions = prediction.new_empty((lead.numel(), *prediction.shape[-3:]))
+    to_source = prediction.new_empty(0)
+    wanted = False
+    if statistics != "raw" and _has_gradient(source, need_source):
+        wanted = True
+        to_source = source.new_empty(source.shape if statistics == "input" else to_predictions.shape)
+    for chunk, part, given, level in _parts(prediction, source, sigma):
+        stats = _source_statistics(given, level, patch_size, mean, std, statistics, dtype)
+        patches = part.to(dtype)
+        pixels = _unclamped(patches, stats, repeat, mean, std)
+        upstream = upstreams[:, chunk].to(dtype)
+        if not normal_std:
+            upstream = patchify(upstream.movedim(-3, -1).flatten(0, 1), patch_size).view(pixels.shape)
+        # Selected, not multiplied: a saturated pixel passes nothing of an infinite gradient either.
+        upstream = torch.where(pixels.clamp(0, 1) == pixels, upstream, 0).mul_(scale)
+        to_predictions[:, chunk] = upstream if stats is None else upstream * stats.deviation
+        if stats is None or not wanted:
+            continue
+        to_mean = upstream.sum(dim=-1, keepdim=True)
+        to_deviation = upstream.mul_(patches).sum(dim=-1, keepdim=True)
+        if statistics == "input":  # one image serves every leading index of the prediction
+            to_mean, to_deviation = to_mean.sum(dim=0), to_deviation.sum(dim=0)
+        to_variance = to_deviation * stats.slope / (2 * stats.deviation)
+        to_patches = torch.addcmul(to_mean / size, stats.centred, to_variance * (2 / (size - 1)))
+        if statistics == "input":
+            to_patches = to_patches / channel_vector(std, to_patches, repeat)
+            image_size = (to_source.shape[2], to_source.shape[3])
+            to_source[chunk] = unpatchify(to_patches, image_size, patch_size).movedim(-1, -3)
+        else:
+            to_source[:, chunk] = to_patches
+    if wanted and statistics == "noisy":
+        to_source = to_source.reshape(prediction.shape)
+    return to_predictions.reshape(prediction.shape), to_source
 
 
 _decode_patches_backward = torch.library.custom_op(

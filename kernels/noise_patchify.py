@@ -98,10 +98,13 @@ def _backward_reference(
 ) -> Tensor:
     """Gradient for float pixels (B, C, H, W). The noise does not depend on them, so nothing is drawn again."""
     outer = grad.reshape(grad.shape[:-3].numel(), *grad.shape[-3:])
-    total = outer.sum(dim=0, dtype=torch.promote_types(compute_dtype(grad), dtype))
-    scaled = total / channel_vector(std, total, patch_size * patch_size)
-    pixels = unpatchify(scaled, (height, width), patch_size).permute(0, 3, 1, 2)
-    return pixels.to(dtype).contiguous()
+    working = torch.promote_types(compute_dtype(grad), dtype)
+    pixels = grad.new_empty((outer.shape[1], len(std), height, width), dtype=dtype)
+    for chunk in sample_chunks(len(pixels), outer[:, :1].numel(), grad.device):
+        total = outer[:, chunk].sum(dim=0, dtype=working)
+        scaled = total / channel_vector(std, total, patch_size * patch_size)
+        pixels[chunk] = unpatchify(scaled, (height, width), patch_size).permute(0, 3, 1, 2)
+    return pixels
 
 
 _noise_patchify_backward = torch.library.custom_op(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from denim.kernels.patches import check_images, compute_dtype, normalized_patches
+from denim.kernels.patches import check_images, compute_dtype, normalized_patches, patch_moments, sample_chunks
 
 __all__ = ["VARIANCE_EPS", "patch_loss", "patch_target"]
 
@@ -26,16 +26,22 @@ def patch_target(
     """
     target = normalized_patches(images, patch_size=patch_size, mean=mean, std=std)
     if norm_pix:
-        variance, centre = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - centre) / torch.sqrt(variance + VARIANCE_EPS)
+        centred, _, variance = patch_moments(target)
+        target = centred * torch.rsqrt(variance + VARIANCE_EPS)
     return target
 
 
-def _error(
+def _errors(
     prediction: Tensor, images: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], norm_pix: bool
-) -> Tensor:
-    target = patch_target(images, patch_size=patch_size, mean=mean, std=std, norm_pix=norm_pix)
-    return prediction.to(torch.promote_types(target.dtype, compute_dtype(prediction))) - target
+) -> Iterator[tuple[slice, Tensor]]:
+    """(samples, prediction - target) for a few samples at a time, so that no whole target ever exists."""
+    for chunk in sample_chunks(len(prediction), prediction.shape[1:].numel(), prediction.device):
+        # No name holds the target, which would live on while the next one is made.
+        yield (
+            chunk,
+            prediction[chunk]
+            - patch_target(images[chunk], patch_size=patch_size, mean=mean, std=std, norm_pix=norm_pix),
+        )
 
 
 def _reference(
@@ -48,7 +54,10 @@ def _reference(
     norm_pix: bool,
 ) -> Tensor:
     """Torch reference, and the CPU kernel."""
-    per_patch = _error(prediction, images, patch_size, mean, std, norm_pix).square().mean(dim=-1)
+    dtype = torch.promote_types(compute_dtype(images), compute_dtype(prediction))
+    per_patch = prediction.new_empty(prediction.shape[:2], dtype=dtype)
+    for chunk, error in _errors(prediction, images, patch_size, mean, std, norm_pix):
+        per_patch[chunk] = torch.linalg.vector_norm(error, dim=-1).square() / error.shape[-1]
     if mask is None:
         return per_patch.mean()
     return (per_patch * mask).sum() / mask.sum()
@@ -112,11 +121,12 @@ def _backward_reference(
     norm_pix: bool,
 ) -> Tensor:
     """Torch reference, and the CPU kernel. The target is recomputed, so that forward saves nothing but its inputs."""
-    error = _error(prediction, images, patch_size, mean, std, norm_pix)
-    if mask is None:
-        return (error * (grad * 2.0 / error.numel())).to(prediction.dtype).contiguous()
-    scale = (grad * 2.0 / error.shape[-1] / mask.sum()) * mask[..., None]
-    return (error * scale).to(prediction.dtype).contiguous()
+    scale = grad * 2.0 / prediction.shape[-1]
+    scale = scale / prediction.shape[:2].numel() if mask is None else (scale / mask.sum() * mask)[..., None]
+    to_prediction = prediction.new_empty(prediction.shape)
+    for chunk, error in _errors(prediction, images, patch_size, mean, std, norm_pix):
+        to_prediction[chunk] = error.mul_(scale if mask is None else scale[chunk])
+    return to_prediction
 
 
 _patch_loss_backward = torch.library.custom_op("denim::patch_loss_backward", _backward_reference, mutates_args=())

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from denim.kernels import Stream, attack_start, attack_step, noise_words
+from denim.kernels import Stream, attack_start, attack_step, noise_words, patches
 
 
 def reference(pixels, origin, gradient, step_size, epsilon):
@@ -248,3 +248,22 @@ def test_bad_input_of_the_start_is_refused(changes, error, message):
     attack_start(**good)
     with pytest.raises(error, match=message):
         attack_start(**{**good, **changes})
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_samples_do_not_depend_on_the_chunk(monkeypatch, per_sample):
+    pixels, origin, gradient = make((5, 3, 4, 7))
+    sizes = torch.linspace(0.01, 0.05, 5, dtype=pixels.dtype) if per_sample else 0.02
+    results = []
+    for chunk in (1, 2 * 84, 2**17):
+        monkeypatch.setattr(patches, "CHUNK", chunk)
+        results.append(attack_step(pixels, origin, gradient, step_size=sizes, epsilon=sizes))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_an_origin_a_little_outside_moves_no_pixel_out():
+    # De3 lets pixels pass that are 1e-4 outside.
+    origin = torch.tensor([[-1e-4, 1 + 1e-4]])
+    moved = attack_step(origin, origin, torch.tensor([[-1.0, 1.0]]), step_size=1e-5, epsilon=1e-5)
+    assert moved.tolist() == [[0.0, 1.0]]

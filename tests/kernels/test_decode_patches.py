@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from denim.kernels import decode_patches, noise_patchify, normalized_patches
+from denim.kernels import decode_patches, noise_patchify, normalized_patches, patches
 
 # (B, H, W, C, patch)
 SHAPES = [(1, 4, 6, 1, 2), (2, 8, 12, 3, 4), (3, 21, 14, 5, 7), (2, 28, 42, 1, 14), (1, 32, 48, 3, 16)]
@@ -404,3 +404,19 @@ def test_bad_input_is_refused(changes, error, message):
     decode_patches(**good)
     with pytest.raises(error, match=message):
         decode_patches(**{**good, **changes})
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["pixels", "patches"])
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_samples_do_not_depend_on_the_chunk(monkeypatch, statistics, normalized):
+    """Chunks of one sample, of two with a rest of one, and all at once: the same bits, forward and backward."""
+    prediction, options = make(SHAPES[2], statistics, torch.float32, torch.float32, lead=(2,))
+    options |= {"normalize": normal(5)} if normalized else {}
+    leaves = [tensor.requires_grad_() for tensor in (prediction, options.get("source")) if tensor is not None]
+    results = []
+    for chunk in (1, 2 * prediction[:, :1].numel(), 2**20):
+        monkeypatch.setattr(patches, "CHUNK", chunk)
+        decoded = decode_patches(prediction, **options)
+        results.append((decoded, *torch.autograd.grad(decoded.square().sum(), leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))

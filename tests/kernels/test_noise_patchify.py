@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from denim.kernels import Domain, derive_seeds, draw_seeds, noise_patchify, normal_noise
+from denim.kernels import patches as layout
 from denim.kernels.patches import patchify, unpatchify
 
 # (B, H, W, C, patch)
@@ -177,6 +178,21 @@ def test_backward_has_a_fixed_order():
         torch.set_num_threads(threads)
     assert torch.equal(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("floating", [False, True])
+def test_chunks_change_nothing(monkeypatch, floating):
+    """Two samples at a time with a rest of one, three with a rest of two, and all at once: bitwise the same."""
+    images, geometry = make((5, 8, 12, 3, 4), torch.float32 if floating else torch.uint8)
+    sigma, seeds = torch.arange(10.0).reshape(2, 5) * 10, torch.arange(15).view(3, 5)
+    results = []
+    for chunk in (1, 3 * 3 * 288, 2**17):
+        monkeypatch.setattr(layout, "CHUNK", chunk)
+        noisy = noise_patchify(images.requires_grad_(floating), sigma, seeds, **geometry)
+        results.append((noisy, *(torch.autograd.grad(noisy.square().sum(), images) if floating else ())))
+    assert not any(tensor.isnan().any() for tensor in results[0])
+    for other in results[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
 
 
 def test_no_double_backward():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from denim.kernels import patch_loss
+from denim.kernels import patch_loss, patches
 
 # (B, H, W, C, patch)
 SHAPES = [(1, 4, 2, 1, 2), (2, 8, 12, 3, 4), (3, 21, 14, 5, 7), (2, 28, 42, 1, 14), (1, 32, 48, 3, 16)]
@@ -98,6 +98,21 @@ def test_strides_change_nothing(dtype):
     torch.testing.assert_close(torch.autograd.grad(other, strided)[0], grad, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_samples_do_not_depend_on_the_chunk(monkeypatch, masked):
+    """Chunks of one sample, of two with a rest of one, and all at once: the same errors, summed per patch."""
+    prediction, images, mask, geometry = make((5, 8, 12, 3, 4), torch.uint8, torch.float32)
+    prediction.requires_grad_()
+    results = []
+    for chunk in (1, 2 * 288, 2**17):
+        monkeypatch.setattr(patches, "CHUNK", chunk)
+        loss = patch_loss(prediction, images, **geometry, mask=mask if masked else None)
+        results.append((loss, *torch.autograd.grad(loss, prediction)))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
 def test_masked_patches_do_not_count():
     prediction, images, mask, geometry = make(SHAPES[1])
     loss = patch_loss(prediction, images, **geometry, mask=mask)
@@ -114,7 +129,6 @@ def test_constant_patch_has_target_zero():
     assert loss.item() == pytest.approx(1.0, abs=2 * 4 * 2**-24 / 1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:var_mean")  # torch counts an empty batch as no degrees of freedom
 def test_empty_batch_is_nan_like_torch():
     prediction = torch.zeros(0, 4, 16, requires_grad=True)
     loss = patch_loss(prediction, torch.zeros(0, 1, 8, 8), patch_size=4, mean=(0.5,), std=(0.25,))

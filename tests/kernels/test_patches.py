@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from denim.kernels import check_pixels, normalized_patches
-from denim.kernels.patches import patchify, unpatchify
+from denim.kernels import check_pixels, normalized_patches, patches
+from denim.kernels.patches import patch_moments, patchify, sample_chunks, unpatchify
 
 GEOMETRY = {"patch_size": 2, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
 
@@ -46,6 +46,37 @@ def test_normalized_patches(dtype):
     tolerance = 1e-15 if dtype == torch.float64 else 1e-6
     expected = torch.from_numpy(np.stack([normal[:, r : r + 2, c : c + 2] for r in (0, 2) for c in (0, 2, 4)], axis=1))
     torch.testing.assert_close(patches.double(), expected.flatten(2), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [2, 48, 768, 3072])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_patch_moments(dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    # A mean far above the deviation, which a sum of squares less a squared sum would lose.
+    values = (torch.randn((3, 5, size), generator=generator, dtype=torch.float64) * 0.1 + 5).to(dtype)
+    centred, centre, variance = patch_moments(values)
+    exact = values.double().numpy()
+    assert centre.shape == variance.shape == (3, 5, 1)
+    # Roundings of numbers around 5, whose squared deviations are 0.01: the mean's error shifts all of them alike.
+    step = 5 * torch.finfo(dtype).eps
+    torch.testing.assert_close(centre.squeeze(-1).double(), torch.from_numpy(exact.mean(-1)), rtol=0, atol=2 * step)
+    torch.testing.assert_close(centred, values - centre, rtol=0, atol=0)
+    spread = torch.from_numpy(exact.var(-1, ddof=1))
+    torch.testing.assert_close(variance.squeeze(-1).double(), spread, rtol=1e4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "elements", "least"), [(0, 5, 1), (1, 5, 1), (7, 5, 1), (7, 5, 2), (7, 100, 2), (5, 0, 1)]
+)
+def test_sample_chunks_cover_the_batch_once(monkeypatch, batch, elements, least):
+    monkeypatch.setattr(patches, "CHUNK", 16)
+    samples = torch.arange(batch)
+    parts = [samples[chunk] for chunk in sample_chunks(batch, elements, torch.device("cpu"), least)]
+    assert torch.equal(torch.cat([samples[:0], *parts]), samples)
+    assert all(len(part) <= max(least, 16 // max(1, elements)) for part in parts)
+    assert all(len(part) >= least for part in parts[:-1])
+    whole = [samples[chunk] for chunk in sample_chunks(batch, elements, torch.device("cuda"), least)]
+    assert len(whole) == (batch > 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

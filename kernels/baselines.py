@@ -1,0 +1,178 @@
+"""What a user would have without the fused operations: the published chains of single PyTorch operations.
+
+Each computes what the operation named in its docstring does, and is differentiable by autograd. They are what tests,
+benchmarks and the ahead-of-time report compare with, eager or through `torch.compile`; Denim's models never call them.
+Unlike the operations they check nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["decoded_pixels", "linf_step", "noisy_patches", "reconstruction_loss"]
+
+
+def _planes(images: Tensor) -> Tensor:
+    """Pixels (B, C, H, W) in [0, 1] from uint8 (B, H, W, C) or float (B, C, H, W)."""
+    return images.permute(0, 3, 1, 2) / 255 if images.dtype == torch.uint8 else images
+
+
+def patchify_planes(planes: Tensor, patch_size: int) -> Tensor:
+    """(..., C, H, W) to (..., L, P * P * C), patch vectors in (row, column, channel) order."""
+    tiles = planes.unflatten(-2, (-1, patch_size)).unflatten(-1, (-1, patch_size))  # (..., C, h, P, w, P)
+    patches: Tensor = tiles.movedim(-5, -1).transpose(-4, -3).flatten(-3).flatten(-3, -2)
+    return patches
+
+
+def unpatchify_planes(patches: Tensor, image_size: tuple[int, int], patch_size: int) -> Tensor:
+    """The inverse of `patchify_planes`."""
+    tiles = patches.unflatten(-1, (patch_size, patch_size, -1))
+    tiles = tiles.unflatten(-4, (image_size[0] // patch_size, image_size[1] // patch_size))  # (..., h, w, P, P, C)
+    planes: Tensor = tiles.transpose(-4, -3).movedim(-1, -5).flatten(-2).flatten(-3, -2)
+    return planes
+
+
+def noisy_patches(
+    images: Tensor,
+    sigma: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    patch_size: int,
+    noise: Tensor | None = None,
+    draws: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`noise_patchify`: normalised noisy patches, sigma.shape[:-1] + draws + (B, L, D).
+
+    Args:
+        images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1].
+        sigma: (B,) or (S, B), standard deviation in 0-255 pixel levels.
+        mean: (C,) in [0, 1] units.
+        std: (C,) in [0, 1] units.
+        patch_size: side P of a square patch.
+        noise: standard normals, draws + (B, C, H, W); by default `torch.randn`, from the global generator.
+        draws: () or (R,).
+        dtype: of the patches.
+    """
+    pixels = _planes(images)
+    if noise is None:
+        # In the memory layout of the pixels, where there is one draw: mixed layouts would be slower.
+        noise = torch.randn_like(pixels) if not draws else torch.randn((*draws, *pixels.shape), device=pixels.device)
+    levels = sigma.reshape(*sigma.shape[:-1], *(1,) * len(draws), sigma.shape[-1], 1, 1, 1) / 255
+    noisy = (pixels + levels * noise - mean[:, None, None]) / std[:, None, None]
+    return patchify_planes(noisy, patch_size).to(dtype)
+
+
+def reconstruction_loss(
+    prediction: Tensor,
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    patch_size: int,
+    norm_pix: bool = True,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`patch_loss`: mean squared error against clean patches (He et al. 2022, section 3).
+
+    Args:
+        prediction: (B, L, D).
+        images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1].
+        mean: (C,) in [0, 1] units.
+        std: (C,) in [0, 1] units.
+        patch_size: side P of a square patch.
+        norm_pix: normalise each target patch by its own mean and unbiased variance.
+        mask: bool (B, L); True patches count.
+    """
+    target = patchify_planes((_planes(images) - mean[:, None, None]) / std[:, None, None], patch_size)
+    if norm_pix:
+        centre, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+        target = (target - centre) / (variance + 1e-6) ** 0.5
+    loss = ((prediction - target) ** 2).mean(dim=-1)
+    return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
+
+
+def unclamped_pixels(
+    prediction: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    image_size: tuple[int, int],
+    patch_size: int,
+    statistics: str | None = None,
+    source: Tensor | None = None,
+    sigma: Tensor | None = None,
+) -> Tensor:
+    """`decoded_pixels` before its clamp."""
+    patches = prediction
+    if statistics is not None:
+        assert source is not None
+        if statistics == "input":
+            source = patchify_planes((_planes(source) - mean[:, None, None]) / std[:, None, None], patch_size)
+        centre, variance = source.mean(dim=-1, keepdim=True), source.var(dim=-1, keepdim=True)
+        if sigma is not None:
+            added = ((sigma / 255) ** 2 * (1 / std**2).mean())[..., None, None]
+            excess = variance - added
+            floor = added**2 * (2 / (source.shape[-1] - 1)) + 1e-12
+            variance = (excess + (excess**2 + 4 * floor) ** 0.5) / 2
+        patches = prediction * (variance + 1e-6) ** 0.5 + centre
+    return unpatchify_planes(patches, image_size, patch_size) * std[:, None, None] + mean[:, None, None]
+
+
+def decoded_pixels(
+    prediction: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    image_size: tuple[int, int],
+    patch_size: int,
+    statistics: str | None = None,
+    source: Tensor | None = None,
+    sigma: Tensor | None = None,
+    normalize: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`decode_patches`: pixels (..., C, H, W) in [0, 1] from a prediction, or a classifier's patches (..., L, D).
+
+    Args:
+        prediction: (..., L, D).
+        mean: (C,) in [0, 1] units.
+        std: (C,) in [0, 1] units.
+        image_size: (H, W).
+        patch_size: side P of a square patch.
+        statistics: None, "input" or "noisy".
+        source: for "input" the images, uint8 (B, H, W, C) or float (B, C, H, W); for "noisy" the noisy patches.
+        sigma: for "noisy" the noise level in 0-255 pixel levels, prediction.shape[:-2].
+        normalize: mean and std (C,) of the classifier, for patches.
+    """
+    pixels = unclamped_pixels(
+        prediction,
+        mean,
+        std,
+        image_size=image_size,
+        patch_size=patch_size,
+        statistics=statistics,
+        source=source,
+        sigma=sigma,
+    ).clamp(0, 1)
+    if normalize is None:
+        return pixels
+    centre, scale = normalize
+    return patchify_planes((pixels - centre[:, None, None]) / scale[:, None, None], patch_size)
+
+
+def linf_step(pixels: Tensor, origin: Tensor, gradient: Tensor, *, step_size: Tensor, epsilon: Tensor) -> Tensor:
+    """`attack_step`: a step of projected gradient descent (Madry et al. 2018, equation 2).
+
+    Args:
+        pixels: (B, ...) in [0, 1].
+        origin: same shape, the clean image.
+        gradient: same shape.
+        step_size: (B,) in [0, 1] units.
+        epsilon: (B,) in [0, 1] units.
+    """
+    step, radius = (size.reshape(-1, *(1,) * (pixels.dim() - 1)) for size in (step_size, epsilon))
+    moved = pixels + step * gradient.sign()
+    moved = origin + torch.clamp(moved - origin, -radius, radius)
+    return moved.clamp(0, 1).to(pixels.dtype)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from denim.kernels import bench
+from denim.kernels.noise import noise_backend
+
+CPU = torch.device("cpu")
+OPERATIONS = ["attack_step", "decode_patches", "noise_patchify", "patch_loss"]
+
+
+@pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
+def test_every_case_is_right_and_its_contestants_agree_in_kind(case, global_rng_untouched):
+    """One image of 224, sixteen of 32. The check is that of the benchmark itself; compilation is left to it."""
+    contest, error = bench.prepare(case, CPU, 1)
+    assert 0 <= error <= 1
+    fused = contest.fused()
+    with torch.random.fork_rng():
+        chain = contest.chain()
+    assert [(value.shape, value.dtype) for value in fused] == [(value.shape, value.dtype) for value in chain]
+    # All that comes out has been written, and all but a scalar has been read.
+    assert contest.minimum >= sum(value.nbytes for value in fused)
+    assert len(fused) == (
+        1 if "backward" not in case.name else 3 if "input, float32" in case.name or "noisy" in case.name else 2
+    )
+
+
+def test_records_say_what_was_measured(global_rng_untouched):
+    seen = []
+    (record,) = bench.run(
+        "cpu",
+        ["patch_loss, 32/4, uint8, float32, forward + backward"],
+        1,
+        seconds=0.01,
+        compile=False,
+        report=seen.append,
+    )
+    assert seen == [record]
+    assert record.batch == 16
+    elements = 16 * 3 * 32 * 32
+    # Prediction (float32) and image (uint8) twice, the gradient and the two scalars once.
+    assert record.minimum_bytes == elements * (2 * 4 + 2 * 1 + 4) + 2 * 4
+    assert set(record.best_seconds) == {"fused", "chain", "copy"}
+    for name, best in record.best_seconds.items():
+        assert 0 < best <= record.median_seconds[name] < 10
+    fused = record.best_seconds["fused"]
+    assert record.ratios == {"chain": record.best_seconds["chain"] / fused}
+    assert record.copy_share == record.best_seconds["copy"] / fused
+    assert record.gigabytes_per_second == pytest.approx(record.minimum_bytes / fused / 1e9)
+    # The chain keeps a target and an error of the prediction's size besides the gradient.
+    assert record.peak_bytes["chain"] >= 3 * 4 * elements
+    assert record.peak_bytes["fused"] >= 4 * elements
+    assert record.absent["compiled"] == "not asked for"
+    assert "GPU" in record.absent["obvious"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "wrong"),
+    [
+        ("attack_step", lambda right: right * (1 + 1e-3)),
+        ("decode_patches", lambda right: torch.where(torch.arange(right.shape[-1]) == 3, torch.nan, right)),
+        ("noise_patchify", lambda right: right.flip(1)),
+        ("patch_loss", lambda right: right * 1.0001),
+    ],
+)
+def test_a_wrong_operation_is_named_and_never_timed(monkeypatch, operation, wrong):
+    function = getattr(bench, operation)
+    monkeypatch.setattr(bench, operation, lambda *args, **kwargs: wrong(function(*args, **kwargs)))
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("timed all the same"))
+    with pytest.raises(bench.WrongResultError, match=f"^{operation}, 32/4, .*no time is given"):
+        bench.run("cpu", [f"{operation}, 32/4"], 1, compile=False)
+
+
+def test_a_wrong_gradient_is_refused():
+    right = (torch.ones(3), torch.tensor([1.0, 2.0, 3.0]))
+    exact = tuple(value.double() for value in right)
+    assert bench.check("case", right, exact) == 0
+    with pytest.raises(bench.WrongResultError, match="case: the gradient 1 is off by"):
+        bench.check("case", (right[0], right[1] * 1.001), exact)
+    with pytest.raises(bench.WrongResultError, match=r"has shape \(2,\), the chain's \(3,\)"):
+        bench.check("case", (right[0], right[1][:2]), exact)
+    # One rounding of bfloat16 is allowed, two per cent are not.
+    bench.check("case", (torch.tensor([math.pi]).bfloat16(),), (torch.tensor([math.pi], dtype=torch.float64),))
+    with pytest.raises(bench.WrongResultError):
+        bench.check("case", (torch.tensor([3.2]).bfloat16(),), (torch.tensor([math.pi], dtype=torch.float64),))
+
+
+def test_without_a_compiler_the_record_says_so(monkeypatch):
+    def broken(*_, **__):
+        def call(**_):
+            raise RuntimeError("no working C++ compiler\nwas found")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    (record,) = bench.run("cpu", ["attack_step, 32/4, float32"], 1, seconds=0.01)
+    assert record.absent["compiled"] == "RuntimeError: no working C++ compiler"
+    assert "compiled" not in record.ratios
+
+
+def test_compiled_chain_is_compared():
+    """With a compiler; the first case of the cheapest operation."""
+    if noise_backend() != "compiled":
+        pytest.skip("no C++ compiler")
+    (record,) = bench.run("cpu", ["attack_step, 32/4, float32"], 1, seconds=0.01)
+    assert record.ratios["compiled"] > 0
+    assert record.peak_bytes["compiled"] == 16 * 3 * 32 * 32 * 4  # one kernel, nothing but its output
+
+
+def test_peak_memory_is_the_most_at_one_time():
+    data = torch.zeros(1000, 1000)
+
+    def megabytes(function):  # torch turns the numbers 1 to 4 into tensors too, of a few bytes
+        return round(bench.peak_memory(function, CPU) / 1e6, 3)
+
+    assert megabytes(lambda: data + 1) == 4
+    assert megabytes(lambda: [data + 1 for _ in range(3)]) == 12
+    # Each goes before the next one but one comes.
+    assert megabytes(lambda: data.add(1).mul(2).add(3).mul(4)) == 8
+
+
+def test_measure_takes_turns():
+    calls = []
+    times = bench.measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, CPU, 0.0, least=3)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"only": ["patch_los,"]},
+            r"no case has 'patch_los,' in its name; these are the cases:\n  attack_step, 224/16",
+        ),
+        ({"device": "meta"}, "device must be cpu or cuda, got meta"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"seconds": 0.0}, "seconds must be above 0"),
+        pytest.param(
+            {"device": "cuda"},
+            "torch sees no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bench.run(**{"device": "cpu", **arguments})
+
+
+def test_names_tell_cases_apart():
+    names = [case.name for case in bench.CASES]
+    assert len(set(names)) == len(names)
+    assert sorted({case.operation for case in bench.CASES}) == OPERATIONS
+    assert bench.select([]) == list(bench.CASES)
+    assert {case.geometry for case in bench.select(["32/4"])} == {"32/4"}
