@@ -1,0 +1,316 @@
+"""All that needs a GPU, in one command: `make gpu-check`, or `python -m benchmarks.gpu_check [--out DIR] [--quick]`.
+
+Needs the repository and an installed torch, triton and timm, nothing else, and takes less than eight minutes. Writes
+report.json and report.md, anew after every part, so that an interrupted run keeps what it found. Exit status: 0 all
+passed, 1 something failed, 2 there is no GPU.
+
+Every part is a process of its own with a time limit: a kernel that hangs, crashes, or leaves the device unusable for
+its process fails alone, and the rest goes on. What the parts do is in `benchmarks.gpu_parts`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DEADLINE = 465  # seconds for all parts; starting and writing stay within the eight minutes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: a check where `limit` is given (the value may not exceed it), else a measured number."""
+
+    what: str
+    value: float
+    unit: str = ""
+    limit: float | None = None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """NaN is beyond every limit."""
+        return self.limit is None or self.value <= self.limit
+
+
+@dataclass
+class Part:
+    """A function "module:name" that takes (device, name of sizes) and yields rows, its time limit, and its outcome.
+
+    A number whose part failed a check before it is not reported.
+    """
+
+    function: str
+    seconds: float
+    status: str = "not run"  # then "passed", "failed", "crashed" or "out of time"
+    took: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """The function's name as words."""
+        return self.function.split(":")[1].replace("_", " ")
+
+
+def stages() -> list[list[Part]]:
+    """Parts of one stage run side by side, stages one after another: what is timed has the machine to itself."""
+
+    def part(name: str, seconds: float) -> Part:
+        return Part(f"benchmarks.gpu_parts:{name}", seconds)
+
+    checks = (
+        "generator",
+        "instructions",
+        "noise_patchify",
+        "patch_loss",
+        "decode_patches",
+        "attack",
+        "attention",
+        "compiled_and_captured",
+    )
+    # Last what keeps its use when the time is up in the middle of it: many numbers, each by itself.
+    timed = [("pretraining", 150), ("sweep", 60), ("kernel_times", 150)]
+    return [[part(name, 165) for name in checks], *([part(name, seconds)] for name, seconds in timed)]
+
+
+def use_repository(folder: Path = ROOT / "build" / "gpu-check") -> None:
+    """Make `denim` importable from this checkout, installed or not.
+
+    A folder of links, as the layout wants it (see `make types`). The `__init__` of nim and defense are left out: they
+    import what a bare machine lacks (rich, scipy, matplotlib), and the modules that the check needs do not.
+    """
+    for part in ("kernels", "nim", "defense"):
+        package = folder / "denim" / part
+        shutil.rmtree(package, ignore_errors=True)
+        package.mkdir(parents=True)
+        for source in (ROOT / part).glob("*.py"):
+            if part == "kernels" or source.name != "__init__.py":
+                (package / source.name).symlink_to(source)
+    sys.path[:0] = [str(folder), str(ROOT)]
+
+
+def _work(connection: Connection, function: str, device: str, sizes: str) -> None:
+    """What the process of a part does: send its rows, then how it ended."""
+    failed = False
+    try:
+        module, name = function.split(":")
+        for row in getattr(importlib.import_module(module), name)(device, sizes):
+            if failed and row.limit is None:
+                break
+            failed = failed or not row.passed
+            connection.send(asdict(row))
+    except BaseException:  # whatever it is, it belongs into the report
+        connection.send(("failed", traceback.format_exc()))
+    else:
+        connection.send(("failed" if failed else "passed", ""))
+    connection.close()
+
+
+def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = math.inf) -> Iterable[Part]:
+    """Run parts side by side; yield each when it has ended, its outcome filled in.
+
+    Args:
+        parts: the stage.
+        device: "cuda" or "cpu".
+        sizes: a key of `gpu_parts.SIZES`.
+        deadline: in time.monotonic(); nothing runs longer. A part without a second left is not started.
+    """
+    # Forked processes cannot use CUDA once their parent has looked at it.
+    context = multiprocessing.get_context("spawn")
+    running: dict[Any, tuple[Part, Any, float, float]] = {}
+    for part in parts:
+        start = time.monotonic()
+        end = min(start + part.seconds, deadline)
+        if end - start < 1:
+            yield part
+            continue
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(sender, part.function, device, sizes), daemon=False)
+        process.start()
+        sender.close()  # so that the end of the process closes the pipe
+        running[receiver] = (part, process, start, end)
+    while running:
+        first = min(end for *_, end in running.values())
+        for receiver in wait(list(running), max(0.0, first - time.monotonic())):
+            part, process, start, end = running[receiver]
+            try:
+                message = receiver.recv()
+            except EOFError:
+                process.join()
+                message = ("crashed", f"the process ended with exit code {process.exitcode}")
+            if isinstance(message, dict):
+                part.rows.append(Row(**message))
+            else:
+                part.status, part.error = message
+        for receiver, (part, process, start, end) in list(running.items()):
+            if part.status == "not run" and time.monotonic() < end:
+                continue
+            if part.status == "not run":
+                part.status, part.error = "out of time", f"stopped after {time.monotonic() - start:.0f} s"
+                process.kill()
+            process.join(10)
+            if process.is_alive():  # its report is in; what hangs is its end
+                process.kill()
+                process.join()
+            receiver.close()
+            del running[receiver]
+            part.took = time.monotonic() - start
+            yield part
+
+
+def _command(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Device, driver, versions and commit."""
+    import torch
+
+    versions = {"torch": torch.__version__}
+    for package in ("triton", "timm", "xformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    found: dict[str, Any] = {"device": platform.processor() or platform.machine(), "driver": None}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["device"] = properties.name
+        found["memory"] = f"{properties.total_memory / 2**30:.1f} GiB"
+        found["multiprocessors"] = properties.multi_processor_count
+        found["driver"] = _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    changed = _command("git", "status", "--porcelain")
+    commit = _command("git", "rev-parse", "HEAD")
+    return {
+        **found,
+        "python": platform.python_version(),
+        "versions": versions,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "commit": commit and commit + (" with changes" if changed else ""),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _number(row: Row) -> str:
+    return f"{row.value:.4g}{' ' if row.unit else ''}{row.unit}"
+
+
+def markdown(found: dict[str, Any], parts: list[Part]) -> str:
+    """The report, to read."""
+    ended = [part for part in parts if part.status != "not run"]
+    good = sum(part.status == "passed" for part in parts)
+    lines = ["# GPU check", "", f"{good} of {len(parts)} parts passed, {len(ended)} have ended.", ""]
+    for key, value in found.items():
+        text = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
+        lines.append(f"- {key}: {text}")
+    for part in parts:
+        lines += ["", f"## {part.name}: {part.status}", ""]
+        if part.status != "not run":
+            lines += [f"{part.took:.1f} s of at most {part.seconds:.0f} s.", ""]
+        if part.rows:
+            lines += ["| what | value | limit | | note |", "|---|---|---|---|---|"]
+        for row in part.rows:
+            limit = "" if row.limit is None else f"{row.limit:.4g}"
+            verdict = "" if row.limit is None else "ok" if row.passed else "**FAILED**"
+            note = row.note.replace("|", "\\|").replace("\n", " ")
+            lines.append(f"| {row.what} | {_number(row)} | {limit} | {verdict} | {note} |")
+        if part.error:
+            lines += ["", "```", part.error.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """In one step: a reader, or an interrupted run, never sees half a file."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    staged = Path(name)
+    staged.chmod(0o644)
+    staged.replace(path)
+
+
+def check(
+    plan: list[list[Part]], device: str, sizes: str, out: Path, *, seconds: float = DEADLINE
+) -> tuple[bool, list[Part]]:
+    """Run a plan, write the reports after every part; whether all of it passed, and the parts."""
+    deadline = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    parts, found = [part for stage in plan for part in stage], facts(device)
+
+    def write() -> None:
+        records = [
+            asdict(part) | {"rows": [asdict(row) | {"passed": row.passed} for row in part.rows]} for part in parts
+        ]
+        passed = all(part.status == "passed" for part in parts)
+        # NaN is not JSON: as text, it is still told from a number.
+        text = json.dumps(_finite({"passed": passed, "sizes": sizes, "facts": found, "parts": records}), indent=1)
+        _write(out / "report.json", text + "\n")
+        _write(out / "report.md", markdown(found, parts))
+
+    write()
+    for stage in plan:
+        for part in run_stage(stage, device, sizes, deadline):
+            write()
+            checks = sum(row.limit is not None for row in part.rows)
+            print(f"{part.name}: {part.status}, {checks} checks, {part.took:.0f} s", flush=True)
+            for row in part.rows:
+                if row.limit is None:
+                    print(f"    {row.what}: {_number(row)} {row.note}".rstrip(), flush=True)
+                elif not row.passed:
+                    print(f"    FAILED {row.what}: {_number(row)} exceeds {row.limit:.4g} {row.note}", flush=True)
+            if part.error:
+                print("    " + part.error.strip().splitlines()[-1], flush=True)
+    return all(part.status == "passed" for part in parts), parts
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu-check", help="folder of the reports")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, 2^26 words, shorter measurements")
+    chosen = parser.parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        print(
+            "no GPU: torch sees none, and nothing was checked. `make test` runs the kernels' sources in Triton's "
+            "interpreter and builds them for GPUs, on any machine.",
+            file=sys.stderr,
+        )
+        return 2
+    use_repository()
+    passed, _ = check(stages(), "cuda", "quick" if chosen.quick else "full", chosen.out)
+    print(f"{'all passed' if passed else 'FAILED'}: {chosen.out / 'report.md'}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

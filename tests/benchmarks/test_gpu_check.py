@@ -1,0 +1,406 @@
+"""`make gpu-check` where there is no GPU: its parts on the CPU at tiny sizes, its processes, its report."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_parts
+from benchmarks.gpu_check import Part, Row
+from denim import kernels
+from denim.kernels import bench, noise_words
+
+ROOT = Path(__file__).parents[2]
+PARTS = [part.function.split(":")[1] for stage in gpu_check.stages() for part in stage]
+# What a machine with torch, triton and timm need not have.
+MISSING = (
+    *("tyro", "rich", "sklearn", "statsmodels", "matplotlib", "tensorboard", "scipy", "hypothesis", "pytest"),
+    *("nvidia.dali", "xformers", "foolbox"),
+)
+
+BARE = """
+import json, sys
+from pathlib import Path
+from benchmarks import gpu_check
+
+if __name__ == "__main__":
+    links, out = Path(sys.argv[1]), Path(sys.argv[2])
+    gpu_check.use_repository(links)
+    from benchmarks import gpu_parts
+    rows = {}
+    for name in sys.argv[3].split(","):
+        rows[name] = [vars(row) | {"passed": row.passed} for row in getattr(gpu_parts, name)("cpu", "tiny")]
+    files = [module.__file__ for name, module in sys.modules.items() if name.startswith("denim.") and module.__file__]
+    (out / "rows.json").write_text(json.dumps({"rows": rows, "files": files}))
+    passed, _ = gpu_check.check([[gpu_check.Part("benchmarks.gpu_parts:attack", 60)]], "cpu", "tiny", out)
+    sys.exit(not passed)
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    names = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    return names | {"OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager"} | more
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> tuple[dict, dict, Path]:
+    """All parts at tiny sizes, and one of them as a process, where the packages of MISSING cannot be imported."""
+    folder = tmp_path_factory.mktemp("bare")
+    missing = folder / "missing"
+    for name in MISSING:
+        package = missing.joinpath(*name.split("."))
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(
+            "raise ModuleNotFoundError(f'not on this machine: {__name__}', name=__name__)"
+        )
+    (folder / "bare.py").write_text(BARE)
+    done = subprocess.run(
+        [sys.executable, folder / "bare.py", folder / "links", folder, ",".join(PARTS)],
+        env=environment(PYTHONPATH=os.pathsep.join([str(missing), str(ROOT)])),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads((folder / "rows.json").read_text())
+    assert written["files"]
+    for file in written["files"]:
+        assert Path(file).is_relative_to(folder / "links"), file  # not from an installed denim
+    return written["rows"], json.loads((folder / "report.json").read_text()), folder
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_pass_on_the_cpu_of_a_bare_machine(bare, name):
+    rows = bare[0][name]
+    assert [row for row in rows if not row["passed"]] == []
+    if name == "instructions":  # the CPU has none of them
+        assert rows == []
+    else:
+        assert rows[0]["limit"] is not None  # a check before any number
+
+
+def test_every_patch_size_and_dtype_is_compared(bare):
+    for name in ("noise_patchify", "patch_loss", "decode_patches"):
+        seen = " ".join(row["what"] for row in bare[0][name])
+        assert all(f"patch {size}," in seen for size in gpu_parts.SIZES["tiny"].patch_sizes)
+        assert all(dtype in seen for dtype in ("float32", "float16", "bfloat16"))
+        assert "gradient" in seen
+    assert gpu_parts.SIZES["full"].patch_sizes == (2, 4, 8, 14, 16, 32)
+    assert gpu_parts.SIZES["full"].words == 1 << 32
+
+
+def test_pretraining_says_what_it_measured(bare):
+    rows = {row["what"]: row for row in bare[0]["pretraining"]}
+    assert rows["pretraining"]["unit"] == "images/s"
+    # No peak is known of this device, so no utilisation is claimed.
+    assert "not in the table" in rows["achieved"]["note"]
+    assert "model-FLOP utilisation" not in rows
+
+
+def test_a_part_ran_as_a_process(bare):
+    (part,) = bare[1]["parts"]
+    assert (part["status"], bare[1]["passed"]) == ("passed", True)
+    assert len(part["rows"]) == len(bare[0]["attack"])
+
+
+def test_model_flops_equal_the_count_by_hand():
+    model = gpu_parts._autoencoder("cpu", "micro")
+    images, sigma, seeds = gpu_parts._batch("cpu", model, 3)
+    config = model.config
+    tokens, length = config.length + 1, config.length
+
+    def block(width: int) -> int:
+        return 2 * tokens * (12 * width * width) + 4 * tokens * tokens * width
+
+    embed = 2 * length * config.patch_dim * config.width
+    forward = embed + config.depth * block(config.width) + config.decoder_depth * block(config.decoder_width)
+    forward += 2 * tokens * config.decoder_width * (config.width + config.patch_dim)
+    # Two products backward for each forward, but for the input, which needs no gradient.
+    expected = 3 * (3 * forward - embed)
+    assert gpu_parts.model_flops(model, lambda: gpu_parts._loss(model, images, sigma, seeds)) == expected
+
+
+def test_share_of_the_allowed_error():
+    exact = torch.tensor([1.0, -3.0, 0.0, 1e6], dtype=torch.float64)
+    assert gpu_parts._share(exact.float(), exact, 0.0) == 0  # nothing allowed, and nothing wrong
+    assert gpu_parts._share(exact.half(), exact, 0.0) == 0  # too large for float16 on both sides
+    assert gpu_parts._share(exact + 0.5, exact, 1.0) == pytest.approx(0.5)
+    # Three units in the last place of a bfloat16 of 1, where half a unit is allowed, and a whole one as error.
+    off = torch.tensor([1 + 3 * 2.0**-7], dtype=torch.bfloat16)
+    assert gpu_parts._share(off, exact[:1], 2.0**-7) == pytest.approx(2, rel=0.01)
+    for wrong in (torch.tensor([1, float("nan"), 0, 1e6]), torch.tensor([float("nan")] * 4), torch.ones(3)):
+        assert not gpu_parts._check("wrong", wrong, exact, 1e9).passed
+
+
+def failed(part: str) -> list[str]:
+    return [row.what for row in getattr(gpu_parts, part)("cpu", "tiny") if not row.passed]
+
+
+def altered(name: str, change):
+    real = getattr(kernels, name)
+    return lambda *args, **kwargs: change(real, *args, **kwargs)
+
+
+WRONG = {
+    "noise_patchify: a level off by a thousandth": (
+        *("noise_patchify", "noise_patchify"),
+        lambda real, images, sigma, seeds, **options: real(images, sigma * 1.001, seeds, **options),
+    ),
+    "noise_patchify: rows and columns exchanged": (
+        *("noise_patchify", "noise_patchify"),
+        lambda real, *args, **options: real(*args, **options).flip(-2),
+    ),
+    "noise_patchify: memory not written": (
+        *("noise_patchify", "noise_patchify"),
+        lambda real, *args, **options: real(*args, **options).index_fill(-1, torch.tensor(1), float("nan")),
+    ),
+    "patch_loss: a ten-thousandth off": (
+        *("patch_loss", "patch_loss"),
+        lambda real, *args, **options: real(*args, **options) * 1.0001,
+    ),
+    "patch_loss: another gradient, the same value": (
+        *("patch_loss", "patch_loss"),
+        lambda real, *args, **options: (loss := real(*args, **options)) * 1.02 - 0.02 * loss.detach(),
+    ),
+    "decode_patches: a ten-thousandth off": (
+        *("decode_patches", "decode_patches"),
+        lambda real, *args, **options: real(*args, **options) * 1.0001,
+    ),
+    "decode_patches: normalised by the wrong statistics": (
+        *("decode_patches", "decode_patches"),
+        lambda real, *args, normalize, **options: real(
+            *args, normalize=normalize and (options["mean"], options["std"]), **options
+        ),
+    ),
+    "attack_step: another radius": (
+        *("attack", "attack_step"),
+        lambda real, *args, step_size, epsilon: real(*args, step_size=step_size, epsilon=epsilon * 1.02),
+    ),
+    "attack_step: NaN taken for no step": (
+        *("attack", "attack_step"),
+        lambda real, pixels, origin, gradient, **sizes: real(pixels, origin, gradient.nan_to_num(0), **sizes),
+    ),
+    "attack_start: other words": (
+        *("attack", "attack_start"),
+        lambda real, pixels, seeds, epsilon: real(pixels, seeds ^ 1, epsilon=epsilon),
+    ),
+    "attention: another scale in one backend": (
+        *("attention", "attention"),
+        lambda real, query, key, value, backend: real(
+            query * (1.05 if backend == "sdpa" else 1), key, value, backend=backend
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_operator_fails_its_part(monkeypatch, name):
+    part, operator, change = WRONG[name]
+    assert failed(part) == []
+    monkeypatch.setattr(kernels, operator, altered(operator, change))
+    assert failed(part)
+
+
+def test_wrong_noise_fails(monkeypatch):
+    real = gpu_parts.normal_noise
+    monkeypatch.setattr(gpu_parts, "normal_noise", lambda seeds, shape: real(seeds, shape) + 1.5e-5)
+    assert failed("generator") == ["largest error of 16384 normals of `normal_noise`"]
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    tried = []
+
+    def hungry(device, size, batch):
+        tried.append(batch)
+        if batch > fits:
+            raise torch.OutOfMemoryError("too much")
+        yield Row("images/s", 1)
+
+    monkeypatch.setattr(gpu_parts, "_pretraining", hungry)
+    fits = 1
+    assert len(list(gpu_parts.pretraining("cpu", "tiny"))) == 1
+    assert tried == [4, 2, 1]
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        list(gpu_parts.pretraining("cpu", "tiny"))
+
+
+FAKE = """
+import json, os, time
+from benchmarks.gpu_check import Row
+
+def good(device, sizes):
+    yield Row("a check", 1.0, limit=2.0)
+    yield Row("a speed", 5.0, "images/s", note="a | b")
+
+def wrong(device, sizes):
+    yield Row("good check", 1.0, limit=2.0)
+    yield Row("bad check", 3.0, limit=2.0)
+    yield Row("later check", float("nan"), limit=2.0)
+    yield Row("a speed", 5.0, "images/s")
+
+def raises(device, sizes):
+    yield Row("a check", 1.0, limit=2.0)
+    raise RuntimeError(f"broken on {device} at {sizes}")
+
+def crashes(device, sizes):
+    yield Row("a check", 1.0, limit=2.0)
+    os._exit(7)
+
+def hangs(device, sizes):
+    yield Row("a check", 1.0, limit=2.0)
+    time.sleep(600)
+
+def second_stage(device, sizes):
+    report = json.load(open(os.environ["REPORT"]))
+    yield Row("parts already in the report", sum(part["status"] != "not run" for part in report["parts"]), limit=5)
+"""
+
+
+@pytest.fixture(scope="module")
+def faked(tmp_path_factory) -> tuple[bool, dict[str, Part], Path, str]:
+    folder = tmp_path_factory.mktemp("faked")
+    (folder / "fake_parts.py").write_text(FAKE)
+    first = [Part(f"fake_parts:{name}", 60) for name in ("good", "wrong", "raises", "crashes")]
+    plan = [[*first, Part("fake_parts:hangs", 4)], [Part("fake_parts:second_stage", 60)], [Part("fake_parts:good", 0)]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("REPORT", str(folder / "out" / "report.json"))
+        passed, parts = gpu_check.check(plan, "cpu", "tiny", folder / "out")
+    return passed, {part.function.split(":")[1]: part for part in reversed(parts)}, folder / "out"
+
+
+def test_parts_fail_alone(faked):
+    passed, parts, _ = faked
+    assert not passed
+    assert {name: part.status for name, part in parts.items()} == {
+        "good": "passed",
+        "wrong": "failed",
+        "raises": "failed",
+        "crashes": "crashed",
+        "hangs": "out of time",
+        "second_stage": "passed",
+    }
+    assert "RuntimeError: broken on cpu at tiny" in parts["raises"].error
+    assert "Traceback" in parts["raises"].error
+    assert "exit code 7" in parts["crashes"].error
+    # What was found before is kept.
+    assert all(parts[name].rows for name in parts)
+    assert 3 < parts["hangs"].took < 30
+
+
+def test_no_number_after_a_failed_check(faked):
+    _, parts, _ = faked
+    assert [row.what for row in parts["good"].rows] == ["a check", "a speed"]
+    assert [row.what for row in parts["wrong"].rows] == ["good check", "bad check", "later check"]
+    assert [row.passed for row in parts["wrong"].rows] == [True, False, False]
+
+
+def test_the_report_grows_with_every_part(faked):
+    """The second stage read it: five parts of the first stage were there."""
+    _, parts, _ = faked
+    assert [row.value for row in parts["second_stage"].rows] == [5]
+
+
+def test_report(faked):
+    _, _, out = faked
+    assert sorted(path.name for path in out.iterdir()) == ["report.json", "report.md"]
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    report = json.loads((out / "report.json").read_text(), parse_constant=refuse)
+    assert report["passed"] is False
+    assert report["facts"]["versions"]["torch"] == torch.__version__
+    assert report["facts"]["commit"] is None or len(report["facts"]["commit"].split()[0]) == 40
+    by_name = {part["function"]: part for part in report["parts"]}
+    assert by_name["fake_parts:wrong"]["rows"][2]["value"] == "nan"
+    # A part whose time was up before it began is told from one that failed, and the whole has not passed.
+    assert report["parts"][-1]["status"] == "not run"
+    text = (out / "report.md").read_text()
+    assert "## good: passed" in text
+    assert "| a speed | 5 images/s |  |  | a \\| b |" in text
+    assert "| bad check | 3 | 2 | **FAILED** |  |" in text
+    assert "RuntimeError: broken on cpu at tiny" in text
+    assert "## hangs: out of time" in text
+    assert "2 of 7 parts passed, 6 have ended." in text
+
+
+def test_nothing_starts_after_the_deadline(tmp_path):
+    passed, parts = gpu_check.check([[Part("fake_parts:good", 60)]], "cpu", "tiny", tmp_path, seconds=0)
+    assert not passed
+    assert parts[0].status == "not run"
+
+
+def test_the_plan_fits_into_eight_minutes():
+    """What is last may be cut short by the deadline; what comes before has its whole time in any case."""
+    *before, _ = (max(part.seconds for part in stage) for stage in gpu_check.stages())
+    assert sum(before) < gpu_check.DEADLINE - 60
+    assert gpu_check.DEADLINE < 480
+
+
+def test_the_timed_cases_exist():
+    for size in gpu_parts.SIZES.values():
+        for word, _ in size.timed:
+            assert bench.select([word])
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 2
+    assert "no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> dict:
+    pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
+    output = tmp_path_factory.mktemp("interpreter") / "got.pt"
+    script = Path(__file__).parent / "interpreter_instructions.py"
+    done = subprocess.run(
+        [sys.executable, script, output], env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(output, weights_only=True)
+
+
+def test_words_of_the_kernels(interpreted):
+    assert torch.equal(interpreted["words"], noise_words(torch.tensor([0, -1, 2**63 - 1, 5]), 1200))
+
+
+@pytest.mark.parametrize("place", ["u = 0", "u = 1/2", "series", "u = 1"])
+def test_measured_errors_are_those_of_float32_functions(interpreted, place):
+    """numpy's are good to about a unit in the last place; a wrong float64 definition would be off by far more."""
+    worst = interpreted[place]
+    assert worst["lg2"][0] < 2.0**-22
+    for name in ("cos", "sin"):
+        assert worst[name][0] < 2.0**-23
+    # The angle itself, up to pi, is rounded twice.
+    for name in ("cosine of the angle", "sine of the angle"):
+        assert worst[name][0] < 2.0**-21
+    assert 0 < worst["radius"][0] < 1e-6
+    assert interpreted[f"{place}, normals"][0] < 2e-6
+
+
+def test_lg2_is_not_measured_where_the_series_replaces_it(interpreted):
+    assert interpreted["u = 1"]["lg2"][0] == 0
+    assert interpreted["series"]["lg2"][0] > 0
+
+
+def test_one_wrong_word_is_found(interpreted):
+    worst = interpreted["erring"]
+    # Relative to the result outside of (1/2, 2), as the instruction's bound is; float32 rounds it once more.
+    assert worst["lg2"] == (pytest.approx(-1 / math.log2((100 + 0.5) * 2.0**-32), rel=1e-5), 100)
+    assert worst["cos"] == (pytest.approx(2.0**-6, rel=1e-4), 200)
+    assert worst["cosine of the angle"] == (pytest.approx(2.0**-6, rel=1e-4), 200)
+    assert math.isnan(worst["sin"][0])
+    assert worst["sin"][1] == 300
+    assert worst["radius"][1] == 100
+    # At the angle of word 200 the wrong cosine counts with the largest radius, that of the first of the words.
+    radius = math.sqrt(-2 * math.log((4096 + 0.5) * 2.0**-32))
+    assert interpreted["erring, normals"] == (pytest.approx(2.0**-6 * radius, rel=1e-4), 4096)
+    assert math.isnan(interpreted["erring, one angle"][0])
