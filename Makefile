@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPING := build/typing
 
-.PHONY: help demo test lint format types layers bench clean
+.PHONY: help demo test lint format types layers bench gpu-check kernels noise-statistics clean
 
 help:
-	@echo "make demo | test | lint | format | bench | clean"
+	@echo "make demo | test | lint | format | bench | gpu-check | kernels | noise-statistics | clean"
 
 # Installed once; again only when pyproject.toml changes.
 $(STAMP): pyproject.toml
@@ -25,6 +25,16 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Installs nothing: a machine with a GPU may have torch, triton and timm, and no network.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check
+
+noise-statistics: $(STAMP)
+	$(BIN)/python -m benchmarks.noise_statistics
+
+kernels: $(STAMP)
+	$(BIN)/denim kernels
 
 lint: $(STAMP) types layers
 	$(BIN)/ruff check .

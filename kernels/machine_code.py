@@ -171,7 +171,7 @@ def nvidia_machine_code(built: Any) -> dict[str, Any]:
         def tool(*command: str | Path) -> str:
             return subprocess.run([*command, binary], capture_output=True, text=True, check=True).stdout
 
-        text = tool(NVIDIA_TOOLS / "nvdisasm", "-c")
+        text = tool(NVIDIA_TOOLS / "nvdisasm", "-c", "-ndf")
         usage = tool(NVIDIA_TOOLS / "cuobjdump", "-res-usage")
     lines = re.findall(
         r"^(?:(\.L\w+):|\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(?:.*`\((\.L\w+)\))?)", text, re.M
@@ -204,8 +204,7 @@ def amd_machine_code(built: Any) -> dict[str, Any]:
         "slow": slow,
         "followers": [after for before, after in itertools.pairwise(order) if before in TRANSCENDENTAL],
         "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
-        "scratch": _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
-        "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
+        "spills": _number(r"\.private_segment_fixed_size:\s+(\d+)", text),
         "local": sum(n for opcode, n in opcodes.items() if opcode.startswith(LOCAL)),
         "barriers": opcodes["s_barrier"],
         "shared": built.metadata.shared,
@@ -218,9 +217,8 @@ def machine_code(built: Any, target: GPUTarget) -> dict[str, Any]:
     Returns:
         `opcodes` with their counts; of these `depths`, by the number of loops around them, and apart from these `slow`
         paths, which skipped code with arrays in local memory is taken for; `registers` per thread;
-        `spills` (bytes of stack per thread on NVIDIA, spilled registers on AMD); `local`, instructions that use memory
-        of the thread's own; `barriers`; `shared` memory in bytes. On AMD also `scratch` in bytes, and `followers`, the
-        instructions behind each transcendental one.
+        `spills`, bytes of stack per thread; `local`, instructions that use memory of the thread's own; `barriers`;
+        `shared` memory in bytes. On AMD also `followers`, the instructions behind each transcendental one.
     """
     return nvidia_machine_code(built) if target.backend == "cuda" else amd_machine_code(built)
 

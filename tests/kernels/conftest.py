@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def run_script():
-    """Runs a script of this folder in a process of its own: Triton interprets or builds, never both in one.
+    """Runs a script of this folder in a process of its own, since Triton decides to interpret when it is imported.
 
     Its first argument is a file in a folder of the test's, which also gets Triton's cache.
     """

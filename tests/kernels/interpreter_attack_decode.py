@@ -7,7 +7,6 @@ OUTPUTS one of {"launch": {name: result}, "dispatch": {name: (result, number of 
 """
 
 import math
-import mmap
 import os
 import sys
 import types
@@ -15,7 +14,7 @@ import types
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from triton.runtime.interpreter import interpreter_builder
+from last_program import LastProgram, reserved
 
 from denim.kernels import attack_step_triton, decode_patches_triton
 
@@ -69,32 +68,6 @@ def dispatched(function: str, arguments: tuple):
         return operator.call_boxed(keys, *arguments), len(count)
     finally:
         setattr(module, name, launch)
-
-
-def reserved(shape, *, dtype: torch.dtype, device="cpu") -> torch.Tensor:
-    """`torch.empty` with addresses alone: memory comes with the first use, page by page."""
-    no_reserve = 0x4000  # MAP_NORESERVE on Linux, which the module names from Python 3.13 on
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
-
-
-class LastProgram:
-    """A kernel of whose programs only the last one runs."""
-
-    def __init__(self, function) -> None:
-        self.function = function
-
-    def __getitem__(self, grid):
-        def run(*args, **kwargs):
-            place, size = interpreter_builder.set_grid_idx, interpreter_builder.set_grid_dim
-            interpreter_builder.set_grid_dim = lambda *_: size(*grid, 1, 1)
-            interpreter_builder.set_grid_idx = lambda *_: place(grid[0] - 1, 0, 0)
-            try:
-                self.function[(1,)](*args, **kwargs)
-            finally:
-                interpreter_builder.set_grid_idx, interpreter_builder.set_grid_dim = place, size
-
-        return run
 
 
 def end_of_huge(function: str, kernel: str, shape: tuple, ends: list, others: tuple) -> torch.Tensor:

@@ -4,8 +4,6 @@ A process of its own, since Triton decides between interpreter and compiler when
 torch files; what they hold is in `test_noise_patchify_triton.py`.
 """
 
-import math
-import mmap
 import os
 import sys
 import types
@@ -15,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import interpreter_builder
+from last_program import LastProgram, reserved
 
 from denim.kernels import noise_patchify_triton as kernel
 from denim.kernels import noise_triton
@@ -81,33 +79,6 @@ def dispatched(function: str, case: dict) -> tuple[torch.Tensor, int]:
         return operator.call_boxed(keys, *case.values()), len(launches)
     finally:
         setattr(kernel, name, launch)
-
-
-class LastProgram:
-    """A kernel of whose programs only the last one runs."""
-
-    def __init__(self, function):
-        self.function = function
-
-    def __getitem__(self, grid):
-        def run(*args, **kwargs):
-            place, size = interpreter_builder.set_grid_idx, interpreter_builder.set_grid_dim
-            interpreter_builder.set_grid_dim = lambda *_: size(*grid, 1, 1)
-            interpreter_builder.set_grid_idx = lambda *_: place(grid[0] - 1, 0, 0)
-            try:
-                self.function[(1,)](*args, **kwargs)
-            finally:
-                interpreter_builder.set_grid_idx, interpreter_builder.set_grid_dim = place, size
-
-        return run
-
-
-def reserved(shape, *, dtype: torch.dtype, device="cpu") -> torch.Tensor:
-    """`torch.empty` with addresses alone: memory comes with the first write, page by page."""
-    no_reserve = 0x4000  # MAP_NORESERVE on Linux, which the module names from Python 3.13 on
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def last_of_many(function: str, batch: int, case: dict) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,214 @@
+"""`denim kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from denim.nim.checkpoint import atomic_write
+
+BEGIN, END = "<!-- denim kernels: begin -->", "<!-- denim kernels: end -->"
+COLUMNS = (
+    "registers",
+    "occupancy",
+    "instructions",
+    "int / mul / float / special / conv / mem / other",
+    "loads",
+    "stores",
+    "kB moved / least",
+    "bound, µs",
+)
+WIDE = {"int / mul / float / special / conv / mem / other", "kB moved / least"}
+
+
+def _accesses(accesses: Mapping[str, int]) -> str:
+    """Widths in bytes, the widest first: what a thread's code holds."""
+    return " ".join(f"{n}x{width}" for width, n in sorted(accesses.items(), key=lambda item: -int(item[0]))) or "-"
+
+
+def _row(entry: Mapping[str, Any]) -> list[str]:
+    instructions = f"{entry['instructions']:.1f}"
+    if len(entry["by_loop"]) > 1:
+        instructions += " (" + ", ".join(f"{part:.1f}" for part in entry["by_loop"]) + ")"
+    bound = entry.get("roofline")
+    return [
+        str(entry["registers"]),
+        f"{entry['occupancy']:.0%}",
+        instructions,
+        " / ".join(f"{n:.1f}" for n in entry["classes"].values()),
+        _accesses(entry["loads"]),
+        _accesses(entry["stores"]),
+        f"{entry['moved'] / 1e3:.0f} / {entry['minimum'] / 1e3:.0f}",
+        f"{bound[bound['binds']]:.3f} {bound['binds']}" if bound else "-",
+    ]
+
+
+def _memory(entry: Mapping[str, Any]) -> str:
+    return f"{entry['shared']} B shared, {entry['barriers']} barriers"
+
+
+def _rival_rows(table: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, passes in table.items():
+        for part, kinds in passes.items():
+            for kind, numbers in sorted(kinds.items(), key=lambda item: KINDS.index(item[0])):
+                slow = f" + {numbers['slow']:.0f} in slow paths" if numbers.get("slow") else ""
+                rows.append(
+                    [
+                        name,
+                        part,
+                        {"compiled": "torch.compile", "obvious": "obvious tl.randn kernel"}.get(kind, kind),
+                        str(numbers["kernels"]),
+                        f"{numbers['moved'] / 1e3:.0f}",
+                        f"{numbers['instructions']:.1f}{slow}" if "instructions" in numbers else "-",
+                        f"{numbers['bound']:.3f}" if "bound" in numbers else "-",
+                        f"{numbers['bound'] / kinds['fused']['bound']:.2f}" if "bound" in numbers else "-",
+                    ]
+                )
+    return rows
+
+
+KINDS = ("fused", "obvious", "compiled", "eager")
+RIVAL_COLUMNS = ("operation", "pass", "as", "kernels", "kB moved", "instructions", "bound, µs", "bound / fused")
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str | None, versions: str) -> str:
+    targets = list(next(iter(built.values())))
+    parts = [f"Written by `denim kernels --page` with {versions}. All numbers are static: nothing was run."]
+    if table is not None:
+        parts += [
+            "### Beside what one would have otherwise, H100",
+            _markdown(RIVAL_COLUMNS, _rival_rows(table)),
+        ]
+        if reason:
+            parts.append(f"torch.compile's kernels are not available here: {reason}.")
+    for target in targets:
+        rows = [[name, *_row(entries[target]), _memory(entries[target])] for name, entries in built.items()]
+        parts += [f"### {target}", _markdown(("kernel", *COLUMNS, "shared memory"), rows)]
+    return "\n\n".join(parts)
+
+
+def _insert(path: Path, text: str) -> None:
+    """Put the generated part into a page between its marks, and leave its prose as it is."""
+    page = path.read_text() if path.exists() else f"# Kernels\n\n{BEGIN}\n{END}\n"
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"{path} must hold {BEGIN!r} and behind it {END!r}, once each: the tables go between them")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    with atomic_write(path) as part:
+        part.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def main(
+    only: tuple[str, ...] = (),
+    targets: tuple[str, ...] = (),
+    json: Path | None = None,
+    page: Path | None = None,
+    update_budgets: bool = False,
+    rivals: bool = True,
+    workers: int | None = None,
+) -> None:
+    """Build every kernel for GPUs that need not be here, count its machine code, and hold it against the budgets.
+
+    Everything is static: registers, instructions and bytes, and the times that these allow at best. Nothing is run.
+
+    Args:
+        only: kernels by name, or by how their names begin; all by default.
+        targets: of sm_80, sm_90, sm_100 and gfx942; by default all that this Triton can build for.
+        json: write the whole report here.
+        page: write the tables into this Markdown page, between its marks.
+        update_budgets: make today's numbers the budgets (kernels/budgets.json).
+        rivals: also build what one would have otherwise: torch.compile's kernels, the obvious kernel, eager chains. Not
+            with --only, and for sm_90 alone.
+        workers: processes; by default as many as there are processors.
+    """
+    try:
+        from denim.kernels import build_report as report
+        from denim.kernels import compiled_rivals
+        from denim.kernels.machine_code import TARGETS, unavailable
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ValueError("kernels are built with Triton, which is not installed: pip install triton (Linux)") from None
+    import torch
+    import triton
+
+    complete = not only and set(targets or TARGETS) == set(TARGETS)
+    if update_budgets and not complete:
+        raise ValueError("--update-budgets takes every kernel and target: leave out --only and --targets")
+    cases, chosen = report.select(only, targets)
+    console = Console()
+    for target in TARGETS:
+        if not targets and (reason := unavailable(target)):
+            if update_budgets:
+                raise ValueError(f"--update-budgets takes every target, but cannot build for {target}: {reason}")
+            console.print(f"without {target}: {reason}")
+            complete = False
+    built = report.report(only, targets, workers)
+    table = None
+    reason = compiled_rivals.unavailable()
+    if rivals and not only and "sm_90" in chosen:
+        table = compiled_rivals.rivals(workers)
+    versions = f"Triton {triton.__version__} and torch {torch.__version__}"
+
+    # A file or a pipe has no width of its own; a narrow terminal gets the columns that fit it.
+    console = console if console.is_terminal else Console(width=220)
+    kept = [place for place, column in enumerate(COLUMNS) if console.width >= 180 or column not in WIDE]
+    for target in chosen:
+        columns = [COLUMNS[place] for place in kept]
+        shown = Table("kernel", *columns, title=f"{target}, static, per output element and per image", box=None)
+        for name, entries in built.items():
+            row = _row(entries[target])
+            shown.add_row(name, *(row[place] for place in kept))
+        console.print(shown)
+    if table is not None:
+        shown = Table(*RIVAL_COLUMNS, title="beside what one would have otherwise, H100, static", box=None)
+        for row in _rival_rows(table):
+            shown.add_row(*row)
+        console.print(shown)
+        if reason:
+            console.print(f"torch.compile's kernels are not available: {reason}")
+    if json is not None:
+        with atomic_write(json) as part:
+            everything = {"triton": triton.__version__, "torch": torch.__version__, "kernels": built, "rivals": table}
+            part.write_text(dumps(everything, indent=1))
+    if page is not None:
+        _insert(page, _page(built, table, reason, versions))
+
+    failures = [
+        text
+        for case in cases
+        for target in chosen
+        for text in report.broken_promises(case, target, built[case.name][target])
+    ]
+    if update_budgets:
+        if failures:
+            raise ValueError("budgets not updated, since machine code is not what it must be:\n" + "\n".join(failures))
+        with atomic_write(report.BUDGETS) as part:
+            part.write_text(report.budgets_text(built))
+        console.print(f"budgets written to {report.BUDGETS}; look at the difference before you commit it")
+        return
+    version, budgets = report.read_budgets()
+    if version == triton.__version__:
+        worse, better = report.compare(budgets, built, complete)
+        failures += worse
+        for text in better:
+            console.print(f"better: {text}", soft_wrap=True, highlight=False)
+        if better and not worse:
+            console.print("keep what was gained: denim kernels --update-budgets")
+    else:
+        console.print(f"not compared: the budgets were made with Triton {version}, this is {triton.__version__}")
+    for text in failures:
+        console.print(f"failed: {text}", soft_wrap=True, highlight=False)
+    if failures:
+        raise SystemExit(1)
+    console.print(f"{len(built)} kernels for {', '.join(chosen)}: machine code as it must be")

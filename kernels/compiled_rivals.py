@@ -1,0 +1,439 @@
+# mypy: disable-error-code="arg-type, assignment"
+"""What a user would have without the fused kernels, counted like them: `torch.compile`'s kernels and eager PyTorch.
+
+`torch.compile` needs a GPU to compile for one. Here its parts are driven one by one on tensors without memory and a
+stand-in for an H100: AOTAutograd cuts a function into forward and backward, Inductor writes Triton kernels for both and
+chooses their launch configurations, and Triton builds them. That reaches into private modules of torch 2.14, so other
+versions are refused, and only the report uses it.
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import contextlib
+import functools
+import importlib.util
+import math
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.compiler import ASTSource
+from triton.runtime import driver
+
+from denim.kernels.baselines import decoded_pixels, linf_step, noisy_patches, reconstruction_loss
+from denim.kernels.baselines_triton import launch as obvious_launch
+from denim.kernels.baselines_triton import obvious_noise_patchify_kernel
+from denim.kernels.build_cases import BATCH, SIDE, Work
+from denim.kernels.build_report import analyse, report
+from denim.kernels.machine_code import TARGETS, Built, NoDevice, build
+
+__all__ = ["RIVALS", "compiled", "eager", "rivals", "unavailable"]
+
+TARGET = "sm_90"
+TORCH = "2.14"
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=80 << 30,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    L2_cache_size=50 << 20,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    is_integrated=0,
+)
+
+
+class Rival(NamedTuple):
+    """A published chain of operations, and the kernels that do the same."""
+
+    chain: Callable[..., Tensor]
+    inputs: Callable[[], list[Tensor]]
+    forward: tuple[str, ...]
+    """Names of `build_cases.CASES`, which run one after another."""
+    backward: tuple[str, ...] = ()
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def _bytes() -> Tensor:
+    return _empty(BATCH, SIDE, SIDE, 3, dtype=torch.uint8)
+
+
+def _planes(grad: bool = False) -> Tensor:
+    return _empty(BATCH, 3, SIDE, SIDE, grad=grad)
+
+
+def _prediction() -> Tensor:
+    return _empty(BATCH, (SIDE // 16) ** 2, 768, dtype=torch.bfloat16, grad=True)
+
+
+def _statistics() -> list[Tensor]:
+    return [_empty(3), _empty(3)]
+
+
+_noisy = functools.partial(noisy_patches, patch_size=16, dtype=torch.bfloat16)
+_decoded = functools.partial(decoded_pixels, image_size=(SIDE, SIDE), patch_size=16)
+
+# 224 x 224, patch 16.
+RIVALS = {
+    "noise_patchify, uint8 to bf16": Rival(
+        _noisy, lambda: [_bytes(), _empty(BATCH), *_statistics()], ("noise_patchify forward, uint8, patch 16, bf16",)
+    ),
+    "noise_patchify, 4 levels of 2 draws": Rival(
+        functools.partial(_noisy, draws=(2,)),
+        lambda: [_bytes(), _empty(4, BATCH), *_statistics()],
+        ("noise_patchify forward, uint8, patch 16, bf16, 4 levels of 2 draws",),
+    ),
+    "noise_patchify, fp32 pixels with gradient": Rival(
+        _noisy,
+        lambda: [_planes(grad=True), _empty(BATCH), *_statistics()],
+        ("noise_patchify forward, fp32 planes, patch 16, bf16",),
+        ("noise_patchify backward, bf16 to fp32, patch 16",),
+    ),
+    "patch_loss, uint8 and bf16, norm_pix": Rival(
+        functools.partial(reconstruction_loss, patch_size=16),
+        lambda: [_prediction(), _bytes(), *_statistics()],
+        ("patch_loss forward, uint8, patch 16, bf16", "patch_loss sum, uint8, patch 16, bf16"),
+        ("patch_loss backward, uint8, patch 16, bf16",),
+    ),
+    "decode_patches, bf16, statistics of float pixels": Rival(
+        lambda prediction, source, mean, std: _decoded(prediction, mean, std, statistics="input", source=source),
+        lambda: [_prediction(), _planes(grad=True), *_statistics()],
+        ("decode_patches forward, input, fp32 planes, patch 16, bf16",),
+        ("decode_patches backward, input, fp32 planes, patch 16, bf16",),
+    ),
+    "decode_patches, bf16, raw": Rival(
+        _decoded,
+        lambda: [_prediction(), *_statistics()],
+        ("decode_patches forward, raw, patch 16, bf16",),
+        ("decode_patches backward, raw, patch 16, bf16",),
+    ),
+    "attack_step, fp32": Rival(
+        lambda pixels, origin, gradient, step, epsilon: linf_step(
+            pixels, origin, gradient, step_size=step, epsilon=epsilon
+        ),
+        lambda: [_planes(), _planes(), _planes(), _empty(BATCH), _empty(BATCH)],
+        ("attack_step, fp32",),
+    ),
+}
+
+
+def unavailable() -> str | None:
+    """Why `compiled` does not work here; None if it does."""
+    if torch.__version__.split("+")[0].rsplit(".", 1)[0] != TORCH:
+        return f"written for the private modules of torch {TORCH}, this is {torch.__version__}"
+    return None
+
+
+class _Driver(NoDevice):
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+@contextlib.contextmanager
+def _pretend() -> Iterator[None]:
+    """Inductor asks torch about the GPU that it writes for."""
+    from torch._dynamo.device_interface import CudaInterface
+
+    driver.set_active(_Driver(TARGETS[TARGET]))
+    with contextlib.ExitStack() as stack:
+        for name, value in {
+            "get_device_properties": H100,
+            "is_available": True,
+            "current_device": 0,
+            "device_count": 1,
+            "get_device_capability": (9, 0),
+            "synchronize": None,
+        }.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", lambda *_, value=value, **__: value))
+        stack.enter_context(mock.patch("torch._inductor.runtime.triton_helpers.set_driver_to_gpu"))
+        properties = staticmethod(lambda *_, **__: H100)
+        for owner in (CudaInterface, CudaInterface.Worker):
+            stack.enter_context(mock.patch.object(owner, "get_device_properties", properties))
+        yield
+
+
+def _graphs(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[tuple[Any, list[Tensor]]]:
+    """The forward graph and, if an input demands it, the backward graph, cut as `torch.compile` cuts them."""
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    found: list[tuple[Any, list[Tensor]]] = []
+
+    def keep(graph: Any, given: list[Tensor]) -> Any:
+        found.append((graph, given))
+        return graph
+
+    traced = aot_function(
+        function,
+        fw_compiler=keep,
+        bw_compiler=keep,
+        inference_compiler=keep,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    # On the CPU, since backward on a GPU's tensors asks for the GPU.
+    result = traced(*inputs)
+    if result.requires_grad:
+        result.backward(torch.ones_like(result))
+    return found
+
+
+def _source(graph: Any, given: Sequence[Tensor]) -> str:
+    """Inductor's output code for a graph, moved to a GPU."""
+    from torch._inductor import config
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.fx_passes.replace_random import replace_random_passes
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    for node in graph.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    graph.recompile()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, config.patch(profile_bandwidth=True):
+        moved = [torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda") for value in given]
+        traced = make_fx(graph)(*moved)
+        with V.set_fake_mode(fake):
+            replace_random_passes(traced)
+            view_to_reshape(traced)
+        lowering = GraphLowering(traced, example_inputs=moved)
+        with V.set_graph_handler(lowering), V.set_fake_mode(fake), V.set_debug_handler(DebugContext()):
+            lowering.run(*moved)
+            code = lowering.codegen()
+    code = code[0] if isinstance(code, tuple) else code
+    return str(getattr(code, "value", code))
+
+
+def _kernels(source: str) -> Iterator[tuple[str, str, list[str]]]:
+    """(name, source, arguments of the call) of every Triton kernel that the output code calls, in its order."""
+    tree = ast.parse(source)
+    texts = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "async_compile.triton":
+            name, text = (ast.literal_eval(argument) for argument in node.args[:2])
+            texts[name] = text
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "run":
+            name = ast.unparse(node.func.value)
+            yield name, texts[name], [ast.unparse(argument) for argument in node.args]
+
+
+def _build(name: str, text: str, arguments: Sequence[str], images: int, elements: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        tuner = getattr(module, name)
+        # The first of Inductor's choices, which is the only one unless it is told to measure.
+        choice = tuner.configs[0]
+        meta = tuner._create_compile_meta(choice)
+        options = tuner._create_compile_options(choice, meta)
+        kernel = triton.compile(
+            ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0]),
+            target=TARGETS[TARGET],
+            options=options,
+        )
+    named = zip(tuner.fn.arg_names, arguments, strict=False)  # the last ones are the configuration's
+    numels = {argument: int(value) for argument, value in named if argument.endswith("numel")}
+    blocks = {key: value for key, value in meta["constants"].items() if key.endswith("BLOCK")}
+    programs = math.prod(
+        math.ceil(size / blocks[f"{axis[0].upper()}BLOCK"])
+        for axis, size in numels.items()
+        if axis[0] in "xyz" and f"{axis[0].upper()}BLOCK" in blocks
+    )
+    trips = tuple(
+        math.ceil(size / blocks[f"{axis[:2].upper()}_BLOCK"])
+        for axis, size in numels.items()
+        if axis[0] == "r" and f"{axis[:2].upper()}_BLOCK" in blocks
+    )
+    # Inductor's own estimate of the bytes that a kernel has to move, which does not tell reads from writes.
+    moved = round(tuner.inductor_meta["kernel_num_gb"] * 1e9)
+    built = Built(kernel.asm, kernel.metadata, programs)
+    entry = analyse(built, TARGET, Work(images, elements, moved, moved, moved, tuple(n for n in trips if n > 1)))
+    return {"kernel": name, "launch": {**blocks, "num_warps": choice.num_warps}} | entry
+
+
+def compiled(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], images: int, elements: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The kernels that `torch.compile` would run on an H100, with its first launch configuration of each.
+
+    Args:
+        function: of `inputs`.
+        inputs: without memory (device "meta"). A backward pass is compiled if one of them requires a gradient.
+        images: in the batch.
+        elements: output elements, which instructions are counted for.
+
+    Returns:
+        {"forward" and, where there is one, "backward": `build_report.analyse` of each kernel}; `launch` holds the
+        configuration.
+
+    Raises:
+        ValueError: torch is of another version.
+    """
+    if reason := unavailable():
+        raise ValueError(f"torch.compile's kernels cannot be had: {reason}")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = [
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).requires_grad_(value.requires_grad)
+            for value in inputs
+        ]
+        graphs = _graphs(function, given)
+    passes = {}
+    with _pretend():
+        for part, (graph, values) in zip(("forward", "backward"), graphs, strict=False):
+            kernels = list(_kernels(_source(graph, values)))
+            passes[part] = [_build(*kernel, images, elements) for kernel in kernels]
+    return passes
+
+
+# Operations that move nothing though they are no views.
+FREE = ("aten::empty", "aten::_reshape_alias", "aten::_unsafe_view", "aten::detach")
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts what every operation reads and writes. Views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = 0
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not func.name().startswith(FREE):
+            given = [value for value in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            made = [value for value in torch.utils._pytree.tree_leaves(result) if isinstance(value, Tensor)]
+            # An expanded operand is read in its own size.
+            self.kernels += 1
+            self.moved += sum(
+                math.prod(n for n, stride in zip(value.shape, value.stride(), strict=True) if stride or n == 1)
+                * value.element_size()
+                for value in (*given, *made)
+            )
+        return result
+
+
+def eager(function: Callable[..., Tensor], inputs: Sequence[Tensor], images: int) -> dict[str, dict[str, float]]:
+    """Kernels and bytes per image of the chain as eager PyTorch runs it: each operation reads and writes memory.
+
+    Args:
+        function: of `inputs`.
+        inputs: without memory (device "meta").
+        images: in the batch.
+
+    Returns:
+        {"forward" and, if an input requires a gradient, "backward": {"kernels", "moved"}}.
+    """
+    with _Traffic() as forward:
+        result = function(*inputs)
+    passes = {"forward": {"kernels": forward.kernels, "moved": forward.moved / images}}
+    if result.requires_grad:
+        upstream = torch.empty_like(result)
+        with _Traffic() as backward:
+            result.backward(upstream)
+        passes["backward"] = {"kernels": backward.kernels, "moved": backward.moved / images}
+    return passes
+
+
+def obvious() -> dict[str, Any]:
+    """The kernel that one would write first, noise and patchify from uint8 to bf16, counted."""
+    images, gpu = _bytes(), TARGETS[TARGET]
+    (built,) = build(
+        gpu,
+        [obvious_noise_patchify_kernel],
+        lambda: obvious_launch(images, _empty(BATCH), 0, 16, _empty(3), _empty(3), torch.bfloat16),
+    )
+    elements = images.numel()
+    work = Work(BATCH, elements, 3 * elements, 3 * elements, 2 * elements)
+    return {"kernel": built.metadata.name} | analyse(built, TARGET, work)
+
+
+def _sum(kernels: Sequence[dict[str, Any]], elements: float) -> dict[str, Any]:
+    """Kernels that run one after another: each waits for memory or issues, none overlaps with the next."""
+    return {
+        "kernels": len(kernels),
+        "moved": sum(kernel["moved"] for kernel in kernels),
+        "instructions": sum(kernel["instructions"] * kernel["elements"] for kernel in kernels) / elements,
+        "slow": sum(kernel["slow"] * kernel["elements"] for kernel in kernels) / elements,
+        "local": sum(kernel["local"] for kernel in kernels),
+        "bound": sum(kernel["roofline"][kernel["roofline"]["binds"]] for kernel in kernels),
+    }
+
+
+def _rival(name: str) -> dict[str, Any]:
+    rival = RIVALS[name]
+    chains: dict[str, Any] = {
+        part: {"eager": moved} for part, moved in eager(rival.chain, rival.inputs(), BATCH).items()
+    }
+    if unavailable() is None:
+        for part, kernels in compiled(rival.chain, rival.inputs(), BATCH, BATCH * 3 * SIDE * SIDE).items():
+            chains[part]["compiled"] = kernels
+    if name == next(iter(RIVALS)):
+        chains["forward"]["obvious"] = [obvious()]
+    return chains
+
+
+def rivals(workers: int | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every fused kernel beside what a user would have otherwise, on an H100, in processes of their own.
+
+    Args:
+        workers: processes; by default as many as there are processors.
+
+    Returns:
+        {name in `RIVALS`: {"forward" or "backward": {"fused", "obvious", "compiled", "eager"}}}, each with the number
+        of `kernels` and the bytes `moved` per image; all but "eager" also `instructions` per element of the image,
+        `local`-memory instructions and `bound`, the sum of the kernels' rooflines in microseconds per image. "compiled"
+        is missing where `unavailable`, "obvious" for all but noise.
+    """
+    fused = report([name for rival in RIVALS.values() for name in (*rival.forward, *rival.backward)], [TARGET], workers)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
+        chains = dict(zip(RIVALS, pool.map(_rival, RIVALS), strict=True))
+    elements = 3.0 * SIDE * SIDE
+    table = {}
+    for name, rival in RIVALS.items():
+        table[name] = {
+            part: {
+                "fused": _sum([fused[case][TARGET] for case in getattr(rival, part)], elements),
+                **{
+                    what: found if what == "eager" else _sum(found, elements) | {"entries": found}
+                    for what, found in others.items()
+                },
+            }
+            for part, others in chains[name].items()
+        }
+    return table
