@@ -9,7 +9,7 @@ from rich.console import Console
 
 from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
 from denim.nim import Autoencoder, Classifier
-from denim.nim.data import EvalView, Subset, TorchLoader, open_source
+from denim.nim.data import EvalView, Subset, open_loader, open_source
 from denim.nim.engine import pick_device
 
 
@@ -30,7 +30,9 @@ def main(
     draws: int = 20,
     max_batch: int = 256,
     examples: int = 6,
+    loader: str = "auto",
     workers: int = 0,
+    max_bad: float = 0.01,
     seed: int = 0,
     device: str = "auto",
 ) -> None:
@@ -42,7 +44,7 @@ def main(
         classifier: folder of the fine-tuned classifier.
         denoiser: folder of the denoiser; without one, noise alone is the defense.
         out: folder of the evaluation.
-        data: "digits" or a folder of class folders.
+        data: "digits", "cifar10", "cifar100" or a folder of images.
         split: of the data.
         images: size of the fixed random subset that is evaluated; 0 for all.
         sigmas: noise levels, 0-255 pixel levels.
@@ -55,7 +57,9 @@ def main(
         draws: fresh draws per image for the score.
         max_batch: images per pass; lower it if memory runs out.
         examples: images in the gallery.
-        workers: processes that decode images.
+        loader: dali, torch, or auto for the first of these that can serve.
+        workers: processes (torch) or threads (DALI) that decode images.
+        max_bad: largest share of images that may turn out unreadable; they are not counted, above it the run stops.
         seed: of the evaluation.
         device: auto, or a torch device.
     """
@@ -81,11 +85,21 @@ def main(
         if frozen is not None:
             fixed = De3(rebuild, model, frozen, degrade=degrade, statistics=statistics, seed=seed).to(where)
             defenses[f"sigma {frozen:g} frozen"] = fixed.frozen(seed)
-    source = open_source(data, split, len(model.config.mean))
+    source = open_source(data, split, len(model.config.mean), max_bad=max_bad)
     chosen = Subset(source, images, seed) if 0 < images < len(source) else source
     view = EvalView(model.config.image_size[0])
-    loader = TorchLoader(chosen, view, min(256, len(chosen)), shuffle=False, drop_last=False, workers=workers)
-    evaluation = evaluate(defenses, loader, settings, out, classes=model.config.classes, console=console)
+    batches = open_loader(
+        chosen,
+        view,
+        min(256, len(chosen)),
+        shuffle=False,
+        last="keep",
+        workers=workers,
+        backend=loader,
+        device=where,
+        max_bad=max_bad,
+    )
+    evaluation = evaluate(defenses, batches, settings, out, classes=model.config.classes, console=console)
     report = write_report(evaluation, out, title=f"De3 on {source.name}, {len(chosen)} images")
     print_table(evaluation, console)
     console.print(f"report: {report}", soft_wrap=True)

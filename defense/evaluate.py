@@ -142,7 +142,8 @@ def evaluate(
 
     Args:
         defenses: by name, put into evaluation mode; the first one is what the others are compared with.
-        loader: its epoch 0 yields the images, in any order.
+        loader: its epoch 0 yields the images, in any order; rows that are not real are not counted, nor are images
+            that could not be read for every defense and attack.
         settings: attacks, draws and seed.
         out: folder of the evaluation.
         classes: names of the classes, for the report.
@@ -180,6 +181,8 @@ def evaluate(
         progress.update(task, completed=len(work), state="")
     cells = _cells(defenses, attacks, records)
     notes += _health(defenses, cells, records)
+    if bad := loader.state()["bad"]:
+        notes.append(f"{len(bad)} images could not be read and are not counted: {'; '.join(bad.values())}")
     evaluation = Evaluation(
         cells,
         tuple(classes),
@@ -302,7 +305,8 @@ def _evaluate_cell(
     rows = max(1, settings.max_batch // (eot * defense.draws))
     wanted = 0 if kept.exists() else settings.examples
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for batch in loader.epoch(0):
+    for padded in loader.epoch(0):
+        batch = padded.counted()
         for part in range(0, len(batch.ids), rows):
             chosen = slice(part, part + rows)
             missing = sum(len(item[0]) for item in found) < wanted
@@ -389,13 +393,16 @@ def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], record
     for radius, names in by_radius.items():
         if len(names) > 1:
             columns.append((f"{WORST} {radius_text(radius)}", radius, names))
+    # An image whose file is lost half-way has records in some cells alone; cells are compared over the same images.
+    ids = sorted(
+        set.intersection(*(set(records.cell(name, text)) for name in defenses for text, _, c in columns if not c))
+    )
     cells: list[Cell] = []
     reference: dict[str, np.ndarray[Any, Any]] = {}
     for name, defense in defenses.items():
         for text, epsilon, candidates in columns:
             rows = [records.cell(name, candidate) for candidate in candidates or [text]]
-            rows.sort(key=lambda cell: -sum(record["missed"] for record in cell.values()))
-            ids = sorted(rows[0])
+            rows.sort(key=lambda cell: -sum(cell[i]["missed"] for i in ids))
             # A stable maximum: of attacks that miss an image as often, the one that misses most in all.
             worst = [max((row[i] for row in rows), key=lambda record: record["missed"]) for i in ids]
             predictions = np.array([record["predictions"] for record in worst])

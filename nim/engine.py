@@ -33,14 +33,15 @@ from denim.nim.checkpoint import (
     atomic_write,
     read_safetensors,
 )
-from denim.nim.data import Batch, Loader, TrainView
+from denim.nim.data import Batch, Loader, ManifestSource, Source, TrainView, open_source
 
-__all__ = ["TrainConfig", "keyed_torch", "latest_checkpoint", "pick_device", "train"]
+__all__ = ["TrainConfig", "keyed_torch", "latest_checkpoint", "pick_device", "train", "training_source"]
 
 TRAINING_FILE = "training.pt"
+MANIFEST_FILE = "manifest.safetensors"
 KEPT_CHECKPOINTS = 2
 # What may differ between a run and its resumption without changing a weight.
-FREE_SETTINGS = ("out", "resume", "workers", "checkpoint_every", "log_every")
+FREE_SETTINGS = ("out", "resume", "workers", "loader", "max_bad", "checkpoint_every", "log_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class TrainConfig:
 
     Attributes:
         out: folder of the run.
-        data: "digits" or a folder of class folders.
+        data: "digits", "cifar10", "cifar100" or a folder of images.
         epochs: passes over the training images.
         warmup_epochs: of these, epochs of linear warm-up; then a cosine to min_lr, set at every update.
         batch_size: images per update; learning rates scale linearly with it.
@@ -63,7 +64,9 @@ class TrainConfig:
         degrees: random rotation up to this many degrees.
         translate: random shift up to this share of the side.
         zoom: random change of size up to this share.
-        workers: processes that decode images.
+        loader: "dali", "torch", or "auto" for the first of these that can serve.
+        workers: processes (torch) or threads (DALI) that decode images.
+        max_bad: largest share of images that may turn out unreadable; others stand in for them, above it the run stops.
         seed: of the run.
         device: "auto", or a torch device.
         precision: "auto" (bf16 where the device has it), "bf16" or "fp32".
@@ -87,7 +90,9 @@ class TrainConfig:
     degrees: float = 0.0
     translate: float = 0.0
     zoom: float = 0.0
+    loader: str = "auto"
     workers: int = 0
+    max_bad: float = 0.01
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
@@ -177,11 +182,35 @@ def latest_checkpoint(out: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _prepare_folder(config: TrainConfig) -> None:
+def training_source(config: TrainConfig, channels: int | None, *, labelled: bool) -> Source:
+    """The training images. A resumed run has those that it began with, whatever has been added or damaged since.
+
+    Args:
+        config: the settings.
+        channels: 1, 3, or None for what the images have.
+        labelled: whether classes are needed.
+
+    Raises:
+        ValueError, OSError: see `open_source`.
+    """
+    kept = config.out / MANIFEST_FILE
+    return open_source(
+        config.data,
+        "train",
+        channels,
+        labelled=labelled,
+        max_bad=config.max_bad,
+        kept=kept if config.resume and kept.exists() else None,
+    )
+
+
+def _prepare_folder(config: TrainConfig, source: Source | None) -> None:
     """Make the run folder, or check that the one that is there may be resumed."""
     settings = json.loads(json.dumps(asdict(config), default=str))
     file = config.out / "run.json"
     if not file.exists():
+        if isinstance(source, ManifestSource):
+            source.manifest.keep(config.out / MANIFEST_FILE)
         with atomic_write(file) as staged:
             staged.write_text(json.dumps(settings, indent=2) + "\n")
         return
@@ -203,7 +232,7 @@ def _load_training(folder: Path, model: Pretrained, optimizer: torch.optim.Optim
     try:
         state = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        return {name: state[name] for name in ("update", "logged", "losses")}
+        return {name: state[name] for name in ("update", "logged", "losses", "loader")}
     except Exception as error:  # torch raises half a dozen types for a damaged file; none says which file
         raise CheckpointError(f"{folder / TRAINING_FILE} cannot be read: {error}; remove {folder}") from error
 
@@ -230,11 +259,11 @@ class _Metrics:
             staged.write_text("".join(f"{line}\n" for line in kept))
         self.events = SummaryWriter(out / "tensorboard", purge_step=update + 1)
 
-    def write(self, record: dict[str, float]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         with self.file.open("a") as handle:
             handle.write(json.dumps(record) + "\n")
         for name, value in record.items():
-            if name != "update":
+            if name != "update" and isinstance(value, (int, float)):
                 self.events.add_scalar(name, value, int(record["update"]))
 
     def close(self) -> None:
@@ -250,6 +279,7 @@ def train(
     *,
     title: str,
     console: Console,
+    source: Source | None = None,
 ) -> None:
     """Train a model in place and write its run folder.
 
@@ -261,11 +291,13 @@ def train(
         loss: scalar loss of a part, from the part (on the CPU) and the epoch.
         title: what the progress bar says.
         console: where progress goes.
+        source: the loader's; its manifest is kept in the run folder, for `training_source`.
 
     Raises:
         ValueError: the folder holds a run, or a run with other settings.
         FloatingPointError: the loss is not finite.
         CheckpointError: the newest checkpoint cannot be read.
+        BadSamplesError: more images than `config.max_bad` allows cannot be read.
     """
     updates_per_epoch = loader.steps_per_epoch // config.accumulate
     if updates_per_epoch == 0:
@@ -273,7 +305,7 @@ def train(
             f"an epoch has {loader.steps_per_epoch} parts of {config.part_size} images, fewer than accumulate "
             f"({config.accumulate}): take a smaller batch_size"
         )
-    _prepare_folder(config)
+    _prepare_folder(config, source)
     device = next(model.parameters()).device
     total, warmup = config.epochs * updates_per_epoch, round(config.warmup_epochs * updates_per_epoch)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
@@ -290,9 +322,11 @@ def train(
     state: dict[str, Any] = {"update": 0, "logged": 0, "losses": 0.0}
     if newest is not None:
         state = _load_training(newest, model, optimizer)
+        loader.load_state(state["loader"])
     update, logged = state["update"], state["logged"]
     losses = torch.tensor(state["losses"], device=device)
     metrics = _Metrics(config.out, update)
+    bad: dict[str, str] = loader.state()["bad"]
     checkpoint_every = config.checkpoint_every or updates_per_epoch
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
@@ -327,6 +361,9 @@ def train(
                             f"the loss is {mean_loss} near update {update}; lower base_lr, lengthen the warm-up, "
                             f"or resume from {latest_checkpoint(config.out)}"
                         )
+                    known, bad = bad, loader.state()["bad"]
+                    if new := {name: reason for name, reason in bad.items() if name not in known}:
+                        metrics.write({"update": update, "bad": len(bad), "new_bad": new})
                     if log:
                         rate = (update - since) * config.batch_size / (time.perf_counter() - started)
                         rates = [group["lr"] for group in optimizer.param_groups]
@@ -348,9 +385,20 @@ def train(
                         since, started, logged = update, time.perf_counter(), update
                         losses.zero_()
                     if save:
-                        progressed = {"update": update, "logged": logged, "losses": losses.item()}
-                        _save_training(config.out, model, optimizer, progressed)
+                        _save_training(
+                            config.out,
+                            model,
+                            optimizer,
+                            {"update": update, "logged": logged, "losses": losses.item(), "loader": loader.state()},
+                        )
     finally:
         metrics.close()
+    if bad:
+        listed = "".join(f"\n  {reason}" for reason in bad.values())
+        console.print(
+            f"{title}: others stood in for {len(bad)} images that could not be read:{listed}",
+            markup=False,
+            soft_wrap=True,
+        )
     model.eval()
     model.save_pretrained(config.out / "model")

@@ -18,8 +18,8 @@ from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
-from denim.nim.data import Batch, EvalView, Source, TorchLoader, keyed_globals, open_source
-from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train
+from denim.nim.data import Batch, EvalView, Source, keyed_globals, open_loader
+from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train, training_source
 from denim.nim.reconstruct import add_noise, check_degradation, reconstruct
 from denim.nim.sigma import Sigma
 
@@ -40,7 +40,8 @@ class FinetuneConfig(TrainConfig):
         statistics: "input" or "noisy": see `reconstruct`; without effect for a raw target.
         layer_decay: learning rate of a layer relative to the one above it.
         drop_path: rate of stochastic depth.
-        auto_augment: timm's RandAugment policy, or None.
+        auto_augment: RandAugment: timm's policy (loader torch), DALI's own such as "dali-rand-m9-n2" (loader dali;
+            `TrainView` says what differs), or None.
         erasing: probability of random erasing.
         mixup, cutmix: their alpha; 0 for none.
         smoothing: label smoothing.
@@ -110,7 +111,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False).to(device)
     check_degradation(autoencoder, config.degrade, config.statistics)
     body = autoencoder.config
-    source = open_source(config.data, "train", body.channels)
+    source = training_source(config, body.channels, labelled=True)
     architecture = ClassifierConfig.for_encoder(
         body,
         len(source.classes),
@@ -119,7 +120,16 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         images=config.training_case(autoencoder),
     )
     view = config.view(body.image_size[0], config.auto_augment)
-    loader = TorchLoader(source, view, config.part_size, seed=config.seed, workers=config.workers)
+    loader = open_loader(
+        source,
+        view,
+        config.part_size,
+        seed=config.seed,
+        workers=config.workers,
+        backend=config.loader,
+        device=device,
+        max_bad=config.max_bad,
+    )
     with keyed_torch(config.seed, torch.device("cpu")):
         model = Classifier(architecture)
     try:
@@ -172,18 +182,48 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     groups = param_groups_layer_decay(
         model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
     )
-    train(config, model, groups, loader, loss, title=f"fine-tuning on {config.images} images", console=console)
+    title = f"fine-tuning on {config.images} images"
+    train(config, model, groups, loader, loss, title=title, console=console, source=source)
     return model
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, source: Source, batch_size: int = 256) -> float:
-    """Share of a source's images that a classifier gets right, undegraded and undefended."""
+def accuracy(
+    model: Classifier,
+    source: Source,
+    batch_size: int = 256,
+    *,
+    backend: str = "auto",
+    workers: int = 0,
+    max_bad: float = 0.01,
+) -> float:
+    """Share of a source's images that a classifier gets right, undegraded and undefended.
+
+    Each image that can be read counts once.
+
+    Args:
+        model: a classifier, in evaluation mode.
+        source: labelled images.
+        batch_size: images per pass.
+        backend, workers, max_bad: see `open_loader`.
+    """
     device = next(model.parameters()).device
     view = EvalView(model.config.image_size[0])
-    loader = TorchLoader(source, view, batch_size, shuffle=False, drop_last=False)
-    correct = 0
+    loader = open_loader(
+        source,
+        view,
+        batch_size,
+        shuffle=False,
+        last="keep",
+        workers=workers,
+        backend=backend,
+        device=device,
+        max_bad=max_bad,
+    )
+    correct = total = 0
     for batch in loader.epoch(0):
-        pixels = batch.images.to(device).permute(0, 3, 1, 2).float() / 255
-        correct += int((model(pixels).argmax(dim=-1).cpu() == batch.labels).sum())
-    return correct / len(source)
+        counted = batch.to(device).counted()
+        pixels = counted.images.permute(0, 3, 1, 2).float() / 255
+        correct += int((model(pixels).argmax(dim=-1) == counted.labels).sum())
+        total += len(counted.ids)
+    return correct / total

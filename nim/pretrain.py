@@ -11,8 +11,8 @@ from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import PRESETS, Autoencoder, preset
-from denim.nim.data import Batch, TorchLoader, open_source
-from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train
+from denim.nim.data import Batch, open_loader
+from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train, training_source
 from denim.nim.objectives import Objective
 
 __all__ = ["PretrainConfig", "pretrain"]
@@ -70,7 +70,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
     console = console or Console(stderr=True)
     device = pick_device(config.device)
     objective = Objective.published(config.objective, config.sigma, config.mask_ratio)
-    source = open_source(config.data, "train", config.channels)
+    source = training_source(config, config.channels, labelled=False)
     architecture = preset(
         config.preset,
         image_size=config.image_size,
@@ -80,7 +80,16 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         objective=config.objective,
     )
     view = config.view(architecture.image_size[0])
-    loader = TorchLoader(source, view, config.part_size, seed=config.seed, workers=config.workers)
+    loader = open_loader(
+        source,
+        view,
+        config.part_size,
+        seed=config.seed,
+        workers=config.workers,
+        backend=config.loader,
+        device=device,
+        max_bad=config.max_bad,
+    )
     with keyed_torch(config.seed, torch.device("cpu")):
         model = Autoencoder(architecture)
     model.to(device)
@@ -94,5 +103,5 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
 
     groups = param_groups_weight_decay(model, config.weight_decay)
     title = f"pretraining {config.preset} ({config.objective})"
-    train(config, model, groups, loader, loss, title=title, console=console)
+    train(config, model, groups, loader, loss, title=title, console=console, source=source)
     return model

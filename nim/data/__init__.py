@@ -1,21 +1,54 @@
-"""Data as the trainers see it: sources of images, keyed views of them, and loaders that own the order."""
+"""Data as the trainers see it: manifests, sources of images, keyed views of them, and loaders that own the order."""
 
-from denim.nim.data.loader import Batch, Loader, TorchLoader
-from denim.nim.data.sources import Digits, ImageFolder, Source, Subset, open_source
-from denim.nim.data.views import EvalView, TrainView, View, keyed_globals, sample_rng
+from denim.nim.data.loader import (
+    BadSamplesError,
+    Batch,
+    Loader,
+    PlannedLoader,
+    TorchLoader,
+    loader_backends,
+    open_loader,
+)
+from denim.nim.data.manifest import Listing, Manifest, ManifestError
+from denim.nim.data.order import Order
+from denim.nim.data.sources import (
+    Cifar,
+    Digits,
+    EncodedSource,
+    ImageFolder,
+    ManifestSource,
+    Source,
+    Subset,
+    open_manifest,
+    open_source,
+)
+from denim.nim.data.views import EvalView, TrainView, View, Window, keyed_globals, sample_rng
 
 __all__ = [
+    "BadSamplesError",
     "Batch",
+    "Cifar",
     "Digits",
+    "EncodedSource",
     "EvalView",
     "ImageFolder",
+    "Listing",
     "Loader",
+    "Manifest",
+    "ManifestError",
+    "ManifestSource",
+    "Order",
+    "PlannedLoader",
     "Source",
     "Subset",
     "TorchLoader",
     "TrainView",
     "View",
+    "Window",
     "keyed_globals",
+    "loader_backends",
+    "open_loader",
+    "open_manifest",
     "open_source",
     "sample_rng",
 ]

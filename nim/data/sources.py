@@ -1,26 +1,37 @@
-"""Where images come from: scikit-learn's digits, or a folder of class folders."""
+"""Where images come from: a folder of images, scikit-learn's digits, or CIFAR by name."""
 
 from __future__ import annotations
 
-import hashlib
-import os
+import re
 import warnings
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds, noise_words
+from denim.nim.data.decode import EXTENSIONS, decode, reason
+from denim.nim.data.manifest import Manifest, cache_folder, index, list_images
+from denim.nim.data.shards import ShardManifest, list_shards, open_shards
 
-__all__ = ["Digits", "ImageFolder", "Source", "Subset", "open_source"]
+__all__ = [
+    "Cifar",
+    "Digits",
+    "EncodedSource",
+    "ImageFolder",
+    "ManifestSource",
+    "Source",
+    "Subset",
+    "open_manifest",
+    "open_source",
+    "splits",
+]
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
-# Decoders by content, not by extension. Others stay shut: Pillow would start Ghostscript for PostScript named .jpg.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 DIGITS_TEST_IMAGES = 600
 NAMED = 5  # bad files that a message names; `skipped` has them all
@@ -35,6 +46,7 @@ class Source(Protocol):
         channels: 1 or 3.
         labels: int64 (N,).
         ids: int64 (N,), any values, distinct. Everything random about a sample is keyed by its id.
+        sizes: int32 (N, 2), width and height of the upright image in pixels.
         skipped: "path: reason" of every file that could not be read and is not part of the source.
     """
 
@@ -43,18 +55,75 @@ class Source(Protocol):
     channels: int
     labels: Tensor
     ids: Tensor
+    sizes: Tensor
     skipped: tuple[str, ...]
 
     def __len__(self) -> int:
         """Number of readable images, N."""
         ...
 
+    def where(self, index: int) -> str:
+        """The place of image `index`, for messages: a path, "shard.tar:member" or "digits/test:17"."""
+        ...
+
     def read(self, index: int) -> Image.Image:
-        """Image `index` (0 <= index < N), decoded and upright: mode L for one channel, RGB for three."""
+        """Image `index` (0 <= index < N), decoded and upright: mode L for one channel, RGB for three.
+
+        Raises:
+            OSError: it could be read when the source was made and no longer can; the message names it.
+        """
         ...
 
 
-class Digits:
+@runtime_checkable
+class EncodedSource(Source, Protocol):
+    """A source of encoded images, for decoders other than Pillow."""
+
+    def encoded(self, index: int) -> bytes:
+        """Image `index` as it is in its file.
+
+        Raises:
+            OSError: it cannot be read; the message names it.
+        """
+        ...
+
+    def image_format(self, index: int) -> str:
+        """The format of its content: JPEG, PNG, BMP, WEBP, GIF, TIFF or PPM."""
+        ...
+
+
+class _Arrays:
+    """A source in memory."""
+
+    skipped: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        name: str,
+        images: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int64],
+        ids: npt.NDArray[np.int64],
+        classes: Sequence[str],
+    ) -> None:
+        """Images: (N, H, W) or (N, H, W, 3)."""
+        self.name, self.classes, self.channels = name, tuple(classes), 1 if images.ndim == 3 else 3
+        self.labels, self.ids = torch.from_numpy(labels), torch.from_numpy(ids)
+        self.sizes = torch.tensor([images.shape[2], images.shape[1]], dtype=torch.int32).expand(len(images), 2)
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def where(self, index: int) -> str:
+        """Name and position of image `index`."""
+        return f"{self.name}:{index}"
+
+    def read(self, index: int) -> Image.Image:
+        """Image `index`, of mode L or RGB."""
+        return Image.fromarray(self._images[index])
+
+
+class Digits(_Arrays):
     """The 1,797 handwritten digits that ship with scikit-learn: 8x8, one channel, no download.
 
     The split is fixed and stratified: 600 test images, 1,197 training images. Ids are positions in the full set.
@@ -68,8 +137,7 @@ class Digits:
     """
 
     def __init__(self, split: str) -> None:
-        if split not in ("train", "test"):
-            raise ValueError(f"digits has the splits 'train' and 'test', got {split!r}")
+        _check_split("digits", split)
         # Imported here: scikit-learn takes longer to import than the rest of the package and serves digits alone.
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -78,108 +146,181 @@ class Digits:
         train, test = train_test_split(
             np.arange(len(digits.target)), test_size=DIGITS_TEST_IMAGES, random_state=0, stratify=digits.target
         )
-        chosen = np.sort(train if split == "train" else test)
-        self.name = f"digits/{split}"
-        self.classes = tuple(str(digit) for digit in range(10))
-        self.channels = 1
-        self.labels = torch.from_numpy(digits.target[chosen].astype(np.int64))
-        self.ids = torch.from_numpy(chosen.astype(np.int64))
-        self.skipped: tuple[str, ...] = ()
-        self._images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, index: int) -> Image.Image:
-        """Image `index` as an 8x8 image of mode L."""
-        return Image.fromarray(self._images[index])
+        chosen = np.sort(train if split == "train" else test).astype(np.int64)
+        images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        labels = digits.target[chosen].astype(np.int64)
+        super().__init__(f"digits/{split}", images, labels, chosen, [str(digit) for digit in range(10)])
 
 
-class ImageFolder:
-    """A folder of class folders: `root/<split>/<class>/**/image` or, without split folders, `root/<class>/**/image`.
+class Cifar(_Arrays):
+    """CIFAR-10 or CIFAR-100, downloaded once by torchvision: 32x32, 50,000 training and 10,000 test images.
 
-    Without split folders every split is the same, whole set. Classes are the class folders in sorted order. The id of
-    an image is the 8-byte BLAKE2b hash, read as int64, of its path below the folder that holds the class folders
-    ("cat/0001.jpg"), so it stays when files are added, removed or listed in another order. Hidden files and folders
-    are ignored, and so are files whose extension is not that of an image.
-
-    Every image is decoded once, by a pool of threads, before anything else happens: what cannot be decoded, or is
-    larger than `PIL.Image.MAX_IMAGE_PIXELS`, is left out, listed in `skipped`, and summed up in one warning. Damage
-    that leaves a JPEG decodable is not noticed. EXIF orientation is applied; greyscale, CMYK, palette and 16-bit
-    images are converted; an alpha channel is dropped; of several frames the first counts.
+    Ids are positions in the training set, and for test images 50,000 on.
 
     Args:
-        root: folder.
-        split: "train", "test", ...: any name of a folder below `root`, if it has such.
+        name: "cifar10" or "cifar100".
+        split: "train" or "test".
         channels: 3 (RGB) or 1 (luma).
+        cache: folder of the download; None takes `cache_folder()`.
 
     Raises:
-        ValueError: `root` is missing, no folder or empty; it has split folders, but not this one; there are no class
-            folders; a class has no image, or none that can be read; no file at all can be read; wrong channels.
+        ValueError: another name, split or number of channels.
+        OSError: it is not there and cannot be downloaded.
     """
 
-    def __init__(self, root: str | Path, split: str, channels: int = 3) -> None:
-        if channels not in (1, 3):
-            raise ValueError(f"channels must be 1 (greyscale) or 3 (RGB), got {channels}")
-        base, self.name = _class_root(Path(root).expanduser(), split)
-        self.classes = tuple(folder.name for folder in _subfolders(base))
-        if not self.classes:
-            raise ValueError(
-                f"no class folders in {base}: expected {base}/<class>/<image> "
-                f"or {Path(root)}/<split>/<class>/<image>, one folder for each class"
-            )
-        self.channels = channels
+    def __init__(self, name: str, split: str, channels: int = 3, cache: Path | None = None) -> None:
+        from torchvision.datasets import CIFAR10, CIFAR100
 
-        found = [(path, label) for label, name in enumerate(self.classes) for path in _image_files(base / name)]
-        if not found:
-            raise ValueError(f"no images below {base}: expected files ending in {' '.join(sorted(EXTENSIONS))}")
-        with warnings.catch_warnings(), ThreadPool() as pool:
-            # Pillow only warns between one and two times MAX_IMAGE_PIXELS: here that is an error like the rest.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            faults = pool.map(self._fault, [path for path, _ in found], chunksize=64)
+        kinds = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+        if name not in kinds:
+            raise ValueError(f"expected 'cifar10' or 'cifar100', got {name!r}")
+        _check_split(name, split)
+        _check_channels(channels)
+        folder, kind = cache or cache_folder(), kinds[name]
+        try:
+            data = kind(str(folder), train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:  # no network, or a download that does not match its checksum
+            raise OSError(
+                f"{name} is not in {folder} and cannot be downloaded from {kind.url} ({error}): fetch it on a machine "
+                f"with internet and put {kind.filename} into {folder}, or name a folder of images"
+            ) from error
+        images = data.data
+        if channels == 1:
+            images = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])
+        ids = np.arange(len(images), dtype=np.int64) + (0 if split == "train" else 50_000)
+        super().__init__(f"{name}/{split}", images, np.array(data.targets, np.int64), ids, data.classes)
 
-        bad = [f"{path}: {fault}" for (path, _), fault in zip(found, faults, strict=True) if fault]
-        good = [item for item, fault in zip(found, faults, strict=True) if not fault]
-        self.skipped = tuple(bad)
-        if not good:
-            raise ValueError(f"none of the {len(found)} images below {base} can be read: {_shorten(bad)}")
-        barren = sorted(set(range(len(self.classes))) - {label for _, label in good})
-        if barren:
+
+class ManifestSource:
+    """The valid images of a manifest: files, or members of shards.
+
+    Args:
+        manifest: with at least one image.
+        name: for logs and reports.
+        channels: 3 (RGB) or 1 (luma).
+        max_bad: the share of images, at most, that may be bad. They are left out, listed in `skipped` and summed up in
+            one warning.
+        labelled: False lets a class have no image.
+
+    Raises:
+        ValueError: more bad images than `max_bad`, with the first of them; no valid image at all, or none of some
+            class; wrong channels or `max_bad`.
+    """
+
+    def __init__(
+        self, manifest: Manifest, name: str, channels: int = 3, max_bad: float = 0.01, *, labelled: bool = True
+    ) -> None:
+        _check_channels(channels)
+        if not 0 <= max_bad <= 1:
+            raise ValueError(f"max_bad is a share of the images, from 0 to 1, got {max_bad}")
+        self.name, self.classes, self.channels = name, manifest.classes, channels
+        self.manifest, valid, total = manifest, manifest.valid, len(manifest)
+        self.skipped = tuple(f"{manifest.where(row)}: {manifest.fault(row)}" for row in range(valid, total))
+        if not valid:
+            raise ValueError(f"none of the {total} images below {manifest.root} can be read: {_shorten(self.skipped)}")
+        self.labels, self.ids, self.sizes = manifest.labels[:valid], manifest.ids[:valid], manifest.sizes[:valid]
+        barren = np.flatnonzero(self.labels.bincount(minlength=len(self.classes)).numpy() == 0)
+        if labelled and len(barren):
             raise ValueError(
-                f"no readable image for class {', '.join(repr(self.classes[label]) for label in barren)} in {base}: "
-                f"add images or remove the folder{'; ' + _shorten(bad) if bad else ''}"
+                f"no readable image for class {', '.join(repr(self.classes[label]) for label in barren)} in "
+                f"{manifest.root}: add images or take the class away"
+                f"{'; ' + _shorten(self.skipped) if self.skipped else ''}"
             )
-        if bad:
-            warnings.warn(
-                f"{len(bad)} of {len(found)} images below {base} cannot be read and are left out: {_shorten(bad)}",
-                stacklevel=2,
-            )
-        self._paths = [path for path, _ in good]
-        self.labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-        self.ids = torch.tensor([_path_id(path.relative_to(base)) for path in self._paths], dtype=torch.int64)
+        if self.skipped:
+            found = f"{len(self.skipped)} of {total} images below {manifest.root} cannot be read"
+            if len(self.skipped) > max_bad * total:
+                raise ValueError(
+                    f"{found}, more than max_bad = {max_bad:.2%} of them: {_shorten(self.skipped)}. "
+                    f"`denim data check {manifest.root}` lists all; repair or remove them, or allow more"
+                )
+            warnings.warn(f"{found} and are left out: {_shorten(self.skipped)}", stacklevel=3)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return self.manifest.valid
+
+    def where(self, index: int) -> str:
+        """The path of image `index`, or "shard.tar:member"."""
+        return self.manifest.where(index)
 
     def read(self, index: int) -> Image.Image:
         """Image `index`, decoded and upright, in mode L or RGB.
 
         Raises:
-            OSError: the file was readable when the source was made and no longer is.
+            OSError: it could be read when the source was made and no longer can.
         """
-        path = self._paths[index]
         try:
-            return _decode(path, self.channels)
+            with self.manifest.open(index) as file:
+                return decode(file, self.channels)
         except Exception as error:
-            raise OSError(f"{path} was readable at the start and no longer is: {_reason(error)}") from error
+            raise self._vanished(index, error) from error
 
-    def _fault(self, path: Path) -> str:
-        """Why `path` cannot be read; empty if it can."""
+    def encoded(self, index: int) -> bytes:
+        """Image `index` as it is in its file.
+
+        Raises:
+            OSError: the file, or that part of the shard, is no longer there.
+        """
         try:
-            _decode(path, self.channels)
-        except Exception as error:  # Pillow's decoders raise nearly anything on malformed files
-            return _reason(error)
-        return ""
+            with self.manifest.open(index) as file:
+                return file.read()
+        except OSError as error:
+            raise self._vanished(index, error) from error
+
+    def image_format(self, index: int) -> str:
+        """The format of its content: JPEG, PNG, BMP, WEBP, GIF, TIFF or PPM."""
+        return self.manifest.image_format(index)
+
+    def _vanished(self, index: int, error: Exception) -> OSError:
+        return OSError(f"{self.where(index)} was readable at the start and no longer is: {reason(error)}")
+
+
+class ImageFolder(ManifestSource):
+    """A folder of class folders: `root/<split>/<class>/**/image` or, without split folders, `root/<class>/**/image`.
+
+    Without split folders every split is the same, whole set. Classes are the class folders in sorted order. The id of
+    an image is that of its path below the folder that holds the class folders ("cat/0001.jpg", see `sample_id`), so it
+    stays when files are added, removed or listed in another order. Hidden files and folders are ignored, and so are
+    files whose extension is not that of an image.
+
+    A folder of WebDataset shards (`root/<split>/*.tar`, or `root/*.tar` with the split as a word in the names) is taken
+    too, with the ids and classes that `open_shards` says.
+
+    Every image is decoded once, by as many processes as there are processors; the manifest keeps the result, and only
+    files that are new or have changed since are decoded when the folder is opened again (see `index`). What cannot be
+    decoded, or is larger than `PIL.Image.MAX_IMAGE_PIXELS`, is left out, listed in `skipped`, and summed up in one
+    warning. Damage that leaves a JPEG decodable is not noticed. What is done to the pixels: see `decode`.
+
+    Args:
+        root: folder.
+        split: "train", "test", ...: any name of a folder below `root`, if it has such.
+        channels: 3 (RGB) or 1 (luma).
+        labelled: False lets a class have no image, and takes a flat folder too: where there are images beside class
+            folders, or no class folders at all, every image below counts, and all have the class "".
+        max_bad: the share of images, at most, that may be bad.
+        cache: folder to keep the manifest in, instead of `root` or `cache_folder()`.
+        kept: a manifest of this folder (`Manifest.keep`), taken as it is: what has changed since shows when it is read.
+
+    Raises:
+        ValueError: `root` is missing, no folder or empty; it has split folders, but not this one; there are no class
+            folders; a class has no image, or none that can be read; no file at all can be read; more than `max_bad`
+            cannot; wrong channels or `max_bad`.
+        OSError: a folder cannot be read, or the manifest cannot be written.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        channels: int = 3,
+        *,
+        labelled: bool = True,
+        max_bad: float = 0.01,
+        cache: Path | None = None,
+        kept: Path | None = None,
+    ) -> None:
+        _check_channels(channels)
+        manifest, name = open_manifest(root, split, labelled=labelled, cache=cache, kept=kept)
+        super().__init__(manifest, name, channels, max_bad, labelled=labelled)
 
 
 class Subset:
@@ -203,7 +344,12 @@ class Subset:
         self._chosen = words.argsort(stable=True)[:count]
         self._source = source
         self.name, self.classes, self.channels = source.name, source.classes, source.channels
-        self.labels, self.ids, self.skipped = source.labels[self._chosen], source.ids[self._chosen], source.skipped
+        self.labels, self.ids = source.labels[self._chosen], source.ids[self._chosen]
+        self.sizes = source.sizes[self._chosen]
+        self.skipped: tuple[str, ...] = ()  # the whole has counted them against its limit
+        if isinstance(source, EncodedSource):  # else this is none either
+            self.encoded: Callable[[int], bytes] = self._encoded
+            self.image_format: Callable[[int], str] = self._image_format
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -212,43 +358,125 @@ class Subset:
         """Image number `index` of the subset."""
         return self._source.read(int(self._chosen[index]))
 
+    def where(self, index: int) -> str:
+        """Its place in the whole."""
+        return self._source.where(int(self._chosen[index]))
 
-def open_source(name_or_path: str | Path, split: str, channels: int | None = None) -> Source:
+    def _encoded(self, index: int) -> bytes:
+        assert isinstance(self._source, EncodedSource)
+        return self._source.encoded(int(self._chosen[index]))
+
+    def _image_format(self, index: int) -> str:
+        assert isinstance(self._source, EncodedSource)
+        return self._source.image_format(int(self._chosen[index]))
+
+
+def open_source(
+    name_or_path: str | Path,
+    split: str,
+    channels: int | None = None,
+    *,
+    labelled: bool = True,
+    max_bad: float = 0.01,
+    cache: Path | None = None,
+    kept: Path | None = None,
+) -> Source:
     """The source that a user named.
 
     Args:
-        name_or_path: "digits", or the path of a folder of class folders (see `ImageFolder`).
+        name_or_path: "digits", "cifar10", "cifar100", or the path of a folder of images or of shards (see
+            `ImageFolder`).
         split: "train", "test", ...
-        channels: 1 or 3; None takes what the source has (digits 1, folders 3).
+        channels: 1 or 3; None takes what the source has (digits 1, others 3).
+        labelled: False takes a flat folder too.
+        max_bad: the share of images, at most, that may be bad.
+        cache: folder for manifests and downloads, instead of the usual places.
+        kept: for a folder, the manifest to take as it is.
 
     Raises:
         ValueError: neither a known name nor a folder; channels that the source does not have; and what the source
             itself raises.
+        OSError: what the source itself raises.
     """
     if name_or_path == "digits":
         if channels not in (None, 1):
             raise ValueError(f"digits has one channel, got channels={channels}")
         return Digits(split)
-    if not Path(name_or_path).expanduser().is_dir():
+    channels = 3 if channels is None else channels
+    if name_or_path in ("cifar10", "cifar100"):
+        return Cifar(str(name_or_path), split, channels, cache)
+    return ImageFolder(name_or_path, split, channels, labelled=labelled, max_bad=max_bad, cache=cache, kept=kept)
+
+
+def open_manifest(
+    root: str | Path, split: str, *, labelled: bool = True, cache: Path | None = None, kept: Path | None = None
+) -> tuple[Manifest, str]:
+    """The manifest of a folder of images, valid or not, and the name of the source. Arguments: see `ImageFolder`.
+
+    Raises:
+        ValueError: `root` is missing, no folder or empty; it has split folders, but not this one; there are no class
+            folders, or no images.
+        OSError: a folder cannot be read, or the manifest cannot be written.
+    """
+    root = Path(root).expanduser()
+    base, name = _class_root(root, split)
+    if shards := list_shards(base):
+        if kept is not None:
+            return ShardManifest(kept, base), name
+        if base == root and (part := [shard for shard in shards if split in _words(shard)]):
+            # Several splits in one folder, which has one place for a manifest.
+            shards, name, cache = part, f"{name}/{split}", (cache or cache_folder()) / split
+        return open_shards(base, shards, labelled=labelled, cache=cache), name
+    if kept is not None:
+        return Manifest(kept, base), name
+    classes = tuple(folder.name for folder in _subfolders(base))
+    if not labelled and _has_images(base):
+        classes = ()
+    elif labelled and not classes:
         raise ValueError(
-            f"no data set {str(name_or_path)!r}: expected 'digits' or the path of a folder of class folders "
-            "(<folder>/<split>/<class>/<image> or <folder>/<class>/<image>)"
+            f"no class folders in {base}: expected {base}/<class>/<image> "
+            f"or {root}/<split>/<class>/<image>, one folder for each class"
         )
-    return ImageFolder(name_or_path, split, 3 if channels is None else channels)
+    listing = list_images(base, classes)
+    if not len(listing):
+        raise ValueError(
+            f"no images below {base}: expected files ending in {' '.join(sorted(EXTENSIONS))}, or shards ending in "
+            ".tar with no folders beside them"
+        )
+    return index(base, listing.key(), lambda: listing, cache), name
+
+
+def splits(root: Path) -> list[str]:
+    """The splits of a folder of images, in sorted order; none where it holds the images themselves.
+
+    They are its folders with the name of a split or, of a folder of shards, the words in names of shards
+    ("imagenet-train-000000.tar") that are names of splits.
+    """
+    folders = [folder.name for folder in _subfolders(root)]
+    names = folders or {word for shard in list_shards(root) for word in _words(shard)}
+    return sorted(name for name in names if name.lower() in SPLIT_NAMES)
+
+
+def _words(shard: str) -> list[str]:
+    return re.findall("[A-Za-z]+", shard)
 
 
 def _class_root(root: Path, split: str) -> tuple[Path, str]:
     """The folder that holds the class folders, and the name of the source."""
+    if not root.exists():
+        raise ValueError(
+            f"no data set {str(root)!r}: expected 'digits', 'cifar10', 'cifar100' or the path of a folder of images "
+            "(<folder>/<split>/<class>/<image> or <folder>/<class>/<image>)"
+        )
     if not root.is_dir():
-        raise ValueError(f"no folder {root}" if not root.exists() else f"{root} is a file, expected a folder")
+        raise ValueError(f"{root} is a file, expected a folder")
     if not any(root.iterdir()):
         raise ValueError(f"{root} is empty: expected <split>/<class>/<image> or <class>/<image> in it")
     name = root.resolve().name
     if (root / split).is_dir():
         return root / split, f"{name}/{split}"
     # Without this, a data set that calls its test set "val" would become one with the classes "train" and "val".
-    others = [folder.name for folder in _subfolders(root) if folder.name.lower() in SPLIT_NAMES]
-    if others:
+    if (others := splits(root)) and split not in others:
         raise ValueError(f"{root} has no split {split!r}, it has {', '.join(map(repr, others))}")
     return root, name
 
@@ -257,42 +485,21 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[Path]:
-    """Images below `folder`, at any depth, through links too, sorted by path."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in EXTENSIONS)
+def _has_images(folder: Path) -> bool:
+    names = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return any(entry.suffix.lower() in EXTENSIONS and not entry.is_dir() for entry in names)
 
 
-def _path_id(path: Path) -> int:
-    digest = hashlib.blake2b(os.fsencode(path.as_posix()), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def _check_split(name: str, split: str) -> None:
+    if split not in ("train", "test"):
+        raise ValueError(f"{name} has the splits 'train' and 'test', got {split!r}")
 
 
-def _decode(path: Path, channels: int) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as image:
-        upright = ImageOps.exif_transpose(image)  # decodes, whether or not there is something to turn
-    mode = "L" if channels == 1 else "RGB"
-    if upright.mode == mode:
-        return upright
-    if upright.mode.startswith("I;16"):
-        # Pillow would clip at 255. The high byte is what it takes of 16-bit RGB.
-        upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-    elif upright.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {upright.mode} (32 bits) have no defined range: convert the file to 8 bits")
-    elif upright.mode == "P":
-        upright = upright.convert("RGBA")
-    return upright.convert(mode)
+def _check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 (greyscale) or 3 (RGB), got {channels}")
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image in a known format"  # Pillow's own text repeats the path
-    return f"{error}" or type(error).__name__
-
-
-def _shorten(bad: list[str]) -> str:
+def _shorten(bad: Sequence[str]) -> str:
     more = len(bad) - NAMED
     return "; ".join(bad[:NAMED]) + (f"; and {more} more" if more > 0 else "")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +21,15 @@ from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
-__all__ = ["EvalView", "TrainView", "View", "keyed_globals", "sample_rng"]
+__all__ = ["EvalView", "TrainView", "View", "Window", "dali_policy", "keyed_globals", "sample_rng"]
 
 View = Callable[[Image.Image, np.random.Generator], npt.NDArray[np.uint8]]
 
 _WORD = (1 << 64) - 1
 CROP_ATTEMPTS = 10
 SMALL_IMAGE = 64
+DALI_MAGNITUDE = 30  # of DALI's RandAugment at most
+DALI_OPERATIONS = 10  # of it on one image at most; every further one enlarges DALI's graph
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
@@ -64,9 +68,22 @@ def keyed_globals(seed: int) -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+class Window(NamedTuple):
+    """What a training view takes of an image: a box in pixels of the upright image, mirrored left-right or not.
+
+    It is drawn from the size of the image alone, before any pixel is decoded, so that a decoder can be handed it.
+    """
+
+    left: int
+    upper: int
+    width: int
+    height: int
+    flip: bool
+
+
 @dataclass(frozen=True)
 class TrainView:
-    """Random crop and flip, then optionally an affine warp, then optionally timm's RandAugment.
+    """Random crop and flip, then optionally an affine warp, then optionally RandAugment.
 
     Called with an image of mode L or RGB and a generator; returns uint8 (size, size, C), C = 1 or 3.
 
@@ -80,13 +97,27 @@ class TrainView:
         degrees: rotation is uniform in +-degrees.
         translate: shift, in both directions, is uniform in +-translate, as share of `size`.
         zoom: magnification is uniform in 1 +- zoom.
-        auto_augment: RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1".
+        auto_augment: RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1", or DALI's own, such as
+            "dali-rand-m9-n2": n = 2 operations (1 to 10), each at magnitude m = 9 of 30.
 
-    Crops are resized bicubically with anti-aliasing. The warp is one bilinear resampling about the centre; what comes
-    from outside is 0. RandAugment fills with the ImageNet mean, with 128 in images of one channel.
+    Crops are resized bicubically with anti-aliasing, by Pillow: for its images torchvision's transforms v2 call the
+    same functions of Pillow's, so their pixels are the same. The warp is one bilinear resampling about the centre;
+    what comes from outside is 0. timm's RandAugment fills with the ImageNet mean, with 128 in images of one channel.
+
+    DALI's RandAugment is another policy than timm's, and only `DaliLoader` makes it, of images of three channels;
+    calling a view that has it raises ValueError. What differs from "rand-m9-mstd0.5-inc1":
+
+    - Operations: the identity instead of Invert and SolarizeAdd; the other thirteen are the same: shear and shift (x
+      and y), rotation, brightness, contrast, colour, sharpness, posterize, solarize, equalize, auto-contrast.
+    - Each of the n operations is applied; timm applies each with probability 1/2.
+    - Magnitude: m of 30 and always that; timm's is m of 10, here plus N(0, 0.5^2), at most 10. timm's 9 is DALI's 27.
+    - At full magnitude, posterize keeps 4 bits (timm: 0), at none 8 (timm: 4); shifts reach 100 / 224 of the side
+      (timm: 0.45). Shear 0.3, rotation 30 degrees, factors 1 +- 0.9 and the threshold 256 to 0 are the same.
+    - Warps are bilinear and fill with 128 (timm: bicubic, the ImageNet mean).
+    - Equalize has OpenCV's formula, sharpness changes the border too, and the centre of contrast is not rounded.
 
     Raises:
-        ValueError: a value outside its range, or a policy that timm does not know.
+        ValueError: a value outside its range, or a policy that neither timm nor DALI has.
     """
 
     size: int
@@ -109,15 +140,23 @@ class TrainView:
         for name in ("translate", "zoom"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.auto_augment is not None:
+        if self.auto_augment is not None and dali_policy(self.auto_augment) is None:
             _rand_augment(self.auto_augment, self.size, "RGB")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-        """View (size, size, C), uint8, of `image`; all randomness comes from `rng`."""
+        """View (size, size, C), uint8, of `image`; all randomness comes from `rng`.
+
+        Raises:
+            ValueError: `auto_augment` is DALI's.
+        """
+        if dali_policy(self.auto_augment) is not None:
+            raise ValueError(f"auto_augment={self.auto_augment!r} is DALI's policy: take the loader 'dali'")
+        window = self.window(image.width, image.height, rng)
         if self.crop_scale is not None:
-            image = image.crop(self._window(image.width, image.height, rng))
+            left, upper, width, height, _ = window
+            image = image.crop((left, upper, left + width, upper + height))
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        if self.flip and rng.random() < 0.5:
+        if window.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.degrees or self.translate or self.zoom:
             image = self._warp(image, rng)
@@ -127,21 +166,30 @@ class TrainView:
                 image = augment(image)
         return _as_array(image)
 
-    def _window(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """Crop box (left, upper, right, lower) in pixels."""
-        assert self.crop_scale is not None
+    def window(self, width: int, height: int, rng: np.random.Generator) -> Window:
+        """The crop and the flip, the first draws of a view; the whole image where there is no crop.
+
+        Args:
+            width: of the upright image, in pixels.
+            height: likewise.
+            rng: from `sample_rng`, fresh: a loader that decodes elsewhere draws the window that a call would draw.
+        """
+        box = (0, 0, width, height) if self.crop_scale is None else self._crop(self.crop_scale, width, height, rng)
+        return Window(*box, flip=self.flip and rng.random() < 0.5)
+
+    def _crop(
+        self, scale: tuple[float, float], width: int, height: int, rng: np.random.Generator
+    ) -> tuple[int, int, int, int]:
         low, high = math.log(self.crop_ratio[0]), math.log(self.crop_ratio[1])
         for _ in range(CROP_ATTEMPTS):
-            area = width * height * rng.uniform(*self.crop_scale)
+            area = width * height * rng.uniform(*scale)
             ratio = math.exp(rng.uniform(low, high))
             w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < w <= width and 0 < h <= height:
-                left, upper = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
-                return left, upper, left + w, upper + h
+                return int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1)), w, h
         ratio = min(max(width / height, self.crop_ratio[0]), self.crop_ratio[1])
         w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
-        left, upper = (width - w) // 2, (height - h) // 2
-        return left, upper, left + w, upper + h
+        return (width - w) // 2, (height - h) // 2, w, h
 
     def _warp(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         angle = math.radians(rng.uniform(-self.degrees, self.degrees))
@@ -182,15 +230,42 @@ class EvalView:
 
     def __call__(self, image: Image.Image, _rng: np.random.Generator) -> npt.NDArray[np.uint8]:
         """View (size, size, C), uint8, of `image`."""
-        short = min(image.size)
+        width, height, left, upper = self.geometry(image.width, image.height)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return _as_array(image.crop((left, upper, left + self.size, upper + self.size)))
+
+    def geometry(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Width and height to which an upright image of this size is resized, then left and upper edge of the crop.
+
+        Rounded as torchvision's Resize and CenterCrop do, by which the published numbers were taken.
+        """
+        short = min(width, height)
         target = self.resize
         if target is None:
             target = self.size if short <= SMALL_IMAGE else round(self.size * 256 / 224)
-        # Rounded as torchvision's Resize and CenterCrop do, by which the published numbers were taken.
-        width, height = (target if side == short else int(target * side / short) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, upper = round((width - self.size) / 2), round((height - self.size) / 2)
-        return _as_array(image.crop((left, upper, left + self.size, upper + self.size)))
+        width, height = (target if side == short else int(target * side / short) for side in (width, height))
+        return width, height, round((width - self.size) / 2), round((height - self.size) / 2)
+
+
+def dali_policy(policy: str | None) -> tuple[int, int] | None:
+    """Magnitude and number of operations where the policy is DALI's RandAugment; None where it is timm's or none.
+
+    Args:
+        policy: see `TrainView.auto_augment`.
+
+    Raises:
+        ValueError: it begins with "dali" and is not "dali-rand-m<0..30>-n<1..10>".
+    """
+    if policy is None or not policy.startswith("dali"):
+        return None
+    match = re.fullmatch(r"dali-rand-m([0-9]{1,2})-n([0-9]{1,2})", policy)
+    magnitude, count = map(int, match.groups()) if match else (-1, -1)
+    if not 0 <= magnitude <= DALI_MAGNITUDE or not 1 <= count <= DALI_OPERATIONS:
+        raise ValueError(
+            f"auto_augment of DALI must be 'dali-rand-m<magnitude>-n<operations>' with a magnitude in "
+            f"0..{DALI_MAGNITUDE} and 1..{DALI_OPERATIONS} operations, such as 'dali-rand-m9-n2', got {policy!r}"
+        )
+    return magnitude, count
 
 
 def _check_side(name: str, side: int) -> None:
@@ -212,7 +287,8 @@ def _rand_augment(policy: str, size: int, mode: str) -> RandAugment:
         augment: RandAugment = rand_augment_transform(policy, settings)
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(
-            f"auto_augment must be a RandAugment policy of timm, such as 'rand-m9-mstd0.5-inc1', got {policy!r} {error}"
+            f"auto_augment must be a RandAugment policy of timm, such as 'rand-m9-mstd0.5-inc1', or DALI's, such as "
+            f"'dali-rand-m9-n2', got {policy!r} {error}"
         ) from error
     for op in augment.ops:
         if op.name.startswith("Posterize"):

@@ -69,6 +69,9 @@ class Images:
                     raise KeyboardInterrupt
             yield Batch(self.images[part], self.labels[part], self.ids[part])
 
+    def state(self) -> dict[str, dict[str, str]]:
+        return {"bad": {}}
+
 
 def images() -> Tensor:
     return torch.randint(30, 226, (COUNT, 8, 8, 1), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
@@ -231,6 +234,39 @@ def test_the_order_of_images_changes_nothing(finished, tmp_path):
     source, order = loader(), torch.tensor([9, 3, 1, 0, 2, 8, 7, 4, 6, 5])
     other = run(tmp_path, source=Images(source.images[order], source.labels[order], IDS[order]))
     assert other.cells == evaluation.cells
+
+
+def test_padding_is_not_counted(finished, tmp_path):
+    class Padded(Images):
+        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+            for batch in super().epoch(epoch, start_step):
+                rows = torch.tensor([0, *range(len(batch.ids)), 0])  # the first image again, before and after
+                real = torch.tensor([False, *[True] * len(batch.ids), False])
+                yield Batch(batch.images[rows], batch.labels[rows], batch.ids[rows], real)
+
+    plain, (_, evaluation) = loader(), finished
+    other = run(tmp_path, source=Padded(plain.images, plain.labels))
+    assert other.cells == evaluation.cells
+    assert len(records(tmp_path)) == COUNT * len(defenses()) * len(ROWS)
+    assert all(torch.equal(shown.clean, pixels()[:3]) for shown in other.examples.values())
+
+
+def test_an_image_lost_half_way_is_left_out_everywhere(tmp_path):
+    class Losing(Images):
+        passes = 0
+
+        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+            self.passes += 1
+            for batch in super().epoch(epoch, start_step):
+                yield replace(batch, real=batch.ids != IDS[4]) if self.passes > 3 else batch
+
+        def state(self) -> dict[str, dict[str, str]]:
+            return {"bad": {"77": "k.png is gone"} if self.passes > 3 else {}}
+
+    plain, rest = loader(), torch.arange(COUNT) != 4
+    with pytest.warns(UserWarning, match="1 images could not be read and are not counted: k.png is gone"):
+        lost = run(tmp_path / "lost", source=Losing(plain.images, plain.labels))
+    assert lost.cells == run(tmp_path / "rest", source=Images(plain.images[rest], plain.labels[rest], IDS[rest])).cells
 
 
 @pytest.mark.usefixtures("global_rng_untouched")

@@ -18,7 +18,7 @@ EPSILON = 0.08
 
 
 def digits(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    loader = TorchLoader(open_source("digits", split), EvalView(16), 2000, shuffle=False, drop_last=False)
+    loader = TorchLoader(open_source("digits", split), EvalView(16), 2000, shuffle=False, last="keep")
     (batch,) = loader.epoch(0)
     return batch.images.permute(0, 3, 1, 2).float() / 255, batch.labels, batch.ids
 

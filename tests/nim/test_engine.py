@@ -1,5 +1,6 @@
 """The training loop: schedule, accumulation, and above all resumption."""
 
+import io
 import json
 import math
 import signal
@@ -50,6 +51,12 @@ class Numbers:
             ids = torch.arange(2) + 2 * step + 100 * epoch
             yield Batch(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), ids % 7, ids)
 
+    def state(self):
+        return {"bad": {}}
+
+    def load_state(self, state):
+        assert state == self.state()
+
 
 def configure(out, **changes):
     defaults = {
@@ -59,7 +66,7 @@ def configure(out, **changes):
     return TrainConfig(out=out, **{**defaults, **changes})
 
 
-def run(config, *, stop_at=None, loader=None, loss=None):
+def run(config, *, stop_at=None, loader=None, loss=None, console=QUIET):
     model = Line(Size())
     seen = []
 
@@ -72,7 +79,7 @@ def run(config, *, stop_at=None, loader=None, loss=None):
         return (model.layer(model.dropout(features)).squeeze(-1) - batch.labels / 7).square().mean()
 
     train(config, model, [{"params": list(model.parameters())}], loader or Numbers(), loss or default_loss,
-          title="", console=QUIET)  # fmt: skip
+          title="", console=console)  # fmt: skip
     return model, seen
 
 
@@ -138,6 +145,51 @@ def test_a_finished_run_resumes_at_once(tmp_path):
     second, seen = run(configure(tmp_path / "run", resume=True))
     assert seen == []
     assert torch.equal(first.layer.weight, second.layer.weight)
+
+
+class Fragile(Numbers):
+    """Numbers whose samples 4 and 7 are found bad when they first come."""
+
+    def __init__(self):
+        self.bad = {}
+        self.loaded = []
+
+    def epoch(self, epoch, start_step=0):
+        for batch in super().epoch(epoch, start_step):
+            self.bad |= {str(i): f"sample {i} is gone" for i in batch.ids.tolist() if i in (4, 7)}
+            yield batch
+
+    def state(self):
+        return {"bad": dict(self.bad), "more": "of the loader's own"}
+
+    def load_state(self, state):
+        self.loaded.append(state)
+        self.bad |= state["bad"]
+
+
+def test_bad_samples_are_in_metrics_and_checkpoints_and_are_reported(tmp_path):
+    def strip(records):
+        return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+    printed = Console(record=True, width=200, file=io.StringIO())
+    run(configure(tmp_path / "whole", checkpoint_every=2), loader=Fragile(), console=printed)
+    lines = [record for record in metrics(tmp_path / "whole") if "bad" in record]
+    assert lines == [
+        {"update": 3, "bad": 1, "new_bad": {"4": "sample 4 is gone"}},
+        {"update": 4, "bad": 2, "new_bad": {"7": "sample 7 is gone"}},
+    ]
+    text = printed.export_text()
+    assert "others stood in for 2 images that could not be read:" in text
+    assert "sample 4 is gone" in text
+    assert "sample 7 is gone" in text
+
+    # Stopped between the two; what came after the checkpoint is found, and written, again.
+    with pytest.raises(KeyboardInterrupt):
+        run(configure(tmp_path / "stopped", checkpoint_every=3), loader=Fragile(), stop_at=5)
+    loader = Fragile()
+    run(configure(tmp_path / "stopped", checkpoint_every=3, resume=True), loader=loader)
+    assert loader.loaded == [{"bad": {"4": "sample 4 is gone"}, "more": "of the loader's own"}]
+    assert strip(metrics(tmp_path / "stopped")) == strip(metrics(tmp_path / "whole"))
 
 
 def test_accumulation_averages_the_parts(tmp_path):

@@ -19,7 +19,7 @@ from denim.nim import (
     preset,
     reconstruct,
 )
-from denim.nim.data import open_source
+from denim.nim.data import EvalView, TorchLoader, open_source
 from denim.nim.finetune import accuracy
 
 QUIET = Console(quiet=True)
@@ -73,7 +73,27 @@ def test_it_learns_the_digits(denoiser, tmp_path):
     settings = {**FAST, **PLAIN, "epochs": 12, "batch_size": 128, "base_lr": 6e-3, "layer_decay": 1.0}
     model = finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, images="clean", **settings), QUIET)
     # Chance is 10 %; a network that does not learn stays within a few percent of it.
-    assert accuracy(model, open_source("digits", "test")) > 0.5
+    source = open_source("digits", "test")
+    share = accuracy(model, source)
+    assert share > 0.5
+    # Images that can no longer be read are not counted, nor are those that stand in for them.
+    lost, read = {7, 300, 599}, source.read
+
+    def broken(index):
+        if index in lost:
+            raise OSError(source.where(index))
+        return read(index)
+
+    right = []
+    for batch in TorchLoader(source, EvalView(16), 100, shuffle=False).epoch(0):
+        pixels = batch.images.permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            right += (model(pixels).argmax(dim=-1) == batch.labels).tolist()
+    assert share == sum(right) / 600
+    source.read = broken
+    with pytest.warns(UserWarning, match="can no longer be read"):
+        left = accuracy(model, source, 250)
+    assert left == sum(hit for k, hit in enumerate(right) if k not in lost) / 597
     saved = Classifier.from_pretrained(tmp_path / "run" / "model")
     assert saved.config.images == "clean"
     assert saved.config.classes == tuple(str(digit) for digit in range(10))

@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from denim.nim import Autoencoder, Objective, PretrainConfig, pretrain
@@ -75,6 +77,45 @@ def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(tmp_path, monkeypatch
     resumed = pretrain(PretrainConfig(out=tmp_path / "run", checkpoint_every=3, resume=True, **FAST), QUIET)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:1 images of .* can no longer be read")
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_a_run_whose_file_breaks_resumes_bit_for_bit(tmp_path, monkeypatch, loader):
+    data = tmp_path / "data"
+    data.mkdir()
+    for k in range(24):
+        pixels = np.random.default_rng(k).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / f"{k}.png")
+    content = (data / "7.png").read_bytes()
+    settings = {**FAST, "data": str(data), "batch_size": 8, "loader": loader, "max_bad": 0.1, "checkpoint_every": 1}
+
+    def stopped(self, *arguments):
+        calls.append(0)
+        if calls == [0]:  # after the images have been listed, before the first checkpoint
+            (data / "7.png").write_bytes(content[:100])
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    original = Objective.loss
+    monkeypatch.setattr(Objective, "loss", stopped)
+    calls, stop_at = [], None
+    whole = pretrain(PretrainConfig(out=tmp_path / "whole", **settings), QUIET)
+    (data / "7.png").write_bytes(content)
+    calls, stop_at = [], 5
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(PretrainConfig(out=tmp_path / "run", **settings), QUIET)
+    monkeypatch.undo()
+    # Opened anew, the folder would have 23 images in another order.
+    resumed = pretrain(PretrainConfig(out=tmp_path / "run", resume=True, **settings), QUIET)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    records = [
+        [{name: value for name, value in json.loads(line).items() if name != "images_per_second"} for line in lines]
+        for lines in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "run"))
+    ]
+    assert records[0] == records[1]
+    assert sum("new_bad" in record for record in records[1]) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,526 @@
+"""The loader that decodes with NVIDIA DALI, on the CPU or on a GPU. Order, windows and flips stay Denim's."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from denim.nim.data.loader import Batch, PlannedLoader
+from denim.nim.data.sources import EncodedSource, Source
+from denim.nim.data.views import DALI_MAGNITUDE, EvalView, TrainView, View, dali_policy, sample_rng
+
+__all__ = ["DaliLoader", "problem", "reasons"]
+
+# DALI has no decoder for GIF, refuses some TIFF and PPM files (1-bit, plain text), and gets others wrong without a word
+# (TIFF with alpha, PPM with another maximum than 255): Pillow decodes these, DALI gets the pixels as they are.
+BY_PILLOW = frozenset(("GIF", "TIFF", "PPM"))
+QUEUE = 2  # batches that DALI works on at a time
+AHEAD = 2  # batches that are read before DALI takes them
+READERS = 2  # threads; more get in each other's way where files are small and at hand
+CHUNK = 32  # images that one thread reads in one go
+MOST_THREADS = 4  # by default
+# Side of the smallest views that torch resizes on the CPU. A 224 crop of a photo takes it 0.26 ms, DALI 1.75 ms and
+# Pillow 1.2 ms; of small views, the calls from Python would take longer than the work.
+RESIZED_BY_TORCH = 64
+# DALI's RandAugment, in the order in which the samples' generators number them: another order in a later DALI must not
+# change what a run that is resumed sees.
+OPERATIONS = (
+    "translate_x", "translate_y", "shear_x", "shear_y", "rotate", "brightness", "contrast", "color", "sharpness",
+    "posterize", "solarize", "equalize", "auto_contrast", "identity",
+)  # fmt: skip
+
+_WORD = (1 << 64) - 1
+
+
+@functools.cache
+def problem() -> str | None:
+    """Why DALI cannot be used in this environment at all; None if it can. Imports it."""
+    try:
+        importlib.import_module("nvidia.dali")
+    except ModuleNotFoundError as error:
+        if error.name in ("nvidia", "nvidia.dali"):
+            return "DALI is not installed: pip install nvidia-dali-cuda130 (CUDA 12: nvidia-dali-cuda120)"
+        return f"DALI does not import: {error}"
+    except Exception as error:  # a broken wheel raises anything
+        return f"DALI does not import: {type(error).__name__}: {error}"
+    return None
+
+
+def reasons(source: Source, view: View, device: torch.device) -> list[str]:
+    """Why `DaliLoader` cannot make this view of this source on this device; none means that it can.
+
+    DALI itself, which takes a second to import, is only tried where nothing else stands against it.
+
+    Args:
+        source: images.
+        view: what is to be made of them.
+        device: where batches are wanted.
+    """
+    found = []
+    if not isinstance(source, EncodedSource):
+        found.append(f"{source.name} has pixels and no encoded images")
+    if not isinstance(view, (TrainView, EvalView)):
+        found.append(f"it knows TrainView and EvalView, not {getattr(view, '__name__', type(view).__name__)}")
+    if isinstance(view, TrainView):
+        if view.degrees or view.translate or view.zoom:
+            found.append("random rotation, shift and zoom are made by Pillow (loader 'torch')")
+        if view.auto_augment is not None and dali_policy(view.auto_augment) is None:
+            found.append(
+                "timm's RandAugment is made by Pillow (loader 'torch'); DALI's own, which differs, is asked for by "
+                "auto_augment='dali-rand-m9-n2'"
+            )
+        elif view.auto_augment is not None and source.channels != 3:
+            found.append(f"DALI's RandAugment takes images of 3 channels, not {source.channels}")
+    if device.type not in ("cpu", "cuda"):
+        found.append(f"its batches lie on the CPU or on a CUDA device, not on {device.type}")
+    elif device.type == "cuda" and not torch.cuda.is_available():
+        found.append("torch finds no CUDA device")
+    if not found and (missing := problem()) is not None:
+        found.append(missing)
+    return found
+
+
+class _Sample(NamedTuple):
+    content: npt.NDArray[np.uint8]
+    geometry: tuple[int, ...]
+
+
+_Read = dict[int, _Sample | OSError]
+
+
+# A batch as DALI takes it, one entry a sample: encoded images, and what the view does to each.
+_Inputs = tuple[list[npt.NDArray[np.uint8]] | npt.NDArray[Any], ...]
+
+
+@dataclass
+class _Ready:
+    """A batch that is read, and what was found bad for it; without inputs where that was more than may be."""
+
+    step: int
+    chosen: npt.NDArray[np.int64]
+    real: npt.NDArray[np.bool_]
+    found: dict[int, str]
+    inputs: _Inputs | None
+
+
+class DaliLoader(PlannedLoader):
+    """Decodes with DALI: of a JPEG only the rows of the window, on a GPU with its hardware where it has any.
+
+    Samples, windows and flips are those of `TorchLoader`. Pixels differ from Pillow's by rounding and, beside sharp
+    edges, by clipping, which Pillow does between the two passes of a resize. DALI resizes on a GPU, and views of less
+    than 64 pixels everywhere: on photos 0.2 levels of 255 on average, 15 at most. On the CPU torch resizes the others:
+    0.03 levels, 15 at most. A sample's pixels depend on its file, its window and the view, and not on batch, rank or
+    threads; they differ between the CPU and a GPU.
+    In one channel, DALI takes the luma of a JPEG as it is stored, where Pillow computes it from clipped RGB: up to 4
+    levels; of other colour files it is 1 level at most, and of grey ones none. 16-bit PNGs differ by 1 level. GIF, TIFF
+    and PPM are decoded by Pillow.
+    DALI's RandAugment ("dali-rand-m9-n2", see `TrainView`) has its randomness from the samples' generators too: after
+    window and flip, each draws `integers(14, size=n)`, the operations as numbered by `OPERATIONS`, and then
+    `integers(2, size=n)`, 1 where an operation that has a sign is negated. There DALI resizes views of every size.
+
+    Where DALI resizes, `Batch.images` is its own memory, without a copy. A file is bad when it cannot be read,
+    or when neither DALI nor Pillow decodes it; one that only DALI refuses is decoded by Pillow.
+
+    Args:
+        workers: threads that decode; 0 takes as many as there are processors, at most 4. The result is the same.
+        device: "cpu", or the GPU where the batches are to lie. On a GPU, they are ordered behind torch's stream that is
+            current when a batch is asked for.
+        others: as for `PlannedLoader`.
+
+    Raises:
+        ValueError: negative workers, something that DALI cannot do (see `reasons`), and as `PlannedLoader`.
+        RuntimeError: while iterating; DALI fails although it decodes each image of the batch by itself.
+    """
+
+    backend = "dali"
+
+    def __init__(
+        self,
+        source: Source,
+        view: View,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        last: str = "drop",
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+        max_bad: float = 0.01,
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must not be negative, got {workers}")
+        self.device = torch.device(device)
+        if against := reasons(source, view, self.device):
+            raise ValueError(f"DALI cannot serve {source.name}: {'; '.join(against)}")
+        super().__init__(
+            source, view, batch_size, seed=seed, shuffle=shuffle, last=last, rank=rank, world=world, max_bad=max_bad
+        )
+        self.workers = workers or min(MOST_THREADS, _processors())
+        self._encoded = cast(EncodedSource, source)
+        # What DALI alone refuses. Not part of the state: it refuses them again, and pixels are the same either way.
+        self._refused: set[int] = set()
+        # An epoch takes a pipeline from here and puts it back at its end: building takes as long as some batches.
+        self._idle: list[_Pipeline] = []
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        readers = ThreadPoolExecutor(READERS, "denim-read")
+        try:
+            while start_step < self.steps_per_epoch:
+                for images, batch in self._decoded(epoch, start_step, readers):
+                    self.record(batch.found)
+                    yield self.gather(images, batch.chosen, batch.real)
+                    start_step += 1
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+    def _decoded(self, epoch: int, start_step: int, readers: ThreadPoolExecutor) -> Iterator[tuple[Tensor, _Ready]]:
+        """Batches from `start_step` on; where DALI fails, that one is repaired and the last."""
+        fed: deque[_Ready] = deque()
+        pipeline = self._idle.pop() if self._idle else self._pipeline(self.batch_size, QUEUE)
+        decoded = pipeline.run(self._feed(epoch, start_step, readers, fed))
+        while True:
+            try:
+                images = next(decoded, None)
+            except RuntimeError as error:
+                # Of any batch that was fed. An image that cannot be decoded makes the whole pipeline unusable.
+                if not fed:
+                    raise
+                del pipeline, decoded  # frees what it holds on the device
+                yield self._repair(epoch, fed[0], error)
+                return
+            if images is None:
+                break
+            yield images, fed.popleft()
+        if fed:
+            self.record(fed[0].found)  # raises: it stopped there, with more bad samples than may be
+        self._idle.append(pipeline)
+
+    def _feed(self, epoch: int, start_step: int, readers: ThreadPoolExecutor, fed: deque[_Ready]) -> Iterator[_Inputs]:
+        """What DALI is handed, batch by batch; each is appended to `fed` before."""
+        bad = dict(self.bad)  # also what was found for batches that are not handed out yet
+        steps = iter(range(start_step, self.steps_per_epoch))
+
+        def start(count: int) -> Iterator[tuple[int, list[Future[_Read]]]]:
+            for step in islice(steps, count):
+                indices = self.plan(epoch, step, bad)[0].tolist()
+                chunks = [indices[k : k + CHUNK] for k in range(0, len(indices), CHUNK)]
+                yield step, [readers.submit(self._read, epoch, chunk) for chunk in chunks]
+
+        ahead = deque(start(AHEAD))
+        while ahead:
+            step, chunks = ahead.popleft()
+            ahead.extend(start(1))
+            ready = self._settle(
+                epoch, step, {k: sample for chunk in chunks for k, sample in chunk.result().items()}, bad
+            )
+            fed.append(ready)
+            if ready.inputs is None:
+                return
+            yield ready.inputs
+
+    def _settle(self, epoch: int, step: int, samples: _Read, bad: dict[int, str]) -> _Ready:
+        """Batch `step`, given what was read for it ahead; others are read for samples that turn out bad."""
+        found: dict[int, str] = {}
+        while True:
+            chosen, real = self.plan(epoch, step, bad)
+            indices = chosen.tolist()
+            samples |= self._read(epoch, [index for index in dict.fromkeys(indices) if index not in samples])
+            failed = {index: str(samples[index]) for index in indices if isinstance(samples[index], OSError)}
+            if not failed:
+                return _Ready(step, chosen, real, found, self._inputs([cast(_Sample, samples[i]) for i in indices]))
+            found |= failed
+            bad |= failed
+            if self.exceeded(bad):
+                return _Ready(step, chosen, real, found, None)
+
+    def _read(self, epoch: int, indices: list[int]) -> _Read:
+        """These samples of an epoch, as DALI takes them, or why they cannot be read."""
+        read: _Read = {}
+        for index, geometry in zip(indices, self._geometry(epoch, indices), strict=True):
+            try:
+                read[index] = _Sample(self._content(index), geometry)
+            except OSError as error:
+                read[index] = error
+        return read
+
+    def _content(self, index: int) -> npt.NDArray[np.uint8]:
+        if index not in self._refused and self._encoded.image_format(index) not in BY_PILLOW:
+            content = self._encoded.encoded(index)
+            if content:
+                return np.frombuffer(content, np.uint8)
+        return self._by_pillow(index)
+
+    def _by_pillow(self, index: int) -> npt.NDArray[np.uint8]:
+        """The upright pixels of a sample, encoded as PGM or PPM."""
+        image = self.source.read(index)
+        expected = tuple(self.source.sizes[index].tolist())
+        if image.size != expected:  # the window was drawn for that
+            raise OSError(f"{self.source.where(index)} had {expected} pixels at the start and now has {image.size}")
+        header = f"P{5 if image.mode == 'L' else 6} {image.width} {image.height} 255\n"
+        return np.frombuffer(header.encode() + image.tobytes(), np.uint8)
+
+    def _geometry(self, epoch: int, indices: list[int]) -> list[tuple[int, ...]]:
+        """What the view does to each image. In the order in which `_Pipeline` takes the numbers."""
+        sizes = self.source.sizes[indices].tolist()
+        if isinstance(self.view, EvalView):
+            resized = (self.view.geometry(width, height) for width, height in sizes)
+            return [(height, width, upper, left, 0) for width, height, left, upper in resized]
+        assert isinstance(self.view, TrainView)
+        # One generator, its key set anew, is what `sample_rng` would make for each sample, ten times as fast.
+        rng = sample_rng(self.seed, epoch, 0)
+        state = cast(dict[str, Any], rng.bit_generator.state)
+        policy = dali_policy(self.view.auto_augment)
+        windows: list[tuple[int, ...]] = []
+        for (width, height), sample_id in zip(sizes, self.source.ids[indices].tolist(), strict=True):
+            state["state"]["key"][1] = sample_id & _WORD
+            rng.bit_generator.state = state
+            left, upper, w, h, flip = self.view.window(width, height, rng)
+            operations: list[int] = []
+            if policy is not None:
+                operations = [k for high in (len(OPERATIONS), 2) for k in rng.integers(high, size=policy[1]).tolist()]
+            windows.append((upper, left, h, w, int(flip), *operations))
+        return windows
+
+    def _inputs(self, samples: list[_Sample]) -> _Inputs:
+        """In the order of the graph's inputs, see `_Pipeline`."""
+        numbers = np.array([sample.geometry for sample in samples], np.int32)
+        contents, first, second = [s.content for s in samples], numbers[:, :2], numbers[:, 2:4].copy()
+        if isinstance(self.view, EvalView):
+            return contents, first.astype(np.float32), second
+        operations = np.split(numbers[:, 5:], 2, axis=1) if numbers.shape[1] > 5 else ()
+        return contents, first.copy(), second, numbers[:, 4].copy(), *(half.copy() for half in operations)
+
+    def _pipeline(self, batch_size: int, depth: int) -> _Pipeline:
+        return _Pipeline(self.view, self.source.channels, self.device, self.workers, batch_size, depth)
+
+    def _repair(self, epoch: int, batch: _Ready, error: RuntimeError) -> tuple[Tensor, _Ready]:
+        """The batch at which DALI failed, or at which the failure of a later one came to light."""
+        bad, found = {**self.bad, **batch.found}, dict(batch.found)
+        while True:
+            assert batch.inputs is not None
+            try:
+                (images,) = self._pipeline(self.batch_size, 1).run(iter([batch.inputs]))
+            except RuntimeError as again:
+                error = again
+            else:
+                return images, batch
+            refused = {int(batch.chosen[row]) for row in self._undecodable(batch.inputs)} - self._refused
+            if not refused:
+                raise error
+            for index in refused:
+                try:
+                    self._by_pillow(index)
+                except OSError as reason:
+                    bad[index] = found[index] = str(reason)
+                else:
+                    self._refused.add(index)
+            if self.exceeded(bad):
+                self.record(found)
+            batch = self._settle(epoch, batch.step, {}, bad)
+            found = batch.found = {**found, **batch.found}
+            if batch.inputs is None:
+                self.record(found)
+
+    def _undecodable(self, inputs: _Inputs) -> list[int]:
+        """Rows that DALI fails to decode, each of them tried alone."""
+        failed: list[int] = []
+        row, count = 0, len(inputs[0])
+        while row < count:
+            rows = (tuple(values[k : k + 1] for values in inputs) for k in range(row, count))
+            try:
+                # One at a time: with more of them under way, the wrong one could be blamed.
+                for _ in self._pipeline(1, 1).run(rows):
+                    row += 1
+            except RuntimeError:
+                failed.append(row)
+                row += 1
+        return failed
+
+
+class _Pipeline:
+    """DALI's graph of a view, and behind it the resize where torch is faster at that.
+
+    Args:
+        view: what is to be made of the images.
+        channels: 1 or 3.
+        device: where the views are to lie.
+        threads: that decode.
+        batch_size: images at most.
+        depth: batches under way.
+    """
+
+    def __init__(
+        self, view: View, channels: int, device: torch.device, threads: int, batch_size: int, depth: int
+    ) -> None:
+        dali: Any = importlib.import_module("nvidia.dali")  # its stubs lack much of it
+        fn, types = dali.fn, dali.types
+        assert isinstance(view, (TrainView, EvalView))
+        on_gpu = device.type == "cuda"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu and device.index is None else device
+        policy = dali_policy(view.auto_augment) if isinstance(view, TrainView) else None
+        resized = not on_gpu and view.size >= RESIZED_BY_TORCH and policy is None
+        self._resizer = _Resizer(view, threads) if resized else None
+        feed = self._feed = [cast(Iterator[_Inputs], iter(()))]
+        options = {"device": "mixed" if on_gpu else "cpu", "output_type": types.GRAY if channels == 1 else types.RGB}
+        resize = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+
+        # DALI keeps the function; through this object it would keep itself, and its threads, until a collection.
+        def take() -> _Inputs:
+            return next(feed[0])
+
+        def inputs(*dtypes: Any) -> Any:
+            return fn.external_source(take, num_outputs=len(dtypes), dtype=list(dtypes))
+
+        def graph() -> Any:
+            if isinstance(view, EvalView):
+                encoded, size, corner = inputs(types.UINT8, types.FLOAT, types.INT32)
+                images = fn.decoders.image(encoded, **options)
+                if resized:
+                    return images, size, corner
+                images = fn.resize(images, size=size, **resize)
+                return fn.slice(images, start=corner, shape=[view.size] * 2, axes=[0, 1])
+            encoded, corner, shape, flip, *operations = inputs(
+                types.UINT8, *[types.INT32] * (3 if policy is None else 5)
+            )
+            images = fn.decoders.image_slice(encoded, corner, shape, axes=[0, 1], **options)
+            if resized:
+                return images, flip
+            images = fn.flip(fn.resize(images, size=[view.size] * 2, **resize), horizontal=flip)
+            return images if policy is None else _rand_augment(images, view.size, *policy, *operations)
+
+        self._pipe = dali.pipeline_def(
+            graph,
+            enable_conditionals=policy is not None,
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=self._device.index if on_gpu else None,
+            prefetch_queue_depth=depth,
+            exec_dynamic=True,  # with another executor, a batch would be overwritten by the next but one
+        )()
+
+    def run(self, feed: Iterator[_Inputs]) -> Iterator[Tensor]:
+        """Views, uint8 (B, H, W, C) on the device, of all batches that `feed` has.
+
+        Raises:
+            RuntimeError: an image cannot be decoded; batches before its own have been yielded. The pipeline is of no
+                more use.
+        """
+        self._feed[0] = feed
+        decoded = self._decoded()
+        try:
+            yield from decoded if self._resizer is None else self._resizer.run(decoded)
+        finally:
+            self._feed[0] = iter(())
+
+    def _decoded(self) -> Iterator[Any]:
+        self._pipe.reset()
+        self._pipe.schedule_run()
+        while True:
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            try:
+                outputs = self._pipe.outputs(cuda_stream=stream)
+            except StopIteration:
+                return
+            self._pipe.schedule_run()
+            yield from_dlpack(outputs[0].as_tensor()) if self._resizer is None else outputs
+
+
+def _rand_augment(images: Any, side: int, magnitude: int, count: int, operations: Any, signs: Any) -> Any:
+    """DALI's RandAugment in its graph, with operations and signs (int32 (count,) a sample) from outside."""
+    # An import by a call would be translated with this function, in which DALI reads "if" as a choice for each sample.
+    from nvidia.dali.auto_aug import core, rand_augment
+
+    suite = {operation.name: operation for operation in rand_augment.get_rand_augment_suite(use_shape=True)}
+    # Recorded, as it does not let itself be silenced: it calls operators of its own by names that it deprecates.
+    with warnings.catch_warnings(record=True):
+        for k in range(count):
+            images = core.select(
+                [suite[name] for name in OPERATIONS],
+                operations[k],
+                data=images,
+                magnitude_bin=core.signed_bin(magnitude, random_sign=signs[k]),
+                num_magnitude_bins=DALI_MAGNITUDE + 1,
+                shape=(side, side),
+                fill_value=128,
+            )
+    return images
+
+
+class _Resizer:
+    """Resizes what DALI has decoded, on the CPU, by torch: for uint8 it has a kernel that is several times as fast.
+
+    Args:
+        view: what is to be made of the images.
+        threads: that resize, while DALI decodes the next batch.
+    """
+
+    def __init__(self, view: TrainView | EvalView, threads: int) -> None:
+        self.view, self.threads = view, threads
+
+    def run(self, decoded: Iterator[Any]) -> Iterator[Tensor]:
+        """Views, uint8 (B, size, size, C), for each output of the graph; an error of the graph comes in its turn."""
+        pool = ThreadPoolExecutor(self.threads, "denim-resize")
+        begun: deque[tuple[Tensor, list[Future[None]]]] = deque()
+
+        def finished() -> Tensor:
+            views, parts = begun.popleft()
+            for part in parts:
+                part.result()
+            return views
+
+        try:
+            while True:
+                try:
+                    images, *numbers = next(decoded)
+                except (StopIteration, RuntimeError) as end:
+                    while begun:
+                        yield finished()
+                    if isinstance(end, StopIteration):
+                        return
+                    raise
+                count, channels = len(images), images[0].shape()[2]
+                views = torch.empty(count, self.view.size, self.view.size, channels, dtype=torch.uint8)
+                arrays = [np.asarray(values.as_tensor()) for values in numbers]
+                parts = [range(first, count, self.threads) for first in range(self.threads)]
+                begun.append((views, [pool.submit(self._resize, views, images, arrays, rows) for rows in parts]))
+                if len(begun) > 1:
+                    yield finished()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _resize(self, views: Tensor, images: Any, numbers: list[npt.NDArray[Any]], rows: range) -> None:
+        side = self.view.size
+        for row in rows:
+            image = from_dlpack(images[row]).permute(2, 0, 1)[None]
+            if isinstance(self.view, EvalView):
+                height, width = (int(length) for length in numbers[0][row])
+                upper, left = (int(edge) for edge in numbers[1][row])
+                image = _bicubic(image, height, width)[..., upper : upper + side, left : left + side]
+            else:
+                image = _bicubic(image, side, side)
+                image = image.flip(-1) if numbers[0][row] else image
+            views[row] = image[0].permute(1, 2, 0)
+
+
+def _bicubic(image: Tensor, height: int, width: int) -> Tensor:
+    return torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,577 @@
+"""The manifest: every sample of a data set with its id, label, place, size and validity, decoded once and kept.
+
+One safetensors file, memory-mapped: opening it reads its header, and a column takes memory as it is used. Rows of valid
+images come first, so that sample k of a source is row k; what cannot be decoded follows with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import warnings
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from torch import Tensor
+
+from denim.nim.checkpoint import atomic_write
+from denim.nim.data.decode import EXTENSIONS, Place, Verdict, judge_all, open_place
+
+__all__ = ["Listing", "Manifest", "ManifestError", "cache_folder", "index", "list_images", "sample_id"]
+
+VERSION = "1"
+NAME = ".denim-manifest.safetensors"  # a file: other tools take a folder among class folders for a class
+CHUNK = 64  # images per question to a decoding process, and per entry of the journal
+IN_PROCESS = 256  # up to so many images, starting processes takes longer than decoding
+
+
+class ManifestError(ValueError):
+    """A manifest is missing, damaged, of another version or of other files."""
+
+
+def sample_id(path: str) -> int:
+    """The id of a sample: the 8-byte BLAKE2b hash of its path, read as a little-endian int64.
+
+    Args:
+        path: below the folder that holds the class folders, with slashes ("cat/0001.jpg").
+    """
+    return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "little", signed=True)
+
+
+def cache_folder() -> Path:
+    """The folder for what Denim keeps between runs: $XDG_CACHE_HOME/denim, or ~/.cache/denim."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "denim"
+
+
+class Listing:
+    """The samples of a data set before any of them is decoded, in their order.
+
+    Args:
+        root: folder below which paths and shards are.
+        classes: class names; label k is `classes[k]`.
+        shards: tar files below `root` that hold the images, if images are not files of their own.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str], shards: Sequence[str] = ()) -> None:
+        self.root = root
+        self.classes = tuple(classes)
+        self.shards = tuple(shards)
+        self.paths = bytearray()
+        self.ends, self.labels, self.bytes, self.mtimes = array("q"), array("q"), array("q"), array("q")
+        self.ids, self.shard, self.offsets = array("q"), array("q"), array("q")
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def add(self, path: str, label: int, size: int, mtime: int) -> None:
+        """One file.
+
+        Args:
+            path: below `root`, with slashes.
+            label: its class.
+            size: in bytes; -1 for what is no regular file, which makes it a bad image.
+            mtime: time of the last change, in ns.
+        """
+        self.paths += os.fsencode(path)
+        self.ends.append(len(self.paths))
+        self.labels.append(label)
+        self.bytes.append(size)
+        self.mtimes.append(mtime)
+
+    def add_member(self, path: str, label: int, size: int, mtime: int, id: int, shard: int, offset: int) -> None:
+        """One member of a shard; all samples of a listing are members then.
+
+        Args:
+            path: its name in the shard.
+            label: its class.
+            size: in bytes.
+            mtime: of the shard, in ns.
+            id: any int64; distinct.
+            shard: its shard is `shards[shard]`.
+            offset: of its first byte in the shard.
+        """
+        self.add(path, label, size, mtime)
+        self.ids.append(id)
+        self.shard.append(shard)
+        self.offsets.append(offset)
+
+    def path(self, row: int) -> str:
+        """The path of a sample below `root`, or its name in its shard."""
+        return os.fsdecode(bytes(self.paths[self.ends[row - 1] if row else 0 : self.ends[row]]))
+
+    def place(self, row: int) -> Place:
+        """Where the bytes of a sample are."""
+        if self.shard:
+            return _place(self.root, self.shards[self.shard[row]], self.bytes[row], self.offsets[row])
+        return _place(self.root, self.path(row), self.bytes[row], -1)
+
+    def where(self, row: int) -> str:
+        """The path of a sample, or "shard.tar:member", for messages."""
+        return str(self.root / (f"{self.shards[self.shard[row]]}:{self.path(row)}" if self.shard else self.path(row)))
+
+    def sample_ids(self) -> npt.NDArray[np.int64]:
+        """Ids, int64 (N,): those given to `add_member`, or those of the paths.
+
+        Raises:
+            ValueError: two samples have the same.
+        """
+        ids = np.array(self.ids or [sample_id(self.path(row)) for row in range(len(self))], np.int64)
+        order = np.argsort(ids, kind="stable")
+        twins = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+        if len(twins):
+            first, second = order[twins[0]], order[twins[0] + 1]
+            raise ValueError(
+                f"{self.where(first)} and {self.where(second)} have the same id {ids[first]}, and all that is random "
+                "about a sample is keyed by its id: rename or remove one of them"
+            )
+        return ids
+
+    def key(self) -> str:
+        """A digest of all there is in the listing, and of nothing else: not of `root`, so a folder may be moved."""
+        digest = hashlib.blake2b(json.dumps((self.classes, self.shards)).encode(), digest_size=16)
+        for column in (self.paths, self.ends, self.labels, self.bytes, self.mtimes, self.ids, self.shard, self.offsets):
+            digest.update(column)
+        return digest.hexdigest()
+
+
+def list_images(root: Path, classes: Sequence[str]) -> Listing:
+    """The image files below a folder, at any depth, through links too, sorted by the parts of their paths.
+
+    Hidden files and folders are ignored, and so are files whose extension is not that of an image.
+
+    Args:
+        root: folder.
+        classes: its class folders; none for a flat folder, all of which is then one class "".
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    listing = Listing(root, classes or ("",))
+    for label, prefix in enumerate(f"{name}/" for name in classes) if classes else [(0, "")]:
+        _walk(listing, root / prefix, prefix, label, frozenset())
+    return listing
+
+
+def _walk(listing: Listing, folder: Path, prefix: str, label: int, above: frozenset[tuple[int, int]]) -> None:
+    own = folder.stat()
+    if (own.st_dev, own.st_ino) in above:  # a link to a folder above it
+        return
+    above |= {(own.st_dev, own.st_ino)}
+    with os.scandir(folder) as scan:
+        entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir():
+            _walk(listing, folder / entry.name, f"{prefix}{entry.name}/", label, above)
+        elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:  # noqa: PTH122 (a Path would cost as much as stat)
+            try:
+                info = entry.stat()
+                size, mtime = (info.st_size if stat.S_ISREG(info.st_mode) else -1), info.st_mtime_ns
+            except OSError:  # a link to nothing
+                size, mtime = -1, 0
+            listing.add(prefix + entry.name, label, size, mtime)
+
+
+class Manifest:
+    """The samples of a data set, valid ones first.
+
+    Args:
+        file: where it is.
+        root: the folder of the data set.
+        key: of what it has to be the manifest; None takes it as it is.
+
+    Attributes:
+        file, root, key: as above.
+        classes: class names; label k is `classes[k]`.
+        valid: number of valid images; rows from there on are bad ones.
+        decoded: number of images that were decoded to make it; 0 for one that was only opened.
+        ids, labels: int64 (rows,).
+        sizes: int32 (rows, 2), width and height of the upright image in pixels; 0 for bad ones.
+        bytes: int64 (rows,), length of the encoded image; -1 for what is no regular file.
+
+    Raises:
+        ManifestError: no such file, truncated, of another version, or of another key.
+    """
+
+    def __init__(self, file: Path, root: Path, key: str | None = None) -> None:
+        self.file, self.root, self.decoded = file, root, 0
+        try:
+            with safetensors.safe_open(file, framework="pt") as content:
+                header: dict[str, str] = content.metadata() or {}
+                columns: dict[str, Tensor] = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise ManifestError(f"no manifest {file}") from None
+        except (SafetensorError, OSError) as error:
+            raise ManifestError(f"the manifest {file} is truncated or damaged: {error}") from error
+        if header.get("denim_manifest") != VERSION:
+            found = header.get("denim_manifest")
+            what = f"version {found} of the manifest" if found else "no manifest of Denim"
+            raise ManifestError(f"{file} is {what}, expected version {VERSION}")
+        self._columns = {name: column.numpy() for name, column in columns.items()}
+        try:
+            self.key = header["key"]
+            self.limit: int | None = json.loads(header["limit"])
+            self.classes: tuple[str, ...] = tuple(json.loads(header["classes"]))
+            self._shards: list[str] = json.loads(header["shards"])
+            self._formats: list[str] = json.loads(header["formats"])
+            self._reasons: list[str] = json.loads(header["reasons"])
+            self.ids, self.labels, self.sizes = columns["ids"], columns["labels"], columns["sizes"]
+            self.bytes, ends = columns["bytes"], columns["ends"]
+            whole = [self.labels, self.sizes, self.bytes, ends, columns["mtimes"], columns["formats"]]
+            whole += [columns["shard"], columns["offsets"]] if self._shards else []
+            fits = all(len(column) == len(self) for column in whole) and int(ends[-1:].sum()) == len(columns["paths"])
+            self.valid = len(self) - len(columns["faults"])
+        except KeyError as error:
+            raise ManifestError(f"the manifest {file} is damaged: it has no {error}") from error
+        if not fits:
+            raise ManifestError(f"the manifest {file} is damaged: its columns do not fit together")
+        if key is not None and key != self.key:
+            raise ManifestError(f"the manifest {file} is that of another folder, or {root} has changed since")
+
+    def __reduce__(self) -> tuple[type[Manifest], tuple[Path, Path, str]]:
+        # Another process maps the same pages instead of receiving a copy.
+        return type(self), (self.file, self.root, self.key)
+
+    def __len__(self) -> int:
+        """Number of rows, valid or not."""
+        return len(self.ids)
+
+    def path(self, row: int) -> str:
+        """The path of a sample below `root`, or its name in its shard."""
+        ends = self._columns["ends"]
+        path: bytes = self._columns["paths"][ends[row - 1] if row else 0 : ends[row]].tobytes()
+        return os.fsdecode(path)
+
+    def where(self, row: int) -> str:
+        """The path of a sample, or "shard.tar:member", for messages."""
+        shard = self._shard(row)
+        return str(self.root / f"{shard}:{self.path(row)}" if shard else self.root / self.path(row))
+
+    def image_format(self, row: int) -> str:
+        """The format of the content: JPEG, PNG, BMP, WEBP, GIF, TIFF or PPM; empty for a bad one."""
+        return self._formats[int(self._columns["formats"][row])]
+
+    def fault(self, row: int) -> str:
+        """Why a sample cannot be used; empty for a valid one."""
+        return "" if row < self.valid else self._reasons[self._columns["faults"][row - self.valid]]
+
+    def place(self, row: int) -> Place:
+        """Where the bytes of a sample are."""
+        offset = int(self._columns["offsets"][row]) if self._shards else -1
+        return _place(self.root, self._shard(row) or self.path(row), int(self.bytes[row]), offset)
+
+    def open(self, row: int) -> BinaryIO:
+        """The encoded image of a sample, as a binary file.
+
+        Raises:
+            OSError: no such file, or a shard that ends before the image does.
+        """
+        return open_place(self.place(row))
+
+    def keep(self, file: Path) -> None:
+        """Copy it to `file`, in one step: what a run began with stays, whatever is indexed anew later.
+
+        Raises:
+            OSError: it cannot be written; nothing half-written is left.
+        """
+        with atomic_write(file) as staged:
+            shutil.copyfile(self.file, staged)
+
+    def format_counts(self) -> dict[str, int]:
+        """How many valid images there are of each format, the most frequent first."""
+        counts = np.bincount(self._columns["formats"][: self.valid], minlength=len(self._formats))
+        return {self._formats[k]: int(counts[k]) for k in np.argsort(-counts, kind="stable") if counts[k]}
+
+    def _shard(self, row: int) -> str:
+        return self._shards[self._columns["shard"][row]] if self._shards else ""
+
+    def verdicts(self, listing: Listing) -> Iterator[tuple[int, Verdict]]:
+        """What the decoder said of those samples of a listing that are as they were: same id, length and time.
+
+        Yields:
+            The row in the listing, and the verdict.
+        """
+        if not len(self):
+            return
+        ids, columns = listing.sample_ids(), self._columns
+        order = np.argsort(columns["ids"])
+        rows = order[np.searchsorted(columns["ids"], ids, sorter=order).clip(max=len(order) - 1)]
+        same = columns["ids"][rows] == ids
+        same &= columns["bytes"][rows] == np.array(listing.bytes)
+        same &= columns["mtimes"][rows] == np.array(listing.mtimes)
+        for row, own in zip(np.flatnonzero(same).tolist(), rows[same].tolist(), strict=True):
+            width, height = self.sizes[own].tolist()
+            yield row, Verdict(width, height, self.image_format(own), self.fault(own))
+
+    @staticmethod
+    def write(file: Path, listing: Listing, verdicts: Sequence[Verdict], key: str) -> None:
+        """Write the manifest of a listing; an earlier one is replaced in one step.
+
+        Args:
+            file: its path.
+            listing: the samples.
+            verdicts: what the decoder says of each.
+            key: what `Manifest` and `index` will compare: the listing's own, or any string that changes with it.
+
+        Raises:
+            ValueError: two samples have the same id.
+            OSError: it cannot be written; nothing half-written is left.
+        """
+        # Valid ones first, in the order of the listing.
+        order = np.argsort([bool(verdict.fault) for verdict in verdicts], kind="stable")
+        formats, reasons = _Numbers(), _Numbers()
+        paths = [bytes(os.fsencode(listing.path(row))) for row in order]
+        columns: dict[str, npt.NDArray[Any]] = {
+            "ids": listing.sample_ids()[order],
+            "labels": np.array(listing.labels, np.int64)[order],
+            "bytes": np.array(listing.bytes, np.int64)[order],
+            "mtimes": np.array(listing.mtimes, np.int64)[order],
+            "sizes": np.array([verdict[:2] for verdict in verdicts], np.int32).reshape(-1, 2)[order],
+            "formats": np.array([formats[verdict.format] for verdict in verdicts], np.uint8)[order],
+            "faults": np.array([reasons[verdicts[row].fault] for row in order if verdicts[row].fault], np.int32),
+            "ends": np.cumsum([len(path) for path in paths], dtype=np.int64),
+            "paths": np.frombuffer(b"".join(paths), np.uint8),
+        }
+        if listing.shards:
+            columns["shard"] = np.array(listing.shard, np.int32)[order]
+            columns["offsets"] = np.array(listing.offsets, np.int64)[order]
+        header = {
+            "denim_manifest": VERSION,
+            "key": key,
+            "limit": json.dumps(Image.MAX_IMAGE_PIXELS),
+            **{
+                name: json.dumps(list(values))
+                for name, values in (
+                    ("classes", listing.classes),
+                    ("shards", listing.shards),
+                    ("formats", formats),
+                    ("reasons", reasons),
+                )
+            },
+        }
+        try:
+            with atomic_write(file) as staged:
+                safetensors.numpy.save_file(columns, staged, metadata=header)
+        except SafetensorError as error:  # the disk is full, say
+            raise OSError(f"cannot write the manifest {file}: {error}") from error
+
+
+class _Numbers(dict[str, int]):
+    """Numbers strings in the order in which they come."""
+
+    def __missing__(self, text: str) -> int:
+        return self.setdefault(text, len(self))
+
+
+def _place(root: Path, path: str, length: int, offset: int) -> Place:
+    return Place(os.path.join(root, path), offset, length)  # noqa: PTH118 (a Path would cost as much as stat)
+
+
+def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | None = None) -> Manifest:
+    """The manifest of a data set: the one that is there if it still holds, else one made by decoding what is new.
+
+    It is kept in `root` where that can be written to, else in `cache_folder()`. Samples of an earlier manifest that
+    have the same name, length and time of change are not decoded again, nor are those that an interrupted call had
+    done (a journal beside the manifest has them). Of several processes that ask at once, one does the work.
+
+    Args:
+        root: folder of the data set.
+        key: changes whenever the samples do, as `Listing.key` does.
+        samples: makes the listing; called where there is something to decode.
+        cache: folder to keep the manifest in, instead.
+
+    Raises:
+        ValueError: two samples have the same id.
+        OSError: the manifest cannot be written; what was decoded is in the journal.
+    """
+    places = _places(root, cache)
+    if (manifest := _current(places, root, key)) is not None:
+        return manifest
+    file = next((place for place in places if os.access(_existing(place.parent), os.W_OK)), places[-1])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(file.with_suffix(".journal")) as journal:
+        if (manifest := _current(places, root, key)) is not None:  # another process was faster
+            return manifest
+        listing = samples()
+        names = list(zip(listing.sample_ids().tolist(), listing.bytes, listing.mtimes, strict=True))
+        verdicts: dict[int, Verdict] = {}
+        for place in places:
+            with contextlib.suppress(ManifestError):
+                if (earlier := Manifest(place, root)).limit == Image.MAX_IMAGE_PIXELS:
+                    verdicts.update(earlier.verdicts(listing))
+        known = dict(_read_journal(journal))
+        verdicts.update((row, known[name]) for row, name in enumerate(names) if name in known)
+        todo = [row for row in range(len(listing)) if row not in verdicts]
+        for rows, new in _judge(listing, todo):
+            entries = [(*names[row], *verdict) for row, verdict in zip(rows, new, strict=True)]
+            journal.write(json.dumps(entries).encode() + b"\n")
+            journal.flush()
+            verdicts.update(zip(rows, new, strict=True))
+        Manifest.write(file, listing, [verdicts[row] for row in range(len(listing))], key)
+        file.with_suffix(".journal").unlink()
+    manifest = Manifest(file, root, key)
+    manifest.decoded = len(todo)
+    return manifest
+
+
+def _places(root: Path, cache: Path | None) -> list[Path]:
+    """Where the manifest of a folder may be, the preferred place first."""
+    name = f"{hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()}.safetensors"
+    return [cache / name] if cache is not None else [root / NAME, cache_folder() / name]
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)
+
+
+def _current(places: list[Path], root: Path, key: str) -> Manifest | None:
+    for place in places:
+        if not place.exists():
+            continue
+        try:
+            manifest = Manifest(place, root)
+        except ManifestError as error:
+            warnings.warn(f"{error}; it is made anew", stacklevel=4)
+            continue
+        if manifest.key == key and manifest.limit == Image.MAX_IMAGE_PIXELS:
+            return manifest
+    return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The journal, open, while no other process has it."""
+    while True:
+        with path.open("a+b") as file:
+            with contextlib.suppress(OSError):  # a file system without locks: two processes may do the work twice
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                yield file
+                return
+        # Whoever had it has finished and removed it: this was the name of nothing.
+
+
+def _read_journal(journal: BinaryIO) -> Iterator[tuple[tuple[int, int, int], Verdict]]:
+    """Verdicts of an interrupted call by id, length and time of change."""
+    header = json.dumps([VERSION, Image.MAX_IMAGE_PIXELS]).encode() + b"\n"
+    journal.seek(0)
+    if journal.readline() != header:
+        journal.truncate(0)
+        journal.write(header)
+        return
+    whole = journal.tell()
+    for line in journal:
+        if not line.endswith(b"\n"):  # cut off where the process was killed
+            break
+        whole += len(line)
+        for number, length, mtime, *verdict in json.loads(line):
+            yield (number, length, mtime), Verdict(*verdict)
+    journal.truncate(whole)
+
+
+def _judge(listing: Listing, todo: list[int]) -> Iterator[tuple[list[int], list[Verdict]]]:
+    """The decoder's word on samples, chunk by chunk, in any order."""
+    chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
+    if len(todo) <= IN_PROCESS:
+        for rows in chunks:
+            yield rows, judge_all(map(listing.place, rows))
+        return
+    columns = (TextColumn("indexing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(chunks))
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        _Judges(count) as judges,
+        ThreadPool(count) as pool,
+    ):
+        bar = progress.add_task("", total=len(todo))
+        for rows, verdicts in pool.imap_unordered(lambda rows: (rows, judges(map(listing.place, rows))), chunks):
+            progress.advance(bar, len(rows))
+            yield rows, verdicts
+
+
+class _Judges:
+    """Processes that decode. One that dies is replaced, and the image that killed it is a bad one."""
+
+    def __init__(self, count: int) -> None:
+        self._idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
+        self._all: list[subprocess.Popen[str]] = []
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
+        self._closed = False
+        for process in [self._start() for _ in range(count)]:
+            self._idle.put(process)
+        if self._ask([]) is None:  # no image is to blame
+            self._errors.seek(0)
+            last = self._errors.read().strip().rpartition("\n")[2]
+            self.__exit__()
+            raise OSError(f"processes that decode images do not start: {last}")
+
+    def __enter__(self) -> _Judges:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        for process in self._all:
+            process.kill()
+            process.wait()
+        self._errors.close()
+
+    def __call__(self, places: Iterable[Place]) -> list[Verdict]:
+        asked = list(places)
+        verdicts = self._ask(asked)
+        if verdicts is not None:
+            return verdicts
+        # Either one of them did it, or somebody killed the process: one by one, and twice, tells.
+        bad = [Verdict(0, 0, "", "kills the decoder")]
+        return [(self._ask([place]) or self._ask([place]) or bad)[0] for place in asked]
+
+    def _ask(self, places: list[Place]) -> list[Verdict] | None:
+        """None where the process dies of it, or was dead."""
+        process = self._idle.get()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(places) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except (OSError, ValueError):  # the pipe is broken, or closed
+            answer = ""
+        if answer.endswith("\n"):
+            self._idle.put(process)
+            return [Verdict(*verdict) for verdict in json.loads(answer)]
+        process.kill()
+        process.wait()
+        self._idle.put(process if self._closed else self._start())
+        return None
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P: the modules beside the script are not to be found under their bare names. A session of its own: an
+        # interrupt from the keyboard is this process's to handle. At its end stdin closes, and they stop.
+        process = subprocess.Popen(
+            [sys.executable, "-P", Path(__file__).with_name("decode.py"), json.dumps(Image.MAX_IMAGE_PIXELS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
+        )
+        self._all.append(process)
+        return process

@@ -1,0 +1,427 @@
+"""WebDataset shards: tar files whose members are images and what belongs to them; written, indexed, read by offset.
+
+A sample is a run of members that share a key, the part of the name before the first dot of its last component
+("cat/0001" in "cat/0001.jpg"); what follows is the extension. Its image is the member with the extension of an image,
+its label the whole number in the member "cls", or that under "label" in the member "json", counted from 0.
+
+Shards are read at any position, in the order of the loader, which is exact: the same batch at the same step, on any
+number of ranks, after any resume. They are not streamed from front to back: that takes a buffer that shuffles, and a
+batch would then depend on the size of the buffer, the number of readers and the step at which a run resumed. A sample
+costs one request to the storage. Where requests are slow, have many under way (workers), or copy the shards to a local
+disk, which is fast for a few large files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import track
+
+from denim.nim.checkpoint import atomic_write
+from denim.nim.data.decode import EXTENSIONS
+from denim.nim.data.manifest import Listing, Manifest, index, sample_id
+
+__all__ = ["Packed", "ShardManifest", "list_members", "list_shards", "open_shards", "pack"]
+
+BLOCK = 512  # of a tar archive: a header is one, contents are padded to whole ones
+OPEN_SHARDS = 256  # descriptors that a process keeps; systems allow 1024 or more
+PADDING = 1 << 20  # zeros at the end: writers fill the last record, of 10 KiB as a rule
+CLASSES = 1 << 24  # a larger number is no label
+FORMAT_EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}  # others: the name of the format
+_T = TypeVar("_T")
+RECORD = ".denim-pack.json"  # in a folder of shards: which call made it, and what that could not read
+
+
+def list_shards(folder: Path) -> list[str]:
+    """Names of the tar files in a folder, sorted; none where folders or images lie beside them.
+
+    Raises:
+        ValueError: they are compressed.
+    """
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if any(entry.is_dir() or entry.suffix.lower() in EXTENSIONS for entry in entries):
+        return []
+    shards = sorted(entry.name for entry in entries if entry.suffix == ".tar")
+    compressed = sorted(entry.name for entry in entries if re.search(r"\.(tgz|tar\.\w+)$", entry.name))
+    if compressed and not shards:
+        raise ValueError(
+            f"{folder / compressed[0]} is compressed, and members of a shard are read at any position: decompress it "
+            "to a .tar file (images hardly grow by that)"
+        )
+    return shards
+
+
+def open_shards(root: Path, shards: Sequence[str], *, labelled: bool = True, cache: Path | None = None) -> Manifest:
+    """The manifest of the images in shards: the one that is there if none of them has changed, else brought up to date.
+
+    Shards of `pack` give the ids, labels, classes and order of what was packed. In others, the id of a sample is that
+    of "shard/key" (see `sample_id`), for keys often begin anew in each shard: it stays when shards are added, removed
+    or listed in another order. Hidden members are ignored, and so are those with other extensions.
+
+    Of a shard that is truncated, or damaged between members, the part before is used, and the rest counts as one bad
+    image.
+
+    Args:
+        root: folder of the shards.
+        shards: their names.
+        labelled: False takes samples without labels too; where one has none, all have the class "".
+        cache: folder to keep the manifest in, instead of `root` or `cache_folder()`.
+
+    Raises:
+        ValueError: a file is no tar archive, or has no images; a sample has no label, or several images; two samples
+            have the same id; labels mean different classes in different shards.
+        OSError: a shard cannot be read, or the manifest cannot be written.
+    """
+    stamps = [(shard, info.st_size, info.st_mtime_ns) for shard in shards for info in [(root / shard).stat()]]
+    key = hashlib.blake2b(json.dumps(stamps).encode(), digest_size=16).hexdigest()
+    made = index(root, key, lambda: list_members(root, shards, labelled=labelled), cache)
+    if labelled and made.classes == ("",):  # from a call without labels; this one finds the sample that has none
+        list_members(root, shards)
+    manifest = ShardManifest(made.file, root, key)
+    manifest.decoded = made.decoded
+    return manifest
+
+
+class ShardManifest(Manifest):
+    """A manifest of members of shards. It keeps shards open, since opening is a request to the storage too.
+
+    A shard that is replaced or removed goes on being read where it is open.
+    """
+
+    def open(self, row: int) -> BinaryIO:
+        """The encoded image of a sample, as a binary file. Any number of threads may call it at once.
+
+        Raises:
+            OSError: no such shard, one that ends before the image does, or one with something else at its place.
+        """
+        file, offset, length = self.place(row)
+        if length < 0:
+            return super().open(row)
+        shard = _opened(file, int(self._columns["mtimes"][row]))
+        # By position: threads and forked processes share the descriptor. `shard` keeps it open until this returns.
+        content = os.pread(shard.number, BLOCK + length, offset - BLOCK)
+        if len(content) < BLOCK + length:
+            raise OSError(f"{file} ends {BLOCK + length - len(content)} bytes before the image does")
+        if not _is_header(content[:BLOCK], self.path(row), length):
+            raise OSError(f"{file} has changed since it was indexed: the image is no longer at its place")
+        return io.BytesIO(content[BLOCK:])
+
+
+def _is_header(block: bytes, path: str, length: int) -> bool:
+    """Whether a block can be the header of this member. Times of change will not do: a copy has another one."""
+    name, size, whole = block[:100].split(b"\0")[0], block[124:136].strip(b" \0"), os.fsencode(path)
+    # A name that is longer than its field, or not ASCII, may stand elsewhere, and something like it here.
+    fits = whole.endswith(name) or len(whole) > 100 or not whole.isascii()
+    return bool(name) and fits and re.fullmatch(rb"[0-7]+", size) is not None and int(size, 8) == length
+
+
+class _Descriptor:
+    """An open file, until nobody holds this: a thread may still read when the cache lets go of it."""
+
+    def __init__(self, file: str) -> None:
+        self.number = os.open(file, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@functools.lru_cache(OPEN_SHARDS)
+def _opened(file: str, _mtime: int) -> _Descriptor:
+    return _Descriptor(file)
+
+
+class _Sample(NamedTuple):
+    name: str  # of the image
+    size: int
+    offset: int
+    id: int
+    position: int | None  # in what it was packed from
+    label: int | None
+    title: str | None  # of its class
+
+
+def list_members(root: Path, shards: Sequence[str], *, labelled: bool = True) -> Listing:
+    """The images in shards, by their headers alone. Arguments and errors: see `open_shards`."""
+    found, positions, titles = Listing(root, (), shards), array("q"), dict[int, str]()
+    complete = True
+    for number, shard in enumerate(_progress(shards, "listing shards")):
+        mtime = (root / shard).stat().st_mtime_ns
+        for name, size, offset, id, position, label, title in _samples(root / shard):
+            if label is None and labelled:
+                raise ValueError(
+                    f"{root / shard}:{name} has no label: expected a whole number from 0 in a member with the "
+                    'extension "cls", or under "label" in one with the extension "json"'
+                )
+            complete &= label is not None
+            if label is not None and title is not None and titles.setdefault(label, title) != title:
+                raise ValueError(
+                    f"label {label} is class {title!r} in {root / shard}:{name}, and {titles[label]!r} in an "
+                    "earlier sample: these shards are of different data sets"
+                )
+            found.add_member(name, label or 0, size, mtime, id, number, offset)
+            positions.append(len(positions) if position is None else position)
+    if not len(found):
+        raise ValueError(f"no images in the shards in {root}: expected members with {' '.join(sorted(EXTENSIONS))}")
+    classes = [titles.get(label, str(label)) for label in range(max(found.labels) + 1)] if complete else [""]
+    listing = Listing(root, classes, shards)
+    for row in np.argsort(positions, kind="stable").tolist():
+        label = found.labels[row] if complete else 0
+        place = found.bytes[row], found.mtimes[row], found.ids[row], found.shard[row], found.offsets[row]
+        listing.add_member(found.path(row), label, *place)
+    return listing
+
+
+def _samples(shard: Path) -> list[_Sample]:
+    samples: list[_Sample] = []
+    with shard.open("rb") as file:
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (all that is open is `file`)
+        except tarfile.ReadError as error:
+            raise ValueError(f"{shard} is no tar archive ({error}): replace it, or remove it") from error
+        for key, members in groupby(_members(tar), lambda member: _key_and_extension(member.name)[0]):
+            images: list[tarfile.TarInfo] = []
+            dotted: list[tarfile.TarInfo] = []
+            facts: dict[str, Any] = {}
+            for member in members:
+                extension = _key_and_extension(member.name)[1]
+                if f".{extension}" in EXTENSIONS:
+                    images.append(member)
+                elif f".{extension.rpartition('.')[2]}" in EXTENSIONS:
+                    dotted.append(member)
+                elif extension in ("json", "cls") and member.isreg():
+                    facts |= _facts(extension, os.pread(file.fileno(), member.size, member.offset_data))
+            if len(images) > 1 or (dotted and not images):
+                raise ValueError(
+                    f"{shard}: which image belongs to the key {key!r}? {', '.join(m.name for m in images + dotted)}: "
+                    "a key ends at the first dot of a file name; pack these images with other names"
+                )
+            for image in images:
+                size = image.size if image.isreg() and not image.issparse() else -1
+                id = facts.get("id", sample_id(f"{shard.name}/{key}"))
+                known = (facts.get(name) for name in ("position", "label", "title"))
+                samples.append(_Sample(image.name, size, image.offset_data, id, *known))
+        # A whole archive ends with zeros, though not with any number of them: a crash can leave those too.
+        size = os.fstat(file.fileno()).st_size
+        if os.pread(file.fileno(), BLOCK, tar.offset) != bytes(BLOCK) or size - tar.offset > PADDING:
+            if len(samples) > 1 and samples[-1].label is None and samples[-2].label is not None:
+                samples.pop()  # its label was to follow
+            name = f"(what was after byte {min(tar.offset, size)})"
+            samples.append(_Sample(name, BLOCK, tar.offset, sample_id(f"{shard.name}/{name}"), None, 0, None))
+    return samples
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    try:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            name = member.name.rpartition("/")[2]
+            if not member.isdir() and not name.startswith(".") and not (name.startswith("__") and name.endswith("__")):
+                yield member
+    except tarfile.ReadError:
+        return  # the file ends in the middle of a member
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _facts(extension: str, content: bytes) -> dict[str, Any]:
+    """What a "cls" or "json" member says of label, and those of `pack` of id, position and title of the class too."""
+    facts: dict[str, Any] = {}
+    try:
+        said = json.loads(content)
+    except (ValueError, RecursionError):
+        return facts
+    if extension == "cls":
+        said = {"label": said}
+    if not isinstance(said, dict):
+        return facts
+    if type(said.get("label")) is int and 0 <= said["label"] < CLASSES:
+        facts["label"] = said["label"]
+    match said:
+        case {"denim": {"id": int(id), "position": int(position)}} if _is_int64(id) and _is_int64(position):
+            facts |= {"id": id, "position": position}
+            if "class" in said:
+                facts["title"] = str(said["class"])
+    return facts
+
+
+def _is_int64(value: int) -> bool:
+    return -(1 << 63) <= value < 1 << 63
+
+
+class Packed(NamedTuple):
+    """What `pack` wrote.
+
+    Attributes:
+        shards: number of files.
+        samples: number of images.
+        bytes: length of all files.
+        lost: "path: reason" of every image that could no longer be read and is not in.
+    """
+
+    shards: int
+    samples: int
+    bytes: int
+    lost: tuple[str, ...]
+
+
+def pack(manifest: Manifest, folder: Path, name: str, shard_bytes: int = 256_000_000) -> Packed:
+    """Write the valid images of a manifest to `folder/name-000000.tar`, ..., which then are all there, or none.
+
+    A sample is a json member and the image, whose bytes are unchanged. The json holds label, class, path, and under
+    "denim" id and position, so that a source made from the shards is the same as one made from `manifest`: its batches,
+    crops and noise too. Samples lie in the order of their ids, which is a random one if those are hashes, as readers
+    want that stream shards. The same manifest gives the same bytes.
+
+    Shards are made in a hidden folder beside `folder` that takes its name at the end. A call that was interrupted, or
+    found the disk full, leaves the shards that were finished there, and the same call goes on after them. Where one is
+    finished, the same call does nothing.
+
+    Args:
+        manifest: with at least one valid image.
+        folder: a new one, or empty.
+        name: of the shards.
+        shard_bytes: length of a shard, up to one image more or less.
+
+    Raises:
+        ValueError: `folder` has something else in it; no images; `shard_bytes` below 1; another process is at it.
+        OSError: not enough space, or it cannot be written.
+    """
+    if not manifest.valid:
+        raise ValueError(f"none of the {len(manifest)} images below {manifest.root} can be read")
+    if shard_bytes < 1:
+        raise ValueError(f"a shard has at least 1 byte, got {shard_bytes}")
+    order = np.argsort(manifest.ids[: manifest.valid].numpy().view(np.uint64))
+    # Two headers, a json that mostly takes one block, and the image.
+    costs = BLOCK * (3 + -(-manifest.bytes.numpy()[order] // BLOCK))
+    shard_of = np.unique((np.cumsum(costs) - costs) // shard_bytes, return_inverse=True)[1]
+    parts = np.split(order, np.flatnonzero(np.diff(shard_of)) + 1)
+    names = [f"{name}-{number:06d}.tar" for number in range(len(parts))]
+    call = json.dumps([manifest.key, str(manifest.root.resolve()), name, shard_bytes]).encode()
+    plan = hashlib.blake2b(call, digest_size=16).hexdigest()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        lost = _lost(folder, plan)
+        if lost is None:
+            raise ValueError(f"{folder} exists already: name another folder, or delete it")
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = folder.parent / f".{folder.name}.packing"
+        with _sole(staging, plan) as lost:
+            missing = np.bincount(shard_of, costs)[[not (staging / name).exists() for name in names]].sum()
+            if missing > (free := shutil.disk_usage(staging).free):
+                raise OSError(f"{folder} needs {missing / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+            try:
+                for rows, name in _progress(list(zip(parts, names, strict=True)), "packing"):
+                    if not (staging / name).exists():
+                        with atomic_write(staging / name) as staged:
+                            if new := _write(staged, manifest, rows):
+                                lost += new
+                                _keep(staging, plan, lost)
+            except OSError as error:
+                why = os.strerror(error.errno) if error.errno else error
+                raise OSError(
+                    f"cannot write {folder / name}: {why}. What is finished is in {staging}: the same call goes on "
+                    "there, or delete it"
+                ) from error
+            staging.rename(folder)
+    length = sum((folder / name).stat().st_size for name in names)
+    return Packed(len(names), len(order) - len(lost), length, tuple(lost))
+
+
+@contextlib.contextmanager
+def _sole(staging: Path, plan: str) -> Iterator[list[str]]:
+    """The folder, with nothing in it but whole shards of this plan, and for no other process meanwhile.
+
+    Yields:
+        What earlier calls could not read.
+    """
+    staging.mkdir(exist_ok=True)
+    handle = os.open(staging, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is packing in {staging}") from None
+        except OSError:  # a file system without locks
+            pass
+        lost = _lost(staging, plan)
+        for entry in staging.iterdir():
+            if lost is None or entry.suffix not in (".tar", ".json"):  # what is half-written ends otherwise
+                entry.unlink()
+        if lost is None:
+            _keep(staging, plan, lost := [])
+        yield lost
+    finally:
+        os.close(handle)
+
+
+def _lost(folder: Path, plan: str) -> list[str] | None:
+    """What could not be read, from the record in a folder; None where it has none of this plan."""
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    except FileNotFoundError:
+        return None
+    return record["lost"] if record["plan"] == plan else None
+
+
+def _keep(folder: Path, plan: str, lost: list[str]) -> None:
+    with atomic_write(folder / RECORD) as staged:
+        staged.write_text(json.dumps({"plan": plan, "lost": lost}))
+
+
+def _write(file: Path, manifest: Manifest, rows: npt.NDArray[np.int64]) -> list[str]:
+    """One shard; returns what is not in it, and why."""
+    lost: list[str] = []
+    with file.open("wb") as tar:
+        for row in rows.tolist():
+            try:
+                with manifest.open(row) as image:
+                    content = image.read()
+            except OSError as error:
+                lost.append(f"{manifest.path(row)}: {error.strerror or error}")
+                continue
+            if len(content) != manifest.bytes[row]:
+                lost.append(f"{manifest.path(row)}: has changed since it was indexed")
+                continue
+            id, label = int(manifest.ids[row]), int(manifest.labels[row])
+            facts: dict[str, Any] = {"path": manifest.path(row), "denim": {"id": id, "position": row}}
+            if manifest.classes != ("",):
+                facts = {"label": label, "class": manifest.classes[label], **facts}
+            # Hexadecimal and of one length: no dots, and sorted as the samples are.
+            key, kind = f"{id & (1 << 64) - 1:016x}", manifest.image_format(row)
+            for extension, part in (
+                ("json", json.dumps(facts).encode()),
+                (FORMAT_EXTENSIONS.get(kind, kind.lower()), content),
+            ):
+                # All else is constant: nothing of the machine or the time gets in.
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(part)
+                tar.write(member.tobuf(tarfile.USTAR_FORMAT) + part + bytes(-len(part) % BLOCK))
+        tar.write(bytes(2 * BLOCK))
+    return lost
+
+
+def _progress(items: Sequence[_T], what: str) -> Iterable[_T]:
+    console = Console(stderr=True)
+    return track(items, what, console=console, disable=not console.is_terminal)

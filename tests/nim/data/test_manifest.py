@@ -1,0 +1,517 @@
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import threading
+from pathlib import Path
+from time import sleep
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from denim.nim.data import Listing, Manifest, ManifestError, manifest
+from denim.nim.data.decode import Place, Verdict, decode, judge, judge_all
+from denim.nim.data.manifest import NAME, index, list_images, sample_id
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+def opened(root, cache=None):
+    """The manifest of a folder of class folders."""
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    listing = list_images(root, classes)
+    return index(root, listing.key(), lambda: listing, cache)
+
+
+def rows(found):
+    """All that a manifest says, by path."""
+    return {
+        found.path(k): (
+            found.ids[k].item(),
+            found.classes[found.labels[k]],
+            tuple(found.sizes[k].tolist()),
+            found.image_format(k),
+            found.fault(k),
+            found.place(k)[1:],
+        )
+        for k in range(len(found))
+    }
+
+
+@pytest.fixture
+def folder(tmp_path, make_folder):
+    return make_folder(tmp_path / "data") / "train"
+
+
+@pytest.fixture
+def many(tmp_path, noise_image):
+    """700 files, more than are decoded in process, some of them bad."""
+    root = tmp_path / "data"
+    for k in range(700):
+        path = root / f"class{k % 3}" / f"{k:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if k % 50 == 7:
+            path.write_bytes(b"nothing")
+        else:
+            noise_image(2 + k % 5, 3, seed=k).save(path)
+    return root
+
+
+# --- what it says
+
+
+def test_rows(folder):
+    (folder / "cat" / "0001.png").write_bytes(b"")
+    found = opened(folder)
+    # Valid rows first, each part in the order of the paths.
+    paths = ["cat/0000.png", "cat/0002.png", "dog/0000.png", "dog/0001.png", "dog/0002.png", "cat/0001.png"]
+    assert [found.path(k) for k in range(6)] == paths
+    assert (found.valid, len(found), found.decoded) == (5, 6, 6)
+    assert found.ids.tolist() == [sample_id(path) for path in paths]
+    assert found.labels.tolist() == [0, 0, 1, 1, 1, 0]
+    assert found.sizes.tolist() == [[24, 20], [24, 22], [24, 20], [24, 21], [24, 22], [0, 0]]
+    assert found.bytes.tolist() == [(folder / path).stat().st_size for path in paths]
+    assert [found.where(k) for k in range(6)] == [str(folder / path) for path in paths]
+    assert [found.image_format(k) for k in range(6)] == ["PNG"] * 5 + [""]
+    assert [found.fault(k) for k in range(6)] == [""] * 5 + ["not an image in a known format"]
+    assert found.format_counts() == {"PNG": 5}
+    assert (found.ids.dtype, found.labels.dtype, found.sizes.dtype) == (torch.int64, torch.int64, torch.int32)
+    with found.open(3) as file:
+        assert file.read() == (folder / "dog" / "0001.png").read_bytes()
+
+
+names = st.lists(
+    st.binary(min_size=1, max_size=9).filter(lambda name: not set(name) & set(b"\0/")), max_size=20, unique=True
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), paths=names)
+def test_any_listing_comes_back(data, paths, tmp_path_factory):
+    """Names are bytes to the system, and need not be text."""
+    file = tmp_path_factory.mktemp("manifest") / "file"
+    listing = Listing(Path("root"), ("a", "b"), ("x.tar", "y.tar"))
+    positive = st.integers(0, 2**31 - 1)
+    verdict = st.builds(Verdict, positive, positive, st.sampled_from(["JPEG", "PNG"]), st.sampled_from(["", "", "bad"]))
+    verdicts = [data.draw(verdict) for _ in paths]
+    ids = data.draw(st.lists(INT64, min_size=len(paths), max_size=len(paths), unique=True))
+    for k, path in enumerate(paths):
+        listing.add_member(os.fsdecode(path), k % 2, k, -k, ids[k], (k + 1) % 2, 512 * k)
+    Manifest.write(file, listing, verdicts, "key")
+    found = Manifest(file, Path("root"), "key")
+    assert found.valid == sum(not verdict.fault for verdict in verdicts)
+    order = sorted(range(len(paths)), key=lambda k: bool(verdicts[k].fault))
+    for row, k in enumerate(order):
+        assert os.fsencode(found.path(row)) == paths[k]
+        assert found.ids[row] == ids[k]
+        assert found.labels[row] == k % 2
+        assert (*found.sizes[row].tolist(), found.image_format(row), found.fault(row)) == verdicts[k]
+        assert found.place(row) == Place(f"root/{'yx'[k % 2]}.tar", 512 * k, k)
+        assert found.where(row) == f"root/{'yx'[k % 2]}.tar:{os.fsdecode(paths[k])}"
+    assert dict(found.verdicts(listing)) == dict(enumerate(verdicts))
+
+
+def test_members_of_shards_are_read_by_offset(tmp_path, noise_image):
+    buffer = io.BytesIO()
+    noise_image(5, 7).save(buffer, "PNG")
+    content = buffer.getvalue()
+    (tmp_path / "s.tar").write_bytes(b"x" * 512 + content + b"y" * 100 + content[:-40])
+    listing = Listing(tmp_path, ("",), ("s.tar",))
+    listing.add_member("a.png", 0, len(content), 1, 10, 0, 512)
+    listing.add_member("b.png", 0, len(content) - 40, 1, 11, 0, 612 + len(content))
+    listing.add_member("c.png", 0, len(content), 1, 12, 0, 612 + len(content))
+    found = index(tmp_path, "key", lambda: listing)
+    assert found.valid == 1
+    with found.open(0) as file:
+        assert file.read() == content
+    assert "truncated" in found.fault(1)
+    assert found.fault(2) == f"{tmp_path}/s.tar ends 40 bytes before the image does"
+    with pytest.raises(OSError, match="ends 40 bytes before"):
+        found.open(2)
+    assert index(tmp_path, "key", lambda: pytest.fail("listed again")).ids.tolist() == [10, 11, 12]
+
+
+def test_another_process_maps_the_same_file(folder):
+    found = opened(folder)
+    pickled = pickle.dumps(found)
+    assert len(pickled) < 500
+    assert rows(pickle.loads(pickled)) == rows(found)
+    (folder / "cat" / "0000.png").unlink()
+    opened(folder)
+    with pytest.raises(ManifestError, match=r"that of another folder, or .* has changed since"):
+        pickle.loads(pickled)
+
+
+# --- the decoder's word
+
+
+def test_every_kind_of_bad_file(folder, noise_image, monkeypatch):
+    cat = folder / "cat"
+    noise_image(24, 24).save(cat / "short.jpg")
+    whole = (cat / "short.jpg").read_bytes()
+    (cat / "short.jpg").write_bytes(whole[: len(whole) // 2])
+    (cat / "page.jpg").write_text("<!DOCTYPE html><html><body>404 Not Found</body></html>")
+    (cat / "empty.jpg").touch()
+    (cat / "text.png").write_text("a note")
+    (cat / "dangling.png").symlink_to("nowhere.png")
+    os.mkfifo(cat / "pipe.png")  # opening one waits for a writer for ever
+    (cat / "a_folder.png").mkdir()
+    noise_image(1, 1000).save(cat / "absurd.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999)
+    bad = {Path(path).name: row[4] for path, row in rows(opened(folder)).items() if row[4]}
+    assert set(bad) == {f.name for f in cat.iterdir()} - {"0000.png", "0001.png", "0002.png", "a_folder.png"}
+    assert "truncated" in bad["short.jpg"].lower()
+    assert bad["dangling.png"] == bad["pipe.png"] == "not a regular file, nor a link to one"
+    assert "could be decompression bomb" in bad["absurd.png"]
+
+
+def test_a_file_without_permission(folder, monkeypatch):
+    real = open
+
+    def refusing(file, *args, **options):  # bits of permission do not bind root, who may run this
+        if str(file).endswith("0001.png"):
+            raise PermissionError(13, "Permission denied", file)
+        return real(file, *args, **options)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    found = opened(folder)
+    assert [(found.path(k), found.fault(k)) for k in range(found.valid, len(found))] == [
+        ("cat/0001.png", "Permission denied"),
+        ("dog/0001.png", "Permission denied"),
+    ]
+
+
+@pytest.mark.parametrize("save", [{"format": "JPEG"}, {"format": "JPEG", "progressive": True}, {"format": "PNG"}])
+def test_what_passes_can_be_decoded_and_nothing_else(tmp_path, noise_image, save):
+    """The verdict on a JPEG decodes an eighth of the resolution: it must be that of the whole."""
+    draw = random.Random(0)
+    buffer = io.BytesIO()
+    noise_image(40, 50).save(buffer, **save)
+    verdicts = []
+    for trial in range(150):
+        content = bytearray(buffer.getvalue())
+        if trial % 3 == 0:
+            del content[draw.randrange(len(content)) :]
+        else:
+            for _ in range(draw.choice([1, 3, 30])):
+                content[draw.randrange(len(content))] = draw.randrange(256)
+        path = tmp_path / str(trial)
+        path.write_bytes(content)
+        try:
+            size = decode(io.BytesIO(content), 3).size
+        except Exception:
+            size = (0, 0)
+        (verdict,) = judge_all([Place(str(path), -1, len(content))])
+        assert verdict[:2] == size
+        verdicts.append(bool(verdict.fault))
+    assert 20 < sum(verdicts) < 150  # both kinds were seen
+
+
+def test_links_are_followed_but_not_in_circles(folder, tmp_path, noise_image):
+    (tmp_path / "elsewhere").mkdir()
+    noise_image(4, 4).save(tmp_path / "elsewhere" / "far.png")
+    (folder / "dog" / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "dog" / "loop").symlink_to(folder / "dog")
+    assert [path for path in rows(opened(folder)) if "0" not in path] == ["dog/link/far.png"]
+
+
+def test_processes_say_what_this_one_says(many):
+    found = opened(many)
+    assert (found.decoded, found.valid) == (700, 686)
+    listing = list_images(many, found.classes)
+    assert dict(found.verdicts(listing)) == dict(enumerate(judge_all(map(listing.place, range(700)))))
+
+
+def test_the_limit_reaches_the_processes(many, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    low = opened(many)
+    assert low.sizes.numpy().prod(axis=1).max() <= 10
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    # Another limit, another word: nothing of the earlier manifest counts.
+    high = opened(many)
+    assert (high.decoded, high.valid) == (700, 686)
+    assert low.valid < 686
+
+
+# --- refreshing
+
+
+def test_only_what_changed_is_decoded_again(folder, noise_image, monkeypatch):
+    before = rows(opened(folder))
+    assert opened(folder).decoded == 0
+
+    decoded = []
+    monkeypatch.setattr(manifest, "judge_all", lambda places: [*map(seen, places)])
+
+    def seen(place):
+        decoded.append(Path(place.file).relative_to(folder).as_posix())
+        return judge(place)
+
+    noise_image(9, 9).save(folder / "dog" / "new.png")
+    (folder / "dog" / "0000.png").unlink()
+    time = (folder / "cat" / "0001.png").stat().st_mtime_ns
+    noise_image(5, 5).save(folder / "cat" / "0001.png")
+    os.utime(folder / "cat" / "0001.png", ns=(time, time))  # another size at the same time
+    changed = (folder / "cat" / "0002.png").read_bytes()
+    (folder / "cat" / "0002.png").write_bytes(changed)
+    os.utime(folder / "cat" / "0002.png", ns=(1, 1))  # the same size at another time
+    found = opened(folder)
+    assert sorted(decoded) == ["cat/0001.png", "cat/0002.png", "dog/new.png"]
+    assert found.decoded == 3
+    after = rows(found)
+    assert set(after) == (set(before) | {"dog/new.png"}) - {"dog/0000.png"}
+    assert after["cat/0001.png"][2] == (5, 5)
+    assert all(after[path] == before[path] for path in ("cat/0000.png", "cat/0002.png", "dog/0001.png"))
+    # A class before the others changes labels, and needs no decoding.
+    decoded.clear()
+    (folder / "ant").mkdir()
+    shutil.copy(folder / "cat" / "0000.png", folder / "ant" / "0000.png")
+    assert rows(opened(folder))["dog/0001.png"] == before["dog/0001.png"]
+    assert decoded == ["ant/0000.png"]
+
+
+def test_a_folder_may_be_moved(folder, tmp_path):
+    before = rows(opened(folder))
+    folder.rename(tmp_path / "moved")
+    found = opened(tmp_path / "moved")
+    assert found.decoded == 0
+    assert rows(found) == before
+    assert found.where(0) == str(tmp_path / "moved" / "cat" / "0000.png")
+
+
+def test_where_the_folder_is_read_only_the_cache_has_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: folder not in (path, *path.parents) and access(path, mode))
+    found = opened(folder)
+    assert found.file.parent == tmp_path / "cache" / "denim"
+    assert not (folder / NAME).exists()
+    assert opened(folder).decoded == 0
+    # Asked for by name, a place of its own.
+    assert opened(folder, tmp_path / "mine").file.parent == tmp_path / "mine"
+
+
+def test_a_manifest_beside_the_data_serves_those_who_cannot_write_there(folder, monkeypatch):
+    opened(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert opened(folder).decoded == 0
+
+
+# --- damage
+
+
+def rewritten(file, version=None, **parts):
+    """The manifest with another version, or with columns of which only a part is kept."""
+    with safetensors.safe_open(file, framework="np") as content:
+        header = content.metadata()
+        columns = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    for name, part in parts.items():
+        if part is None:
+            del columns[name]
+        else:
+            columns[name] = columns[name][part].copy()
+    if version is not None:
+        header["denim_manifest"] = version
+    safetensors.numpy.save_file(columns, file, metadata=header)
+
+
+DAMAGES = {
+    "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is truncated or damaged"),
+    "half": (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), "is truncated or damaged"),
+    "empty": (lambda file: file.write_bytes(b""), "is truncated or damaged"),
+    "text": (lambda file: file.write_text("{}" * 99), "is truncated or damaged"),
+    "other version": (lambda file: rewritten(file, version="0"), "is version 0 of the manifest, expected"),
+    "weights": (lambda file: safetensors.numpy.save_file({"a": np.ones(3)}, file), "is no manifest of Denim"),
+    "column missing": (lambda file: rewritten(file, sizes=None), "is damaged: it has no 'sizes'"),
+    "faults missing": (lambda file: rewritten(file, faults=None), "is damaged: it has no 'faults'"),
+    "paths cut": (lambda file: rewritten(file, paths=slice(-1)), "is damaged: its columns do not fit"),
+    "column cut": (lambda file: rewritten(file, labels=slice(-1)), "is damaged: its columns do not fit"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_named_and_made_anew(folder, damage):
+    before = opened(folder)
+    expected, file = rows(before), before.file
+    del before
+    spoil, message = DAMAGES[damage]
+    spoil(file)
+    with pytest.raises(ManifestError, match=message) as caught:
+        Manifest(file, folder)
+    assert str(file) in str(caught.value)
+    with pytest.warns(UserWarning, match=rf"{message}.*; it is made anew"):
+        found = opened(folder)
+    assert found.decoded == 6
+    assert rows(found) == expected
+
+
+def test_a_manifest_of_another_folder(folder, tmp_path, make_folder):
+    other = opened(make_folder(tmp_path / "other", each=2) / "train")
+    with pytest.raises(ManifestError, match=r"no manifest .*absent"):
+        Manifest(tmp_path / "absent", folder)
+    with pytest.raises(ManifestError, match=rf"{other.file} is that of another folder"):
+        Manifest(other.file, folder, list_images(folder, ("cat", "dog")).key())
+    # Copied to where that of this folder belongs, it is not taken for it.
+    shutil.copy(other.file, folder / NAME)
+    found = opened(folder)
+    assert [found.path(k) for k in range(6)] == [f"{name}/000{k}.png" for name in ("cat", "dog") for k in range(3)]
+
+
+def test_two_samples_with_one_id(folder, monkeypatch):
+    monkeypatch.setattr(manifest, "sample_id", lambda path: 12 - path.count("1") - 5 * path.count("dog"))
+    with pytest.raises(ValueError, match=r"dog/0000.png and .*dog/0002.png have the same id 7, .* rename or remove"):
+        opened(folder)
+    assert not (folder / NAME).exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(folder, monkeypatch):
+    before = rows(opened(folder))
+    (folder / "cat" / "0000.png").unlink()
+
+    def full(columns, file, metadata):
+        file.write_bytes(b"half")
+        raise safetensors.SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.numpy, "save_file", full)
+        with pytest.raises(OSError, match=rf"cannot write the manifest {folder / NAME}: No space left on device"):
+            opened(folder)
+    kept = {path.name for path in folder.iterdir() if path.name.startswith(".")}
+    assert kept == {NAME, Path(NAME).with_suffix(".journal").name}
+    assert rows(Manifest(folder / NAME, folder)) == before
+    assert rows(opened(folder)) == {path: row for path, row in before.items() if path != "cat/0000.png"}
+
+
+# --- interruption
+
+
+def test_a_killed_indexing_goes_on(many, monkeypatch):
+    """Killed for good after three chunks, in a process of its own, with a line half written."""
+    chunks = 3
+    if (child := os.fork()) == 0:
+        # In process: the child has none of the threads of this one.
+        monkeypatch.setattr(manifest, "IN_PROCESS", 10**6)
+        judged = manifest._judge
+
+        def dying(*args):
+            for k, result in enumerate(judged(*args)):
+                if k == chunks:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield result
+
+        manifest._judge = dying
+        try:
+            opened(many)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    journal = (many / NAME).with_suffix(".journal")
+    assert len(journal.read_bytes().splitlines()) == 1 + chunks
+    with journal.open("ab") as file:
+        file.write(b'[[123, 45, 67, 8, 9, "PN')
+    assert not (many / NAME).exists()
+    found = opened(many)
+    assert found.decoded == 700 - chunks * manifest.CHUNK
+    assert not journal.exists()
+    again = opened(many, many.parent / "cache")
+    assert again.decoded == 700
+    assert rows(again) == rows(found)
+
+
+def test_a_journal_of_another_limit_counts_nothing(folder, monkeypatch):
+    listing = list_images(folder, ("cat", "dog"))
+    names = zip(listing.sample_ids().tolist(), listing.bytes, listing.mtimes, strict=True)
+    entries = [[*name, 1, 1, "PNG", ""] for name in names]
+    journal = (folder / NAME).with_suffix(".journal")
+    for limit, decoded in ((1, 6), (Image.MAX_IMAGE_PIXELS, 0)):
+        (folder / NAME).unlink(missing_ok=True)
+        journal.write_text(f"{json.dumps([manifest.VERSION, limit])}\n{json.dumps(entries)}\n")
+        assert opened(folder).decoded == decoded
+
+
+def test_of_two_that_ask_at_once_one_does_the_work(many, monkeypatch):
+    monkeypatch.setattr(manifest, "IN_PROCESS", 10**6)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(opened(many))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(each.decoded for each in found) == [0, 0, 700]
+    assert rows(found[0]) == rows(found[1]) == rows(found[2])
+
+
+def test_who_waited_for_a_journal_that_was_removed_gets_a_new_one(tmp_path):
+    path = tmp_path / "journal"
+    found = []
+
+    def wait():
+        with manifest._locked(path) as journal:
+            found.append(os.path.samestat(os.fstat(journal.fileno()), path.stat()))
+
+    with manifest._locked(path):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        sleep(0.2)  # it has opened the file, and waits
+        path.unlink()
+    thread.join()
+    assert found == [True]
+
+
+def test_a_killed_process_changes_nothing(many, monkeypatch):
+    expected = rows(opened(many, many.parent / "cache"))
+    started = []
+    start = manifest._Judges._start
+
+    def remembered(self):
+        started.append(start(self))
+        return started[-1]
+
+    monkeypatch.setattr(manifest._Judges, "_start", remembered)
+    answer = manifest._Judges.__call__
+    asked = []
+
+    def killing(self, places):
+        asked.append(None)
+        if len(asked) in (2, 5):
+            started[-1].kill()
+        return answer(self, places)
+
+    monkeypatch.setattr(manifest._Judges, "__call__", killing)
+    count = len(os.sched_getaffinity(0))
+    assert rows(opened(many)) == expected
+    assert len(started) > count
+    assert all(process.poll() is not None for process in started)
+
+
+SCRIPT = """
+import json, os, signal, sys
+for line in sys.stdin:
+    places = json.loads(line)
+    if any("0100" in place[0] for place in places):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    print(json.dumps([[1, 1, "PNG", ""] for place in places]), flush=True)
+"""
+
+
+def test_an_image_that_crashes_the_decoder_is_a_bad_one(many, monkeypatch, tmp_path):
+    (tmp_path / "decode.py").write_text(SCRIPT)
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    found = opened(many)
+    assert found.valid == 699
+    assert (found.path(699), found.fault(699)) == ("class1/0100.png", "kills the decoder")
+
+
+def test_processes_that_do_not_start_are_no_verdict(many, monkeypatch, tmp_path):
+    (tmp_path / "decode.py").write_text("import no_such_module")
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    with pytest.raises(OSError, match=r"do not start: .*No module named 'no_such_module'"):
+        opened(many)
