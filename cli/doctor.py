@@ -14,6 +14,7 @@ from rich.table import Table
 from denim.kernels import attention_backends
 from denim.kernels.attention import load_xformers
 from denim.kernels.noise import noise_backend
+from denim.nim.data.dali_loader import problem as dali_problem
 
 
 def _installed(package: str) -> str | None:
@@ -86,6 +87,9 @@ def main() -> None:
         ("xformers", *_xformers(has_gpu)),
         ("DALI", *_dali()),
     ]
+    missing = dali_problem()
+    loaders = "takes dali for files and shards (no rotation, shift, zoom, RandAugment), else torch"
+    rows.append(("loader: auto", True, loaders if missing is None else f"takes torch: {missing}"))
     # With gradients, as in training: a backend serves only if its backward pass does too.
     sample = torch.empty(1, 2, 4, 64, device="cuda" if has_gpu else "cpu", dtype=torch.float16 if has_gpu else None)
     refusals = attention_backends(*[sample.requires_grad_()] * 3)

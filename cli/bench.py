@@ -1,0 +1,160 @@
+"""`denim bench`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from denim.kernels import bench
+from denim.nim.checkpoint import atomic_write
+from denim.nim.data import bench as loading
+from denim.nim.engine import pick_device
+
+COMMANDS = {
+    "kernels": "time the fused operations against PyTorch, torch.compile and an obvious kernel",
+    "data": "time the loaders on your own images, against torchvision and DALI's own reader",
+}
+
+
+def _versus(record: bench.Record, name: str) -> str:
+    return f"{record.ratios[name]:.2f}x" if name in record.ratios else "-"
+
+
+def _table(records: Sequence[bench.Record], title: str) -> Table:
+    table = Table(title=title, box=None)
+    table.add_column("case", min_width=24, overflow="fold")
+    for heading in ("ms", "median", "GB/s", "copy", "chain", "compiled", "obvious", "MB", "chain's"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in records:
+        table.add_row(
+            record.case,
+            f"{record.best_seconds['fused'] * 1e3:.3f}",
+            f"{record.median_seconds['fused'] * 1e3:.3f}",
+            f"{record.gigabytes_per_second:.1f}",
+            f"{record.copy_share:.0%}",
+            *(_versus(record, name) for name in ("chain", "compiled", "obvious")),
+            *(f"{record.peak_bytes[name] / 1e6:.1f}" for name in ("fused", "chain")),
+        )
+    return table
+
+
+def kernels(
+    device: str = "auto",
+    only: tuple[str, ...] = (),
+    batch: int | None = None,
+    seconds: float = 1.0,
+    compile: bool = True,
+    json: Path | None = None,
+) -> None:
+    """Check the fused operations against chains of PyTorch operations, then time both.
+
+    Columns: best and median time of the fused operation; the bytes that it must move at least, over its best time;
+    the time of a copy of as many bytes, over its time; how many times as long the chain takes, the chain under
+    torch.compile, and a kernel written the obvious way; MB allocated at once, by it and by the chain.
+
+    Args:
+        device: auto, cpu or cuda.
+        only: words; cases with one of them in their names are run.
+        batch: images of 224 x 224, of 32 x 32 sixteen times as many; by default 16 on a CPU and 256 on a GPU.
+        seconds: of timing per case.
+        compile: compare with torch.compile too.
+        json: a file for everything that was measured.
+    """
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width; rich would take 80 columns and cut
+        console = Console(width=160)
+    where = pick_device(device)
+    if json is not None and not json.parent.is_dir():
+        raise ValueError(f"--json {json}: there is no folder {json.parent}")
+    made = bench.environment(where)
+    with console.status("") as status:
+
+        def report(record: bench.Record) -> None:
+            status.update(f"{record.case}: checked and timed")
+
+        try:
+            records = bench.run(where, only, batch, seconds=seconds, compile=compile, report=report)
+        except bench.WrongResultError as error:
+            print(f"denim: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+    title = ", ".join(f"{name} {value}" for name, value in made.items())
+    console.print(_table(records, title))
+    for name, reason in sorted({pair for record in records for pair in record.absent.items()}):
+        console.print(f"{name}: {reason}", highlight=False)
+    if json is not None:
+        content = {"environment": made, "records": [dataclasses.asdict(record) for record in records]}
+        with atomic_write(json) as staged:
+            staged.write_text(dumps(content, indent=1) + "\n")
+        console.print(f"written: {json}")
+
+
+def data(
+    folder: Annotated[Path, tyro.conf.Positional],
+    split: str = "train",
+    size: int = 224,
+    batch_size: int = 64,
+    workers: int = 2,
+    loaders: tuple[str, ...] = tuple(loading.LOADERS),
+    seconds: float = 3.0,
+    rounds: int = 3,
+    memory: bool = True,
+    cache: Path | None = None,
+) -> None:
+    """Load random crops of your images with every loader: images per second, and memory.
+
+    First DALI's pixels are held against Pillow's. Loaders take turns in one process, and the best turn counts. Memory
+    is that of a loader's processes together, at most, beyond what a process has that has made none.
+
+    Args:
+        folder: of images, class folders or shards; or of split folders with those.
+        split: "train", "test", ...
+        size: side of the crops in pixels.
+        batch_size: images of a batch.
+        workers: threads, or processes, that decode.
+        loaders: dali and torch (Denim's), torchvision, dali-reader (DALI's own), pillow (one process, no loader).
+        seconds: of a turn.
+        rounds: turns of each.
+        memory: measure it too.
+        cache: folder for the manifest, instead of the images' own or the user's cache.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    task = loading.open_task(folder, split, size, batch_size, workers, cache)
+    with console.status("") as status:
+        if {"dali", "torch"} <= set(loaders) and loading.reason("dali", task) is None:
+            found = loading.compare(task)
+            print(
+                f"DALI and Pillow, {found.images} crops of the same windows: {found.mean:.2f} levels of 255 apart on "
+                f"average, {found.most} at most"
+            )
+        records, absent = loading.run(
+            task, loaders, seconds=seconds, rounds=rounds, memory=memory, report=status.update
+        )
+    rates = {record.name: record.images_per_second for record in records}
+    title = f"{task.source.name}: {len(task.source)} images, {size}x{size}, batches of {batch_size}, {workers} workers"
+    table = Table(title=title, box=None)
+    for heading in ("loader", "", "images/s", "of torchvision", "of dali-reader", "MB"):
+        table.add_column(heading, justify="left" if heading in ("loader", "") else "right", no_wrap=True)
+    for record in records:
+        table.add_row(
+            record.name,
+            loading.WHAT[record.name],
+            f"{record.images_per_second:.0f}",
+            *(
+                f"{record.images_per_second / rates[other]:.2f}" if other in rates else "-"
+                for other in ("torchvision", "dali-reader")
+            ),
+            "-" if record.peak_bytes is None else f"{record.peak_bytes / 1e6:.0f}",
+        )
+    console.print(table)
+    for name, why in absent.items():
+        console.print(f"{name}: {why}", highlight=False)

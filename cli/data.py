@@ -1,0 +1,273 @@
+"""`denim data`: look at a data set before training on it, and put it into shards."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from denim.kernels import Domain, derive_seeds
+from denim.nim import add_noise
+from denim.nim.checkpoint import atomic_write
+from denim.nim.data import ManifestSource, Source, Subset, TorchLoader, TrainView, open_manifest, open_source
+from denim.nim.data.shards import pack as pack_shards
+from denim.nim.data.sources import splits
+
+COMMANDS = {
+    "index": "decode every image once and keep the result; trainers do the same at their first use",
+    "check": "list every image that cannot be read, with the reason",
+    "stats": "count, classes, sizes, formats, and channel mean and std",
+    "preview": "a picture of what a model will see in training, clean and with noise",
+    "pack": "write WebDataset shards, which keep ids and labels",
+}
+NAMES = ("digits", "cifar10", "cifar100")
+UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+COLUMNS, SHOWN, GAP = 8, 224, 8  # of a preview: images in a row, side of one (about) and distance in pixels
+
+
+def index(folder: Annotated[Path, tyro.conf.Positional], split: str | None = None, cache: Path | None = None) -> None:
+    """Decode every image once and keep the result in a manifest, which trainers use.
+
+    Args:
+        folder: of class folders, or of images; or of split folders with those.
+        split: "train", "test", ...; by default every split that there is.
+        cache: folder for the manifest, instead of the images' own or the user's cache.
+    """
+    for name in _splits(folder, split):
+        start = time.perf_counter()
+        manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
+        print(
+            f"{title}: {manifest.valid} images in {len(manifest.classes)} classes, "
+            f"{len(manifest) - manifest.valid} bad; {manifest.decoded} decoded in {time.perf_counter() - start:.1f} s; "
+            f"manifest {manifest.file}"
+        )
+
+
+def check(
+    folder: Annotated[Path, tyro.conf.Positional],
+    split: str | None = None,
+    out: Path | None = None,
+    cache: Path | None = None,
+) -> None:
+    """List every image that cannot be read, with the reason. The exit status is 1 if there is any.
+
+    Args:
+        folder: of class folders, or of images; or of split folders with those.
+        split: "train", "test", ...; by default every split that there is.
+        out: text file for the list, one image a line, a tab before the reason.
+        cache: folder for the manifest, instead of the images' own or the user's cache.
+    """
+    bad, total = [], 0
+    for name in _splits(folder, split):
+        manifest, _ = open_manifest(folder, name, labelled=False, cache=cache)
+        total += len(manifest)
+        bad += [(manifest.where(row), manifest.fault(row)) for row in range(manifest.valid, len(manifest))]
+    for path, fault in bad:
+        print(f"{path}: {fault}")
+    if out is not None:
+        with atomic_write(out) as staged:
+            staged.write_text("".join(f"{path}\t{fault}\n" for path, fault in bad), errors="surrogateescape")
+    print(f"{len(bad)} of {total} images in {folder} cannot be read ({len(bad) / total:.2%})")
+    if bad:
+        raise SystemExit(1)
+
+
+def stats(
+    folder: Annotated[str, tyro.conf.Positional],
+    split: str | None = None,
+    images: int = 10_000,
+    seed: int = 0,
+    cache: Path | None = None,
+) -> None:
+    """Count, classes, sizes, formats, and channel mean and std, in the form in which presets take them.
+
+    Args:
+        folder: of class folders, or of images; or of split folders with those; or digits, cifar10, cifar100.
+        split: "train", "test", ...; by default every split that there is.
+        images: that mean and std are taken over, drawn at random; 0 for all. Every image has the same weight,
+            whatever its size.
+        seed: of that draw.
+        cache: folder for the manifest, instead of the images' own or the user's cache.
+    """
+    for name in ([split] if split else ["train", "test"]) if folder in NAMES else _splits(Path(folder), split):
+        if folder in NAMES:
+            _describe(open_source(folder, name, cache=cache), {}, images, seed)
+        else:
+            manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
+            source = ManifestSource(manifest, title, max_bad=1)
+            _describe(source, manifest.format_counts(), images, seed)
+
+
+def preview(
+    folder: Annotated[str, tyro.conf.Positional],
+    split: str = "train",
+    sigma: float = 70.0,
+    size: int = 224,
+    count: int = 8,
+    out: Path = Path("preview.png"),
+    crop_scale: tuple[float, float] | None = (0.2, 1.0),
+    flip: bool = True,
+    channels: int | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+    cache: Path | None = None,
+) -> None:
+    """Write a picture of the first images that `denim pretrain` takes with the same seed, clean and with noise.
+
+    Args:
+        folder: of class folders, or of images; or of split folders with those; or of shards; or digits, cifar10,
+            cifar100.
+        split: "train", "test", ...
+        sigma: noise level, 0-255 pixel levels.
+        size: side of what the model sees, in pixels.
+        count: number of images.
+        out: the picture, a PNG.
+        crop_scale: range of the crop's share of the image area; None for no crop.
+        flip: mirror left-right with probability 1/2.
+        channels: 1 or 3; by default those of the data.
+        seed: of the run.
+        epoch: of the run, from 0.
+        cache: folder for the manifest, instead of the images' own or the user's cache.
+    """
+    if not (np.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sigma takes a finite noise level of 0-255 pixel levels, 0 or more, got {sigma}")
+    view = TrainView(size, crop_scale, flip=flip)
+    source = open_source(folder, split, channels, labelled=False, max_bad=1, cache=cache)
+    if not 1 <= count <= len(source):
+        raise ValueError(f"{source.name} has {len(source)} images, and count is {count}")
+    batch = next(TorchLoader(source, view, count, seed=seed, max_bad=1).epoch(epoch))
+    seeds = derive_seeds(seed, Domain.TRAINING, batch.ids, epoch)
+    noisy = add_noise(batch.images, torch.full((count,), sigma), seeds)
+
+    # What is outside [0, 1] a picture cannot show.
+    noisy = (255 * noisy.movedim(1, -1).clamp(0, 1)).round().to(torch.uint8)
+    titles = [source.classes[label] for label in batch.labels.tolist()]
+    sheet = _sheet(
+        batch.images, noisy, titles, f"{source.name}, epoch {epoch}, seed {seed}: clean, and with sigma {sigma:g}"
+    )
+    with atomic_write(out) as staged:
+        sheet.save(staged, format="PNG")
+    print(out)
+
+
+def _sheet(above: Tensor, below: Tensor, titles: Sequence[str], heading: str) -> Image.Image:
+    """Pairs of images, uint8 (B, H, W, C), one above the other with a title each, `COLUMNS` in a row.
+
+    Every pixel becomes a square, small images large ones, so that nothing is resampled.
+    """
+    count, side = len(titles), above.shape[1]
+    scale = max(1, round(SHOWN / side))
+    shown = side * scale
+    font, line = ImageFont.load_default(15), 22
+    width, height = shown + GAP, 2 * shown + line + 2 * GAP
+    rows, columns = -(-count // COLUMNS), min(count, COLUMNS)
+    top = line + 2 * GAP
+    least = int(font.getlength(heading)) + GAP
+    sheet = Image.new("RGB", (GAP + max(columns * width, least), top + rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), heading, "black", font)
+    for k, title in enumerate(titles):
+        x, y = GAP + k % COLUMNS * width, top + k // COLUMNS * height
+        while font.getlength(title) > shown:
+            title = title.rstrip("…")[:-1] + "…"
+        draw.text((x, y), title, "black", font)
+        for number, images in enumerate((above, below)):
+            image = Image.fromarray(images[k].squeeze(-1).numpy()).resize((shown, shown), Image.Resampling.NEAREST)
+            sheet.paste(image, (x, y + line + number * (shown + GAP // 2)))
+    return sheet
+
+
+def pack(
+    folder: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    split: str | None = None,
+    shard_size: str = "256MB",
+    max_bad: float = 0.01,
+    cache: Path | None = None,
+) -> None:
+    """Write WebDataset shards. Training on them is training on the folder: same order, crops and noise.
+
+    Args:
+        folder: of class folders, or of images; or of split folders with those; or of shards.
+        out: a new folder for the shards, or for split folders of shards.
+        split: "train", "test", ...; by default every split that there is.
+        shard_size: length of a shard, like 256MB, 1GB or 64000 (bytes).
+        max_bad: the share of images, at most, that may be bad. They are left out.
+        cache: folder for the manifest, instead of the images' own or the user's cache.
+    """
+    length = re.fullmatch(r"(\d+(?:\.\d+)?)(|kB|MB|GB)", shard_size)
+    if length is None:
+        raise ValueError(f"shard_size is a number of bytes, or of kB, MB or GB like 256MB, got {shard_size!r}")
+    shard_bytes = int(float(length[1]) * UNITS[length[2]])
+    folder, out = folder.expanduser(), out.expanduser().resolve()
+    if out.is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} lies in {folder}, whose images it would belong to: name a folder elsewhere")
+    for name in _splits(folder, split):
+        start = time.perf_counter()
+        manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
+        source = ManifestSource(manifest, title, max_bad=max_bad)  # warns of bad ones, and refuses too many
+        is_part = title.endswith(f"/{name}")
+        target = out / name if is_part else out
+        packed = pack_shards(manifest, target, name if is_part else "images", shard_bytes)
+        for line in packed.lost:
+            print(line)
+        print(
+            f"{title}: {packed.samples} images in {packed.shards} shards, {packed.bytes / 1e6:.1f} MB, in {target}; "
+            f"{len(source.skipped) + len(packed.lost)} bad ones left out; {time.perf_counter() - start:.1f} s"
+        )
+
+
+def _splits(folder: Path, split: str | None) -> list[str]:
+    """What to open. Where nothing is asked for and there are no split folders, any name opens the whole."""
+    if split is not None:
+        return [split]
+    return (splits(folder) if folder.is_dir() else []) or ["all"]
+
+
+def _describe(source: Source, formats: dict[str, int], images: int, seed: int) -> None:
+    console = Console()
+    console.print(f"{source.name}: {len(source)} images in {len(source.classes)} classes, {len(source.skipped)} bad")
+    table = Table("class", "images", box=None)
+    for name, count in zip(source.classes, source.labels.bincount(minlength=len(source.classes)).tolist(), strict=True):
+        table.add_row(name or "(none)", str(count))
+    console.print(table)
+    quantiles = (0, 0.05, 0.5, 0.95, 1)
+    table = Table("pixels", "least", "5 %", "median", "95 %", "most", box=None)
+    for what, column in zip(("width", "height"), source.sizes.numpy().T, strict=True):
+        table.add_row(what, *(f"{value:.0f}" for value in np.quantile(column, quantiles)))
+    console.print(table)
+    if formats:
+        console.print("formats: " + ", ".join(f"{name} {count}" for name, count in formats.items()))
+    chosen: Source = source if images == 0 or images >= len(source) else Subset(source, images, seed)
+    mean, std = channel_moments(chosen)
+    console.print(f"over {len(chosen)} images, in [0, 1]: mean={mean} std={std}", soft_wrap=True)
+
+
+def channel_moments(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every channel over all pixels, every image with the same weight, in [0, 1] units.
+
+    Four digits, as published ones have.
+    """
+    total = np.zeros((2, source.channels))
+    for pixels in _pixels(source):
+        total += pixels.mean(0), np.square(pixels).mean(0)
+    mean, square = total / len(source)
+    std = np.sqrt(square - mean**2)
+    return tuple(round(float(x), 4) for x in mean), tuple(round(float(x), 4) for x in std)
+
+
+def _pixels(source: Source) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
+    console = Console(stderr=True)
+    for k in track(range(len(source)), "pixels", console=console, disable=not console.is_terminal):
+        yield np.asarray(source.read(k), np.float64).reshape(-1, source.channels) / 255

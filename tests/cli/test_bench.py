@@ -1,0 +1,76 @@
+"""`denim bench kernels` on a CPU."""
+
+import json
+import sys
+
+import pytest
+
+from denim import cli
+from denim.kernels import bench
+
+
+@pytest.fixture
+def denim(monkeypatch, capsys):
+    """Run the command in this process; answer status, output and errors."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["denim", "bench", *map(str, words)])
+        status = 0
+        try:
+            cli.run()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_table_and_json(denim, tmp_path):
+    words = ("--only", "patch_loss, 32/4, uint8, float32, forward + backward", "attack_step, 32/4, float32")
+    options = ("--device", "cpu", "--batch", 1, "--seconds", 0.01, "--no-compile", "--json", tmp_path / "bench.json")
+    status, shown, errors = denim("kernels", *words, *options)
+    assert (status, errors) == (0, "")
+    for text in ("attack_step, 32/4, float32", "GB/s", "torch", "threads", "compiled: not asked for"):
+        assert text in shown
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["environment"]["device"].startswith("cpu")
+    attack, loss = written["records"]
+    assert loss["case"] == words[1]
+    assert loss["best_seconds"]["chain"] / loss["best_seconds"]["fused"] == loss["ratios"]["chain"]
+    assert f"{loss['ratios']['chain']:.2f}x" in shown
+    assert attack["batch"] == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_a_wrong_operation_fails_without_a_time(denim, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "attack_step", lambda **given: given["pixels"])
+    status, shown, errors = denim("kernels", "--only", "attack_step, 32/4", "--batch", 1, "--json", tmp_path / "b.json")
+    assert status == 1
+    assert "attack_step, 32/4, float32: the result is off by" in errors
+    assert "GB/s" not in shown
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("kernels", "--only", "no_such_case"), "these are the cases:\n  attack_step, 224/16, float32"),
+        (("kernels", "--batch", "0"), "batch must be at least 1"),
+        (("kernels", "--device", "tpu"), "unknown device"),
+        (("kernels", "--json", "no/such/folder/bench.json"), "there is no folder no/such/folder"),
+        ((), "kernels"),
+        (("nothing",), "unknown command 'nothing'"),
+    ],
+)
+def test_mistakes_end_in_one_message(denim, words, message):
+    status, shown, errors = denim(*words)
+    assert status == 2
+    assert message in shown + errors
+    assert "Traceback" not in errors
+
+
+def test_cuda_without_a_gpu_is_refused(denim, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, _, errors = denim("kernels", "--device", "cuda")
+    assert status == 2
+    assert "torch sees no CUDA device" in errors
