@@ -25,9 +25,10 @@ from denim.nim.data.views import DALI_MAGNITUDE, EvalView, TrainView, View, dali
 
 __all__ = ["DaliLoader", "problem", "reasons"]
 
-# DALI has no decoder for GIF, refuses some TIFF and PPM files (1-bit, plain text), and gets others wrong without a word
-# (TIFF with alpha, PPM with another maximum than 255): Pillow decodes these, DALI gets the pixels as they are.
-BY_PILLOW = frozenset(("GIF", "TIFF", "PPM"))
+# DALI has no decoder for GIF, refuses some TIFF and PPM files (1-bit, plain text), gets others wrong without a word
+# (TIFF with alpha, PPM with another maximum than 255), and decodes of some damaged BMP files the whole but no window:
+# Pillow decodes these, DALI gets the pixels as they are.
+BY_PILLOW = frozenset(("BMP", "GIF", "PPM", "TIFF"))
 QUEUE = 2  # batches that DALI works on at a time
 AHEAD = 2  # batches that are read before DALI takes them
 READERS = 2  # threads; more get in each other's way where files are small and at hand
@@ -126,14 +127,18 @@ class DaliLoader(PlannedLoader):
     0.03 levels, 15 at most. A sample's pixels depend on its file, its window and the view, and not on batch, rank or
     threads; they differ between the CPU and a GPU.
     In one channel, DALI takes the luma of a JPEG as it is stored, where Pillow computes it from clipped RGB: up to 4
-    levels; of other colour files it is 1 level at most, and of grey ones none. 16-bit PNGs differ by 1 level. GIF, TIFF
-    and PPM are decoded by Pillow.
+    levels; of other colour files it is 1 level at most, and of grey ones none. 16-bit PNGs differ by 1 level. BMP,
+    GIF, PPM and TIFF are decoded by Pillow.
     DALI's RandAugment ("dali-rand-m9-n2", see `TrainView`) has its randomness from the samples' generators too: after
     window and flip, each draws `integers(14, size=n)`, the operations as numbered by `OPERATIONS`, and then
     `integers(2, size=n)`, 1 where an operation that has a sign is negated. There DALI resizes views of every size.
 
-    Where DALI resizes, `Batch.images` is its own memory, without a copy. A file is bad when it cannot be read,
-    or when neither DALI nor Pillow decodes it; one that only DALI refuses is decoded by Pillow.
+    Where DALI resizes, `Batch.images` is its own memory, without a copy.
+
+    **Bad files.** A batch with an image that DALI cannot decode would end the process (see `_Trial`). So each file is
+    decoded alone before it is first taken into a batch of this loader, and again when its length has changed: a first
+    epoch takes up to twice as long. What fails there, Pillow decodes; what Pillow cannot decode either, or what has
+    another size than at the start, is bad. Files must not be overwritten in place by others of the same length.
 
     Args:
         workers: threads that decode; 0 takes as many as there are processors, at most 4. The result is the same.
@@ -141,9 +146,12 @@ class DaliLoader(PlannedLoader):
             current when a batch is asked for.
         others: as for `PlannedLoader`.
 
+    Attributes:
+        sound: int32 (N,), length of the file with which DALI decoded it alone; 0 where it has not.
+
     Raises:
         ValueError: negative workers, something that DALI cannot do (see `reasons`), and as `PlannedLoader`.
-        RuntimeError: while iterating; DALI fails although it decodes each image of the batch by itself.
+        RuntimeError: while iterating; DALI fails, for want of memory for instance.
     """
 
     backend = "dali"
@@ -173,43 +181,27 @@ class DaliLoader(PlannedLoader):
         )
         self.workers = workers or min(MOST_THREADS, _processors())
         self._encoded = cast(EncodedSource, source)
-        # What DALI alone refuses. Not part of the state: it refuses them again, and pixels are the same either way.
+        # What DALI refuses and Pillow does not. Like `sound` no part of the state: a resumed run finds the same.
+        self.sound = np.zeros(len(source), np.int32)
         self._refused: set[int] = set()
+        self._trials: list[_Trial] = []
         # An epoch takes a pipeline from here and puts it back at its end: building takes as long as some batches.
         self._idle: list[_Pipeline] = []
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        readers = ThreadPoolExecutor(READERS, "denim-read")
-        try:
-            while start_step < self.steps_per_epoch:
-                for images, batch in self._decoded(epoch, start_step, readers):
-                    self.record(batch.found)
-                    yield self.gather(images, batch.chosen, batch.real)
-                    start_step += 1
-        finally:
-            readers.shutdown(cancel_futures=True)
-
-    def _decoded(self, epoch: int, start_step: int, readers: ThreadPoolExecutor) -> Iterator[tuple[Tensor, _Ready]]:
-        """Batches from `start_step` on; where DALI fails, that one is repaired and the last."""
+        readers = ThreadPoolExecutor(max(READERS, self.workers), "denim-read")
         fed: deque[_Ready] = deque()
         pipeline = self._idle.pop() if self._idle else self._pipeline(self.batch_size, QUEUE)
-        decoded = pipeline.run(self._feed(epoch, start_step, readers, fed))
-        while True:
-            try:
-                images = next(decoded, None)
-            except RuntimeError as error:
-                # Of any batch that was fed. An image that cannot be decoded makes the whole pipeline unusable.
-                if not fed:
-                    raise
-                del pipeline, decoded  # frees what it holds on the device
-                yield self._repair(epoch, fed[0], error)
-                return
-            if images is None:
-                break
-            yield images, fed.popleft()
-        if fed:
-            self.record(fed[0].found)  # raises: it stopped there, with more bad samples than may be
-        self._idle.append(pipeline)
+        try:
+            for images in pipeline.run(self._feed(epoch, start_step, readers, fed)):
+                batch = fed.popleft()
+                self.record(batch.found)
+                yield self.gather(images, batch.chosen, batch.real)
+            if fed:
+                self.record(fed[0].found)  # raises: it stopped there, with more bad samples than may be
+            self._idle.append(pipeline)
+        finally:
+            readers.shutdown(cancel_futures=True)
 
     def _feed(self, epoch: int, start_step: int, readers: ThreadPoolExecutor, fed: deque[_Ready]) -> Iterator[_Inputs]:
         """What DALI is handed, batch by batch; each is appended to `fed` before."""
@@ -261,10 +253,24 @@ class DaliLoader(PlannedLoader):
 
     def _content(self, index: int) -> npt.NDArray[np.uint8]:
         if index not in self._refused and self._encoded.image_format(index) not in BY_PILLOW:
-            content = self._encoded.encoded(index)
-            if content:
-                return np.frombuffer(content, np.uint8)
+            content = np.frombuffer(self._encoded.encoded(index), np.uint8)
+            if len(content) and (len(content) == self.sound[index] or self._decodes(index, content)):
+                self.sound[index] = len(content)
+                return content
+            pixels = self._by_pillow(index)  # raises, most often
+            self._refused.add(index)
+            return pixels
         return self._by_pillow(index)
+
+    def _decodes(self, index: int, content: npt.NDArray[np.uint8]) -> bool:
+        """Whether DALI decodes it, to an image of the size that it had at the start."""
+        trial = self._trials.pop() if self._trials else _Trial()
+        try:
+            size = trial(content)
+        except RuntimeError:  # it is of no more use
+            return False
+        self._trials.append(trial)
+        return size == tuple(self.source.sizes[index].tolist())
 
     def _by_pillow(self, index: int) -> npt.NDArray[np.uint8]:
         """The upright pixels of a sample, encoded as PGM or PPM."""
@@ -309,48 +315,32 @@ class DaliLoader(PlannedLoader):
     def _pipeline(self, batch_size: int, depth: int) -> _Pipeline:
         return _Pipeline(self.view, self.source.channels, self.device, self.workers, batch_size, depth)
 
-    def _repair(self, epoch: int, batch: _Ready, error: RuntimeError) -> tuple[Tensor, _Ready]:
-        """The batch at which DALI failed, or at which the failure of a later one came to light."""
-        bad, found = {**self.bad, **batch.found}, dict(batch.found)
-        while True:
-            assert batch.inputs is not None
-            try:
-                (images,) = self._pipeline(self.batch_size, 1).run(iter([batch.inputs]))
-            except RuntimeError as again:
-                error = again
-            else:
-                return images, batch
-            refused = {int(batch.chosen[row]) for row in self._undecodable(batch.inputs)} - self._refused
-            if not refused:
-                raise error
-            for index in refused:
-                try:
-                    self._by_pillow(index)
-                except OSError as reason:
-                    bad[index] = found[index] = str(reason)
-                else:
-                    self._refused.add(index)
-            if self.exceeded(bad):
-                self.record(found)
-            batch = self._settle(epoch, batch.step, {}, bad)
-            found = batch.found = {**found, **batch.found}
-            if batch.inputs is None:
-                self.record(found)
 
-    def _undecodable(self, inputs: _Inputs) -> list[int]:
-        """Rows that DALI fails to decode, each of them tried alone."""
-        failed: list[int] = []
-        row, count = 0, len(inputs[0])
-        while row < count:
-            rows = (tuple(values[k : k + 1] for values in inputs) for k in range(row, count))
-            try:
-                # One at a time: with more of them under way, the wrong one could be blamed.
-                for _ in self._pipeline(1, 1).run(rows):
-                    row += 1
-            except RuntimeError:
-                failed.append(row)
-                row += 1
-        return failed
+class _Trial:
+    """A graph for one image at a time, on the CPU.
+
+    With an image that cannot be decoded among others, DALI (2.4) gives up the batch while its threads go on decoding
+    the others into memory that is freed, which ends the process more often than not. Alone, it raises an error.
+    """
+
+    def __init__(self) -> None:
+        dali: Any = importlib.import_module("nvidia.dali")
+        content: list[npt.NDArray[np.uint8]] = []
+        self._content = content
+        self._pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        with self._pipe:
+            encoded = dali.fn.external_source(lambda: [content.pop()], dtype=dali.types.UINT8)
+            self._pipe.set_outputs(dali.fn.decoders.image(encoded))
+
+    def __call__(self, content: npt.NDArray[np.uint8]) -> tuple[int, int]:
+        """Width and height of the upright image.
+
+        Raises:
+            RuntimeError: it cannot be decoded.
+        """
+        self._content.append(content)
+        ((height, width, _),) = self._pipe.run()[0].shape()
+        return width, height
 
 
 class _Pipeline:
