@@ -46,8 +46,8 @@ format: $(STAMP)
 
 types: $(STAMP)
 	mkdir -p $(TYPING)/denim
-	for part in kernels nim defense cli; do ln -sfn "$(CURDIR)/$$part" $(TYPING)/denim/$$part; done
-	MYPYPATH=$(TYPING) $(BIN)/mypy -p denim.kernels -p denim.nim -p denim.defense -p denim.cli
+	for part in kernels nim defense benchmarks cli; do ln -sfn "$(CURDIR)/$$part" $(TYPING)/denim/$$part; done
+	MYPYPATH=$(TYPING) $(BIN)/mypy -p denim.kernels -p denim.nim -p denim.defense -p denim.benchmarks -p denim.cli
 
 layers: $(STAMP)
 	$(BIN)/lint-imports

@@ -74,7 +74,7 @@ def stages() -> list[list[Part]]:
     """Parts of one stage run side by side, stages one after another: what is timed has the machine to itself."""
 
     def part(name: str, seconds: float) -> Part:
-        return Part(f"benchmarks.gpu_parts:{name}", seconds)
+        return Part(f"denim.benchmarks.gpu_parts:{name}", seconds)
 
     checks = (
         "generator",
@@ -97,12 +97,12 @@ def use_repository(folder: Path = ROOT / "build" / "gpu-check") -> None:
     A folder of links, as the layout wants it (see `make types`). The `__init__` of nim and defense are left out: they
     import what a bare machine lacks (rich, scipy, matplotlib), and the modules that the check needs do not.
     """
-    for part in ("kernels", "nim", "defense"):
+    for part in ("kernels", "nim", "defense", "benchmarks"):
         package = folder / "denim" / part
         shutil.rmtree(package, ignore_errors=True)
         package.mkdir(parents=True)
         for source in (ROOT / part).glob("*.py"):
-            if part == "kernels" or source.name != "__init__.py":
+            if part in ("kernels", "benchmarks") or source.name != "__init__.py":
                 (package / source.name).symlink_to(source)
     sys.path[:0] = [str(folder), str(ROOT)]
 
@@ -149,7 +149,8 @@ def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = 
         running[receiver] = (part, process, start, end)
     while running:
         first = min(end for *_, end in running.values())
-        for receiver in wait(list(running), max(0.0, first - time.monotonic())):
+        ready = wait(list(running), max(0.0, first - time.monotonic()))
+        for receiver in [connection for connection in running if connection in ready]:
             part, process, start, end = running[receiver]
             try:
                 message = receiver.recv()
@@ -187,7 +188,7 @@ def facts(device: str) -> dict[str, Any]:
     """Device, driver, versions and commit."""
     import torch
 
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for package in ("triton", "timm", "xformers"):
         try:
             versions[package] = version(package)

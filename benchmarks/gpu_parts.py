@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.exact_noise import CONTRACT, LARGEST, exact_noise
-from benchmarks.gpu_check import Row
 from denim import kernels
+from denim.benchmarks.baselines import decoded_pixels, linf_step, noisy_patches, reconstruction_loss
+from denim.benchmarks.exact_noise import CONTRACT, LARGEST, exact_noise
+from denim.benchmarks.gpu_check import Row
 from denim.kernels import Domain, Stream, derive_seeds, draw_seeds, noise_words, normal_noise
-from denim.kernels.baselines import decoded_pixels, linf_step, noisy_patches, reconstruction_loss
 from denim.kernels.patches import patchify
 
 F64, F32, F16, BF16, U8 = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8
@@ -39,7 +39,7 @@ class Sizes:
     draws: int
     attention: tuple[tuple[int, int, int, int], ...]  # (B, heads, N, head_dim)
     levels: tuple[float, ...]
-    timed: tuple[tuple[str, bool], ...]  # words that choose cases of `denim.kernels.bench`; with torch.compile beside
+    timed: tuple[tuple[str, bool], ...]  # words that choose cases of `kernels`; with torch.compile beside
     small: str = "tiny"  # preset of the autoencoder that is compiled and captured
     large: str = "base"  # preset of the autoencoder that is timed
     batch: int = 256
@@ -181,7 +181,7 @@ def generator(device: str, sizes: str) -> Iterator[Row]:
         differing = noise_words(seeds.to(device), count, stream).cpu() != noise_words(seeds, count, stream)
         yield Row(f"words of {stream.name} that differ from the CPU's", int(differing.sum()), limit=0)
     if device == "cuda":
-        from benchmarks.instructions_triton import philox_words
+        from denim.benchmarks.instructions_triton import philox_words
 
         differing = philox_words(seeds.cuda(), 523).cpu() != noise_words(seeds, 4 * 523)
         yield Row("words of the kernels that differ from the torch twin's", int(differing.sum()), limit=0)
@@ -199,7 +199,7 @@ def instructions(device: str, sizes: str) -> Iterator[Row]:
     """The error of lg2, sin and cos over all words, and of the normals that they make."""
     if device != "cuda":
         return
-    from benchmarks.instructions_triton import instruction_errors, normals_errors
+    from denim.benchmarks.instructions_triton import instruction_errors, normals_errors
     from denim.kernels.noise_triton import instruction_set
 
     where, count = torch.device(device), SIZES[sizes].words
@@ -664,7 +664,7 @@ def sweep(device: str, sizes: str) -> Iterator[Row]:
 
 def kernel_times(device: str, sizes: str) -> Iterator[Row]:
     """`denim bench kernels`: times with a cold L2, against the published chain and what else a user would have."""
-    from denim.kernels import bench
+    from denim.benchmarks import kernels as bench
 
     batch, seen = (1 if sizes == "tiny" else None), set()
     for word, compile in SIZES[sizes].timed:

@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.exact_noise import CONTRACT, LARGEST, exact_noise
+from denim.benchmarks.exact_noise import CONTRACT, LARGEST, exact_noise
 from denim.kernels import Domain, derive_seeds, normal_noise
 from denim.nim.checkpoint import atomic_write
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from denim.nim.data import bench
+from denim.benchmarks import loaders as bench
 
 IMAGES, WIDTH, HEIGHT, SIZE, BATCH = 64, 500, 375, 224, 16
 ROUNDS = 10

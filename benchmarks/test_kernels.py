@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 
-from denim.kernels import bench
+from denim.benchmarks import kernels as bench
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 10

@@ -13,9 +13,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from denim.kernels import bench
+from denim.benchmarks import kernels as bench
+from denim.benchmarks import loaders as loading
 from denim.nim.checkpoint import atomic_write
-from denim.nim.data import bench as loading
 from denim.nim.engine import pick_device
 
 COMMANDS = {

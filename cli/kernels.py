@@ -126,15 +126,15 @@ def main(
         targets: of sm_80, sm_90, sm_100 and gfx942; by default all that this Triton can build for.
         json: write the whole report here.
         page: write the tables into this Markdown page, between its marks.
-        update_budgets: make today's numbers the budgets (kernels/budgets.json).
+        update_budgets: make today's numbers the budgets (benchmarks/machine_code/budgets.json).
         rivals: also build what one would have otherwise: torch.compile's kernels, the obvious kernel, eager chains. Not
             with --only, and for sm_90 alone.
         workers: processes; by default as many as there are processors.
     """
     try:
-        from denim.kernels import build_report as report
-        from denim.kernels import compiled_rivals
-        from denim.kernels.machine_code import TARGETS, unavailable
+        from denim.benchmarks.machine_code import inductor as compiled_rivals
+        from denim.benchmarks.machine_code import report
+        from denim.benchmarks.machine_code.builds import TARGETS, unavailable
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from denim.kernels.noise import noise_backend
+from denim.nim.data import Digits
 
 POISONED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,3 +67,88 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of real images at {folder}; set DENIM_DATA to one that holds cifar10_jpeg.tar.xz")
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """Runs a script of the tests in a process of its own, since Triton decides to interpret when it is imported.
+
+    The script is named relative to this folder. Its first argument is a file in a folder of the test's, which also gets
+    Triton's cache.
+    """
+
+    def run(script: str, *arguments) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        cache = Path(arguments[0]).parent / "cache"
+        environment |= {"TRITON_CACHE_DIR": str(cache), "DENIM_NOISE": "eager", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "error::RuntimeWarning", Path(__file__).parent / script, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
+def _noise_image(height, width, channels=3, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+
+
+def _make_folder(root, classes=("cat", "dog"), each=3, splits=("train",)):
+    for split in splits:
+        for label, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for k in range(each):
+                _noise_image(20 + k, 24, seed=100 * label + k).save(folder / f"{k:04d}.png")
+    return root
+
+
+class InMemory:
+    """A source with ids all over int64, images of several sizes, and a count of what was read."""
+
+    name, classes, channels, skipped = "in memory", ("a", "b"), 3, ()
+
+    def __init__(self, count=23):
+        words = np.random.default_rng(5).integers(-(2**63), 2**63 - 1, count, dtype=np.int64)
+        words[:4] = np.array([0, -1, -(2**63), 2**63 - 1])[:count]
+        self.ids = torch.from_numpy(words)
+        self.labels = torch.arange(count) % 2
+        self.images = [_noise_image(18 + k % 5, 20 + k % 3, seed=k) for k in range(count)]
+        self.sizes = torch.tensor([image.size for image in self.images], dtype=torch.int32).reshape(count, 2)
+        self.read_indices = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def where(self, index):
+        return f"in memory:{index}"
+
+    def read(self, index):
+        self.read_indices.append(index)
+        return self.images[index]
+
+
+# Session scope lets hypothesis take them: nothing in them changes between examples.
+
+
+@pytest.fixture(scope="session")
+def noise_image():
+    """noise_image(height, width, channels=3, seed=0): uniform noise as a Pillow image of mode L or RGB."""
+    return _noise_image
+
+
+@pytest.fixture(scope="session")
+def make_folder():
+    """make_folder(root, classes=("cat", "dog"), each=3, splits=("train",)): PNGs at root/split/class/0000.png."""
+    return _make_folder
+
+
+@pytest.fixture(scope="session")
+def in_memory():
+    """in_memory(count=23): a source without files."""
+    return InMemory
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return Digits("train"), Digits("test")

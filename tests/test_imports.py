@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-LAYERS = ("kernels", "nim", "defense", "cli")
+LAYERS = ("kernels", "nim", "defense", "benchmarks", "cli")
 # What `denim kernels` is made of: it is there to call Triton's compiler.
-BUILDING = ("build_cases", "build_report", "compiled_rivals", "machine_code")
+BUILDING = "benchmarks.machine_code"
 
 # In the order of the layers, so that nothing above has loaded what a module below must not load.
 PROBE = """
@@ -40,17 +40,19 @@ os.write(out, json.dumps(found).encode())
 
 
 def of_triton(name: str) -> bool:
-    return name.endswith(("_triton", *BUILDING))
+    return name.endswith("_triton") or BUILDING in name
 
 
 def modules() -> list[str]:
     found = []
     for layer in LAYERS:
-        # What may load Triton comes last.
-        for path in sorted((REPOSITORY / layer).rglob("*.py"), key=lambda path: (of_triton(path.stem), path)):
+        names = []
+        for path in (REPOSITORY / layer).rglob("*.py"):
             parts = path.relative_to(REPOSITORY).with_suffix("").parts
-            if parts[-1] != "__main__":
-                found.append(".".join(["denim", *(part for part in parts if part != "__init__")]))
+            if parts[-1] not in ("__main__", "conftest") and not parts[-1].startswith("test_"):
+                names.append(".".join(["denim", *(part for part in parts if part != "__init__")]))
+        # What may load Triton comes last.
+        found += sorted(names, key=lambda name: (of_triton(name), name))
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks import instructions_triton
+from denim.benchmarks import instructions_triton
 from denim.kernels import noise_triton
 
 LG2, COS, SIN = noise_triton._log2, noise_triton._cos, noise_triton._sin

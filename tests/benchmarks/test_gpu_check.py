@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check, gpu_parts
-from benchmarks.gpu_check import Part, Row
 from denim import kernels
-from denim.kernels import bench, noise_words
+from denim.benchmarks import gpu_check, gpu_parts
+from denim.benchmarks import kernels as bench
+from denim.benchmarks.gpu_check import Part, Row
+from denim.kernels import noise_words
 
 ROOT = Path(__file__).parents[2]
 PARTS = [part.function.split(":")[1] for stage in gpu_check.stages() for part in stage]
@@ -31,13 +32,13 @@ from benchmarks import gpu_check
 if __name__ == "__main__":
     links, out = Path(sys.argv[1]), Path(sys.argv[2])
     gpu_check.use_repository(links)
-    from benchmarks import gpu_parts
+    from denim.benchmarks import gpu_parts
     rows = {}
     for name in sys.argv[3].split(","):
         rows[name] = [vars(row) | {"passed": row.passed} for row in getattr(gpu_parts, name)("cpu", "tiny")]
     files = [module.__file__ for name, module in sys.modules.items() if name.startswith("denim.") and module.__file__]
     (out / "rows.json").write_text(json.dumps({"rows": rows, "files": files}))
-    passed, _ = gpu_check.check([[gpu_check.Part("benchmarks.gpu_parts:attack", 60)]], "cpu", "tiny", out)
+    passed, _ = gpu_check.check([[gpu_check.Part("denim.benchmarks.gpu_parts:attack", 60)]], "cpu", "tiny", out)
     sys.exit(not passed)
 """
 
@@ -231,7 +232,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
 
 FAKE = """
 import json, os, time
-from benchmarks.gpu_check import Row
+from denim.benchmarks.gpu_check import Row
 
 def good(device, sizes):
     yield Row("a check", 1.0, limit=2.0)

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from benchmarks import noise_statistics
-from benchmarks.exact_noise import LARGEST, exact_normals
+from denim.benchmarks import noise_statistics
+from denim.benchmarks.exact_noise import LARGEST, exact_normals
 
 DRAWS = 100_000
 RIGHT = noise_statistics.normal_noise

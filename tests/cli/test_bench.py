@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from denim import cli
-from denim.kernels import bench
+from denim.benchmarks import kernels as bench
 
 
 @pytest.fixture

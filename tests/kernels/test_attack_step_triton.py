@@ -144,7 +144,7 @@ def interpreted(given, tmp_path_factory, run_script) -> dict:
         for configuration in CONFIGURATIONS
     }
     torch.save(calls, folder / "given.pt")
-    run_script("interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
+    run_script("kernels/interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
     return torch.load(folder / "got.pt", weights_only=True)
 
 

@@ -229,7 +229,7 @@ def interpreted(given, ends, tmp_path_factory, run_script) -> dict:
     }
     calls["launch"] |= {("ends", make.__name__): make(ends) for make in (_forward, _backward)}
     torch.save(calls, folder / "given.pt")
-    run_script("interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
+    run_script("kernels/interpreter_attack_decode.py", folder / "given.pt", folder / "got.pt")
     got = torch.load(folder / "got.pt", weights_only=True)
     return {
         part: {

@@ -35,7 +35,7 @@ def error(words, tmp_path_factory, run_script) -> dict[str, torch.Tensor]:
     """Largest error against the float64 definition over all signs and both normals, for every word."""
     folder = tmp_path_factory.mktemp("noise")
     torch.save({"words": words, "errors": ERRORS}, folder / "given.pt")
-    run_script("interpreter_noise.py", folder / "given.pt", folder / "got.pt")
+    run_script("kernels/interpreter_noise.py", folder / "given.pt", folder / "got.pt")
     got = torch.load(folder / "got.pt", weights_only=True)
     first, second = words.double()
     # float64 holds u = (first + 1/2) / 2^32 exactly, so its logarithm is good next to 1 too.

@@ -152,7 +152,7 @@ def given() -> dict:
 def interpreted(given, tmp_path_factory, run_script) -> dict:
     folder = tmp_path_factory.mktemp("interpreter")
     torch.save(given, folder / "given.pt")
-    run_script("interpreter_patch_loss.py", folder / "given.pt", folder / "got.pt")
+    run_script("kernels/interpreter_patch_loss.py", folder / "given.pt", folder / "got.pt")
     return torch.load(folder / "got.pt", weights_only=True)
 
 

@@ -14,9 +14,9 @@ from denim.cli import kernels as command
 
 WHERE = "Triton is a dependency on Linux x86-64 alone"
 triton = pytest.importorskip("triton", reason=WHERE)
-build_report = pytest.importorskip("denim.kernels.build_report", reason=WHERE)
-compiled_rivals = pytest.importorskip("denim.kernels.compiled_rivals", reason=WHERE)
-machine = pytest.importorskip("denim.kernels.machine_code", reason=WHERE)
+build_report = pytest.importorskip("denim.benchmarks.machine_code.report", reason=WHERE)
+compiled_rivals = pytest.importorskip("denim.benchmarks.machine_code.inductor", reason=WHERE)
+machine = pytest.importorskip("denim.benchmarks.machine_code.builds", reason=WHERE)
 
 CASES, TARGETS = build_report.CASES, machine.TARGETS
 NVIDIA = ("sm_80", "sm_90", "sm_100")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from denim.kernels import bench
+from denim.benchmarks import kernels as bench
 from denim.kernels.noise import noise_backend
 
 CPU = torch.device("cpu")

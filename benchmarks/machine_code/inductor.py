@@ -31,12 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from denim.kernels.baselines import decoded_pixels, linf_step, noisy_patches, reconstruction_loss
-from denim.kernels.baselines_triton import launch as obvious_launch
-from denim.kernels.baselines_triton import obvious_noise_patchify_kernel
-from denim.kernels.build_cases import BATCH, SIDE, Work
-from denim.kernels.build_report import analyse, report
-from denim.kernels.machine_code import TARGETS, Built, NoDevice, build
+from denim.benchmarks.baselines import decoded_pixels, linf_step, noisy_patches, reconstruction_loss
+from denim.benchmarks.baselines_triton import launch as obvious_launch
+from denim.benchmarks.baselines_triton import obvious_noise_patchify_kernel
+from denim.benchmarks.machine_code.builds import TARGETS, Built, NoDevice, build
+from denim.benchmarks.machine_code.cases import BATCH, SIDE, Work
+from denim.benchmarks.machine_code.report import analyse, report
 
 __all__ = ["RIVALS", "compiled", "eager", "rivals", "unavailable"]
 

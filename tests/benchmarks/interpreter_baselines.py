@@ -7,7 +7,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from denim.kernels import baselines_triton
+from denim.benchmarks import baselines_triton
 
 
 def main(inputs: str, outputs: str) -> None:

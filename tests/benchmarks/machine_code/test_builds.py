@@ -4,7 +4,9 @@ from collections import Counter
 
 import pytest
 
-machine = pytest.importorskip("denim.kernels.machine_code", reason="Triton is a dependency on Linux x86-64 alone")
+machine = pytest.importorskip(
+    "denim.benchmarks.machine_code.builds", reason="Triton is a dependency on Linux x86-64 alone"
+)
 
 
 def test_code_is_counted_by_the_loops_around_it():
@@ -136,7 +138,7 @@ def test_occupancy(target, registers, warps, shared, share):
 
 def test_what_this_triton_cannot_build_is_said(monkeypatch, tmp_path):
     assert machine.unavailable("sm_90") is None
-    monkeypatch.setattr("denim.kernels.machine_code.NVIDIA_TOOLS", tmp_path)
+    monkeypatch.setattr("denim.benchmarks.machine_code.builds.NVIDIA_TOOLS", tmp_path)
     assert "nvdisasm and cuobjdump missing" in machine.unavailable("sm_90")
-    monkeypatch.setattr("denim.kernels.machine_code.backends", {"nvidia": None})
+    monkeypatch.setattr("denim.benchmarks.machine_code.builds.backends", {"nvidia": None})
     assert "no amd backend" in machine.unavailable("gfx942")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from denim.benchmarks import loaders as bench
 from denim.cli import main
-from denim.nim.data import bench
 
 SIZE, BATCH = 16, 4
 
@@ -52,7 +52,7 @@ def test_run(task):
 # In a process of its own: in this one, memory that earlier tests have freed may be taken again.
 MEMORY = """
 import os
-from denim.nim.data import bench
+from denim.benchmarks import loaders as bench
 
 before = bench._memory()
 block = bytearray(os.urandom(1)) * 50_000_000

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from denim.kernels.build_cases import CASES, Case, Work
-from denim.kernels.machine_code import (
+from denim.benchmarks.machine_code.builds import (
     CLASSES,
     TARGETS,
     Built,
@@ -31,6 +30,7 @@ from denim.kernels.machine_code import (
     opcode_class,
     unavailable,
 )
+from denim.benchmarks.machine_code.cases import CASES, Case, Work
 
 __all__ = [
     "BUDGETS",

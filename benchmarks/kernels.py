@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from denim.kernels import baselines
+from denim.benchmarks import baselines
 from denim.kernels.attack_step import attack_step
 from denim.kernels.decode_patches import decode_patches
 from denim.kernels.noise import normal_noise
@@ -225,7 +225,7 @@ def _noise(
         )
 
     def obvious() -> None:
-        from denim.kernels import baselines_triton
+        from denim.benchmarks import baselines_triton
 
         for level, seed in itertools.product(sigma.reshape(-1, batch), range(math.prod(draws))):
             baselines_triton.launch(images, level, seed, patch, flat["mean"], flat["std"], dtype)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from denim.kernels import attack_step, baselines, decode_patches, noise_patchify, normal_noise, patch_loss
+from denim.benchmarks import baselines
+from denim.kernels import attack_step, decode_patches, noise_patchify, normal_noise, patch_loss
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FLAT = {"mean": torch.tensor(MEAN, dtype=torch.float64), "std": torch.tensor(STD, dtype=torch.float64)}
@@ -120,7 +121,7 @@ def interpreted(tmp_path_factory, run_script):
     }
     folder = tmp_path_factory.mktemp("baselines")
     torch.save(cases, folder / "given.pt")
-    run_script("interpreter_baselines.py", folder / "given.pt", folder / "got.pt")
+    run_script("benchmarks/interpreter_baselines.py", folder / "given.pt", folder / "got.pt")
     return cases, torch.load(folder / "got.pt", weights_only=True)
 
 

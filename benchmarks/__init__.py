@@ -1,0 +1,1 @@
+"""What counts, compares and times: baselines, benchmarks, machine code, and the GPU check."""

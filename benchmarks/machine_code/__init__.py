@@ -1,0 +1,1 @@
+"""The kernels built for GPUs that are not here, and what their machine code consists of."""
