@@ -25,10 +25,10 @@ def patchify_planes(planes: Tensor, patch_size: int) -> Tensor:
     return patches
 
 
-def unpatchify_planes(patches: Tensor, image_size: tuple[int, int], patch_size: int) -> Tensor:
+def unpatchify_planes(patches: Tensor, img_size: tuple[int, int], patch_size: int) -> Tensor:
     """The inverse of `patchify_planes`."""
     tiles = patches.unflatten(-1, (patch_size, patch_size, -1))
-    tiles = tiles.unflatten(-4, (image_size[0] // patch_size, image_size[1] // patch_size))  # (..., h, w, P, P, C)
+    tiles = tiles.unflatten(-4, (img_size[0] // patch_size, img_size[1] // patch_size))  # (..., h, w, P, P, C)
     planes: Tensor = tiles.transpose(-4, -3).movedim(-1, -5).flatten(-2).flatten(-3, -2)
     return planes
 
@@ -99,7 +99,7 @@ def unclamped_pixels(
     mean: Tensor,
     std: Tensor,
     *,
-    image_size: tuple[int, int],
+    img_size: tuple[int, int],
     patch_size: int,
     statistics: str | None = None,
     source: Tensor | None = None,
@@ -118,7 +118,7 @@ def unclamped_pixels(
             floor = added**2 * (2 / (source.shape[-1] - 1)) + 1e-12
             variance = (excess + (excess**2 + 4 * floor) ** 0.5) / 2
         patches = prediction * (variance + 1e-6) ** 0.5 + centre
-    return unpatchify_planes(patches, image_size, patch_size) * std[:, None, None] + mean[:, None, None]
+    return unpatchify_planes(patches, img_size, patch_size) * std[:, None, None] + mean[:, None, None]
 
 
 def decoded_pixels(
@@ -126,7 +126,7 @@ def decoded_pixels(
     mean: Tensor,
     std: Tensor,
     *,
-    image_size: tuple[int, int],
+    img_size: tuple[int, int],
     patch_size: int,
     statistics: str | None = None,
     source: Tensor | None = None,
@@ -139,7 +139,7 @@ def decoded_pixels(
         prediction: (..., L, D).
         mean: (C,) in [0, 1] units.
         std: (C,) in [0, 1] units.
-        image_size: (H, W).
+        img_size: (H, W).
         patch_size: side P of a square patch.
         statistics: None, "input" or "noisy".
         source: for "input" the images, uint8 (B, H, W, C) or float (B, C, H, W); for "noisy" the noisy patches.
@@ -150,7 +150,7 @@ def decoded_pixels(
         prediction,
         mean,
         std,
-        image_size=image_size,
+        img_size=img_size,
         patch_size=patch_size,
         statistics=statistics,
         source=source,

@@ -335,7 +335,7 @@ def decode_patches(device: str, sizes: str) -> Iterator[Row]:
     # Five turns of the output meet every patch size and dtype.
     outputs = itertools.cycle((None, BF16, None, F16, F32))
     for patch, (lead, channels, statistics_, kind), dtype in _every(SIZES[sizes].patch_sizes, DECODE_CASES):
-        batch, image_size, output = 3, (3 * patch, 5 * patch), next(outputs)
+        batch, img_size, output = 3, (3 * patch, 5 * patch), next(outputs)
         mean, std = MEAN[:channels], STD[:channels]
         exact_mean, exact_std = (torch.tensor(values, dtype=F64, device=device) for values in (mean, std))
         shape = (*lead, batch, 15, patch * patch * channels)
@@ -343,7 +343,7 @@ def decode_patches(device: str, sizes: str) -> Iterator[Row]:
         prediction = (2 * torch.randn(shape, generator=_generator(device), device=device)).to(dtype)
         source, exact_source, sigma = None, None, None
         if statistics_ == "input":
-            source, exact_source = _images(device, batch, *image_size, channels, kind)
+            source, exact_source = _images(device, batch, *img_size, channels, kind)
         if statistics_ == "noisy":
             source = 2 * torch.randn(shape, generator=_generator(device).manual_seed(1), device=device)
             source = source.to(getattr(torch, kind))
@@ -354,7 +354,7 @@ def decode_patches(device: str, sizes: str) -> Iterator[Row]:
         exact_leaves = [exact_prediction] + ([exact_source] if len(leaves) == 2 and exact_source is not None else [])
         for leaf in leaves + exact_leaves:
             leaf.requires_grad_()
-        options: dict[str, Any] = {"image_size": image_size, "patch_size": patch, "statistics": statistics_}
+        options: dict[str, Any] = {"img_size": img_size, "patch_size": patch, "statistics": statistics_}
         # The classifier's own statistics: those of the pixels, the other way round.
         normal = (mean[::-1], std[::-1])
         got = kernels.decode_patches(

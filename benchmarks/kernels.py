@@ -281,7 +281,7 @@ def _decode(
     backward: bool = False,
 ) -> Contest:
     prediction = _prediction(batch, side, patch, device, dtype)
-    options: dict[str, Any] = {"image_size": (side, side), "patch_size": patch, "statistics": statistics}
+    options: dict[str, Any] = {"img_size": (side, side), "patch_size": patch, "statistics": statistics}
     flat, exact_flat = _statistics(device), _statistics(device, torch.float64)
     source = {}
     if statistics == "input":

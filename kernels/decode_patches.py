@@ -229,8 +229,8 @@ def _reference_backward(
         to_patches = torch.addcmul(to_mean / size, stats.centred, to_variance * (2 / (size - 1)))
         if statistics == "input":
             to_patches = to_patches / channel_vector(std, to_patches, repeat)
-            image_size = (to_source.shape[2], to_source.shape[3])
-            to_source[chunk] = unpatchify(to_patches, image_size, patch_size).movedim(-1, -3)
+            img_size = (to_source.shape[2], to_source.shape[3])
+            to_source[chunk] = unpatchify(to_patches, img_size, patch_size).movedim(-1, -3)
         else:
             to_source[:, chunk] = to_patches
     if wanted and statistics == "noisy":
@@ -307,7 +307,7 @@ _decode_patches.register_autograd(_backward, setup_context=_setup_context)
 def decode_patches(
     prediction: Tensor,
     *,
-    image_size: int | tuple[int, int],
+    img_size: int | tuple[int, int],
     patch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -336,7 +336,7 @@ def decode_patches(
 
     Args:
         prediction: (..., L, D), floating; leading dimensions are free and end in the batch.
-        image_size: side of a square image, or (H, W).
+        img_size: side of a square image, or (H, W).
         patch_size: side P of a square patch.
         mean: per-channel mean in [0, 1] units.
         std: per-channel standard deviation in [0, 1] units.
@@ -358,7 +358,7 @@ def decode_patches(
         TypeError: a wrong dtype.
         ValueError: wrong shapes or devices, an unknown choice of statistics, a source or sigma missing or unused.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if statistics not in STATISTICS:
         raise ValueError(f'statistics must be None, "input" or "noisy", got {statistics!r}')
     if len(mean) != len(std) or not mean or any(not value > 0 for value in std):

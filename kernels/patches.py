@@ -81,13 +81,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return tiles.reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
-def unpatchify(patches: Tensor, image_size: tuple[int, int], patch_size: int) -> Tensor:
+def unpatchify(patches: Tensor, img_size: tuple[int, int], patch_size: int) -> Tensor:
     """Patches (..., L, D) to images (..., H, W, C): the inverse of `patchify`."""
     lead = patches.shape[:-2]
-    rows, columns = image_size[0] // patch_size, image_size[1] // patch_size
+    rows, columns = img_size[0] // patch_size, img_size[1] // patch_size
     channels = patches.shape[-1] // (patch_size * patch_size)
     tiles = patches.reshape(*lead, rows, columns, patch_size, patch_size * channels).transpose(-3, -2)
-    return tiles.reshape(*lead, *image_size, channels)
+    return tiles.reshape(*lead, *img_size, channels)
 
 
 def sample_chunks(batch: int, elements: int, device: torch.device, least: int = 1) -> Iterator[slice]:

@@ -135,7 +135,7 @@ def reconstruct(
     normalize = None if classifier is None else (classifier.config.mean, classifier.config.std)
     decoded = decode_patches(
         prediction,
-        image_size=config.image_size,
+        img_size=config.image_size,
         statistics=statistics if config.norm_pix else None,
         source=source,
         sigma=levels,

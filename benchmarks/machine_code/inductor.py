@@ -91,7 +91,7 @@ def _statistics() -> list[Tensor]:
 
 
 _noisy = functools.partial(noisy_patches, patch_size=16, dtype=torch.bfloat16)
-_decoded = functools.partial(decoded_pixels, image_size=(SIDE, SIDE), patch_size=16)
+_decoded = functools.partial(decoded_pixels, img_size=(SIDE, SIDE), patch_size=16)
 
 # 224 x 224, patch 16.
 RIVALS = {

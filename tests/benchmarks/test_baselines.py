@@ -77,7 +77,7 @@ def test_reconstruction_loss(norm_pix, masked):
 @pytest.mark.parametrize("statistics", [None, "input", "noisy"])
 def test_decoded_pixels(statistics, normalize):
     prediction = random(2, *SHAPE).requires_grad_()
-    options = {"image_size": (HEIGHT, WIDTH), "patch_size": PATCH, "statistics": statistics}
+    options = {"img_size": (HEIGHT, WIDTH), "patch_size": PATCH, "statistics": statistics}
     if statistics == "input":
         options["source"] = images(torch.float64)
     if statistics == "noisy":

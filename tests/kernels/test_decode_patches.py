@@ -21,7 +21,7 @@ def make(shape, statistics, dtype=torch.float64, source_dtype=torch.float64, lea
     batch, height, width, channels, patch = shape
     generator = torch.Generator().manual_seed(seed)
     length, size = height * width // patch**2, patch * patch * channels
-    options = {"image_size": (height, width), "patch_size": patch, "mean": MEAN[:channels], "std": STD[:channels]}
+    options = {"img_size": (height, width), "patch_size": patch, "mean": MEAN[:channels], "std": STD[:channels]}
     prediction = 3 * torch.randn((*lead, batch, length, size), generator=generator, dtype=torch.float64)
     if statistics is not None:
         options["statistics"] = statistics
@@ -38,8 +38,8 @@ def make(shape, statistics, dtype=torch.float64, source_dtype=torch.float64, lea
     return prediction.to(dtype), options
 
 
-def unpatch(patches, image_size, patch_size):
-    (height, width), p, lead = image_size, patch_size, patches.shape[:-2]
+def unpatch(patches, img_size, patch_size):
+    (height, width), p, lead = img_size, patch_size, patches.shape[:-2]
     images = np.empty((*lead, patches.shape[-1] // p**2, height, width))
     for index in range(patches.shape[-2]):
         top, left = index // (width // p) * p, index % (width // p) * p
@@ -59,13 +59,13 @@ def normal(channels):
     return tuple(values[:channels] for values in NORMAL)
 
 
-def reference(prediction, image_size, patch_size, mean, std, statistics=None, source=None, sigma=None):
+def reference(prediction, img_size, patch_size, mean, std, statistics=None, source=None, sigma=None):
     """The docstring's equivalent in float64, before the clamp."""
     patches, repeat = prediction.detach().double().numpy(), patch_size**2
     if statistics == "input":
         nhwc = source.numpy() / 255.0 if source.dtype == torch.uint8 else source.double().permute(0, 2, 3, 1).numpy()
         normal, p = (nhwc - np.array(mean)) / np.array(std), patch_size
-        corners = [(r, c) for r in range(0, image_size[0], p) for c in range(0, image_size[1], p)]
+        corners = [(r, c) for r in range(0, img_size[0], p) for c in range(0, img_size[1], p)]
         t = np.stack([normal[:, r : r + p, c : c + p].reshape(len(nhwc), -1) for r, c in corners], axis=1)
         patches = patches * np.sqrt(t.var(-1, ddof=1, keepdims=True) + 1e-6) + t.mean(-1, keepdims=True)
     if statistics == "noisy":
@@ -75,7 +75,7 @@ def reference(prediction, image_size, patch_size, mean, std, statistics=None, so
         d = t.var(-1, ddof=1, keepdims=True) - n
         v = (d + np.sqrt(d**2 + 4 * (n**2 * 2 / (t.shape[-1] - 1) + 1e-12))) / 2
         patches = patches * np.sqrt(v + 1e-6) + t.mean(-1, keepdims=True)
-    return unpatch(patches * np.tile(std, repeat) + np.tile(mean, repeat), image_size, patch_size)
+    return unpatch(patches * np.tile(std, repeat) + np.tile(mean, repeat), img_size, patch_size)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -253,7 +253,7 @@ def test_gradient_of_the_clamp():
     values = torch.tensor([-0.5, -1e-7, 0.0, 0.5, 1.0, 1.0 + 1e-6, 2.0, float("nan")])
     for upstream in (1.0, float("inf")):
         prediction = values.clone().view(1, 2, 4).requires_grad_()
-        pixels = decode_patches(prediction, image_size=(2, 4), patch_size=2, mean=(0.0,), std=(1.0,))
+        pixels = decode_patches(prediction, img_size=(2, 4), patch_size=2, mean=(0.0,), std=(1.0,))
         pixels.backward(torch.full_like(pixels, upstream))
         assert prediction.grad.flatten().tolist() == [0, 0, upstream, upstream, upstream, 0, 0, 0]
 
@@ -264,17 +264,17 @@ def test_decoding_the_normalised_target_gives_the_image_back(dtype):
     geometry = {"patch_size": 4, "mean": MEAN[:3], "std": STD[:3]}
     raw = normalized_patches(images, **geometry)
     target = (raw - raw.mean(-1, keepdim=True)) / (raw.var(-1, keepdim=True) + 1e-6).sqrt()
-    back = decode_patches(target, image_size=(8, 12), **geometry, statistics="input", source=images)
+    back = decode_patches(target, img_size=(8, 12), **geometry, statistics="input", source=images)
     tolerance = 1e-14 if dtype == torch.float64 else 2e-6  # some ten roundings of numbers up to 3
     torch.testing.assert_close(back, images, rtol=0, atol=tolerance)
-    torch.testing.assert_close(decode_patches(raw, image_size=(8, 12), **geometry), images, rtol=0, atol=tolerance)
+    torch.testing.assert_close(decode_patches(raw, img_size=(8, 12), **geometry), images, rtol=0, atol=tolerance)
 
 
 def test_noisy_statistics_find_the_clean_spread():
     """Without noise they are the input's; with noise the variance that it added is taken away on the average."""
     images = torch.rand((64, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     geometry = {"patch_size": 16, "mean": MEAN[:3], "std": STD[:3]}
-    options = {"image_size": 16, **geometry}
+    options = {"img_size": 16, **geometry}
     prediction = torch.full((64, 1, 768), 0.1, dtype=torch.float64)
     expected = decode_patches(prediction, **options, statistics="input", source=images)
     for sigma in (0.0, 70.0):
@@ -343,8 +343,8 @@ SIGMA = torch.zeros(2)
         ({"prediction": torch.zeros(2, 6, 48, dtype=torch.int64)}, TypeError, "prediction must be floating point"),
         ({"prediction": torch.zeros(2, 5, 48)}, ValueError, r"shape \(..., B, 6, 48\), got \(2, 5, 48\)"),
         ({"prediction": torch.zeros(6, 48)}, ValueError, r"got \(6, 48\)"),
-        ({"image_size": (8, 10)}, ValueError, "multiples of the patch size 4, got 8 x 10"),
-        ({"image_size": 6}, ValueError, "multiples of the patch size 4, got 6 x 6"),
+        ({"img_size": (8, 10)}, ValueError, "multiples of the patch size 4, got 8 x 10"),
+        ({"img_size": 6}, ValueError, "multiples of the patch size 4, got 6 x 6"),
         ({"patch_size": 0}, ValueError, "patch size 0"),
         ({"mean": (0.5,)}, ValueError, "one value per channel and std > 0"),
         ({"std": (0.5, 0.0, 0.5)}, ValueError, "one value per channel and std > 0"),
@@ -396,7 +396,7 @@ SIGMA = torch.zeros(2)
 def test_bad_input_is_refused(changes, error, message):
     good = {
         "prediction": torch.zeros(2, 6, 48),
-        "image_size": (8, 12),
+        "img_size": (8, 12),
         "patch_size": 4,
         "mean": MEAN[:3],
         "std": STD[:3],

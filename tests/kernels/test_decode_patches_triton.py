@@ -156,7 +156,7 @@ def _exact(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
         source = source.requires_grad_(case["source"].dtype != U8 and case["need_source"])
     pixels = decode_patches(
         prediction,
-        image_size=(case["height"], case["width"]),
+        img_size=(case["height"], case["width"]),
         patch_size=case["patch_size"],
         mean=case["mean"],
         std=case["std"],

@@ -134,13 +134,13 @@ def sweep(pixels, prediction, ids):
     sigma = torch.tensor([20.0, 60.0, 120.0])[:, None].expand(3, ids.shape[0])
     noisy = noise_patchify(pixels, sigma, draw_seeds(5, Domain.SCORE, ids, 2), **GEOMETRY)
     levels = sigma[:, None, :]
-    options = {"image_size": (8, 12), **GEOMETRY}
+    options = {"img_size": (8, 12), **GEOMETRY}
     decoded = decode_patches(noisy * prediction, **options, statistics="noisy", source=noisy, sigma=levels)
     return (decoded - decode_patches(noisy * prediction, **options, statistics="input", source=pixels)).square().mean()
 
 
 def to_patches(pixels, prediction, ids):
-    options = {"image_size": (8, 12), **GEOMETRY, "normalize": (STD, MEAN)}
+    options = {"img_size": (8, 12), **GEOMETRY, "normalize": (STD, MEAN)}
     decoded = decode_patches(prediction, **options, statistics="input", source=pixels)
     raw = decode_patches(prediction, **options, dtype=torch.bfloat16)
     fixed = decode_patches(prediction, **options, statistics="input", source=pixels.detach())
@@ -149,7 +149,7 @@ def to_patches(pixels, prediction, ids):
 
 def raw_target(pixels, prediction, ids):
     patches = normalized_patches(pixels, **GEOMETRY) + normal_noise(ids, (6, 48))
-    return decode_patches(patches * prediction, image_size=(8, 12), **GEOMETRY).square().mean()
+    return decode_patches(patches * prediction, img_size=(8, 12), **GEOMETRY).square().mean()
 
 
 def attack(pixels, prediction, ids):
@@ -190,7 +190,7 @@ def test_no_constant_is_copied_from_the_host(monkeypatch):
     assert attack_start(pixels, seeds, epsilon=0.1).shape == pixels.shape
     assert attack_step(pixels, pixels, pixels, step_size=0.1, epsilon=1).shape == pixels.shape
     patches = normalized_patches(pixels, **GEOMETRY)
-    assert decode_patches(patches, image_size=(8, 12), **GEOMETRY).shape == pixels.shape
+    assert decode_patches(patches, img_size=(8, 12), **GEOMETRY).shape == pixels.shape
 
 
 def test_inductor_forward_and_backward():

@@ -75,7 +75,7 @@ def noisy_patches(pixels: torch.Tensor) -> torch.Tensor:
 
 def defended_logits(denoiser: Autoencoder, judge: Classifier, pixels: torch.Tensor) -> torch.Tensor:
     case = {"statistics": "input", "source": pixels} if denoiser.config.norm_pix else {}
-    return judge(decode_patches(denoiser(noisy_patches(pixels)), image_size=IMAGE_SIZE, **case, **PIXEL))
+    return judge(decode_patches(denoiser(noisy_patches(pixels)), img_size=IMAGE_SIZE, **case, **PIXEL))
 
 
 @TARGETS
@@ -95,7 +95,7 @@ def test_loss_and_its_gradients(target):
 def test_reconstruction(target):
     pixels, model = DATA["pixels"], autoencoder(target)
     case = {"statistics": "input", "source": pixels} if target == "norm" else {}
-    rebuilt = decode_patches(model(noisy_patches(pixels)), image_size=IMAGE_SIZE, **case, **PIXEL)
+    rebuilt = decode_patches(model(noisy_patches(pixels)), img_size=IMAGE_SIZE, **case, **PIXEL)
     expected = DATA[f"{target}.reconstruction"]
     assert (rebuilt - expected.clamp(0, 1)).abs().max() < 1e-5  # the file's is not clamped
     assert ((expected > 0) & (expected < 1)).float().mean() > 0.5  # so that the clamp does not hide most of it
