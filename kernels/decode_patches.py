@@ -86,12 +86,15 @@ def _working_dtype(prediction: Tensor, source: Tensor | None) -> torch.dtype:
 def _parts(
     prediction: Tensor, source: Tensor | None, sigma: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
-    """(samples, prediction, source, sigma) of a few samples at a time, all leading dimensions in one."""
-    lead, batch = prediction.shape[:-3].numel(), prediction.shape[-3]
-    predictions = prediction.reshape(lead, *prediction.shape[-3:])
-    # Without sigma a source holds images, which serve every lead.
+    """(slice of samples, prediction, source, sigma) for a few samples at a time.
+
+    The dimensions before the batch (levels and draws) are flattened into one, which comes first.
+    """
+    outer, batch = prediction.shape[:-3].numel(), prediction.shape[-3]
+    predictions = prediction.reshape(outer, *prediction.shape[-3:])
+    # Without sigma the source holds images: one image serves all levels and draws of its sample.
     sources = source if source is None or sigma is None else source.reshape(predictions.shape)
-    sigmas = sigma if sigma is None else sigma.expand(prediction.shape[:-2]).reshape(lead, batch)
+    sigmas = sigma if sigma is None else sigma.expand(prediction.shape[:-2]).reshape(outer, batch)
     for chunk in sample_chunks(batch, predictions[:, :1].numel(), prediction.device):
         part = sources if sources is None else sources[chunk] if sigmas is None else sources[:, chunk]
         yield chunk, predictions[:, chunk], part, sigmas if sigmas is None else sigmas[:, chunk]
@@ -113,9 +116,9 @@ def _reference(
 ) -> Tensor:
     """Torch reference, and the CPU kernel. Pixels where `normal_mean` and `normal_std` are empty, patches otherwise."""
     working, repeat = _working_dtype(prediction, source), patch_size * patch_size
-    lead = prediction.shape[:-3]
+    outer_shape = prediction.shape[:-3]
     shape = prediction.shape[-3:] if normal_std else (prediction.shape[-3], len(mean), height, width)
-    decoded = prediction.new_empty((lead.numel(), *shape), dtype=dtype)
+    decoded = prediction.new_empty((outer_shape.numel(), *shape), dtype=dtype)
     for chunk, part, given, level in _parts(prediction, source, sigma):
         stats = _source_statistics(given, level, patch_size, mean, std, statistics, working)
         pixels = _unclamped(part.to(working), stats, repeat, mean, std).clamp_(0, 1)
@@ -124,7 +127,7 @@ def _reference(
             decoded[:, chunk] = pixels.sub_(centre).div_(scale)
         else:
             decoded[:, chunk] = unpatchify(pixels, (height, width), patch_size).movedim(-1, -3)
-    return decoded.reshape(*lead, *shape)
+    return decoded.reshape(*outer_shape, *shape)
 
 
 _decode_patches = torch.library.custom_op("denim::decode_patches", _reference, mutates_args=())
@@ -198,12 +201,12 @@ def _reference_backward(
     The clamp mask is recomputed, not stored. The source's gradient is empty where none is needed, and for bytes.
     """
     dtype, repeat = _working_dtype(prediction, source), patch_size * patch_size
-    lead, size = prediction.shape[:-3], prediction.shape[-1]
-    upstreams = grad.reshape(lead.numel(), *grad.shape[len(lead) :])
+    outer_shape, size = prediction.shape[:-3], prediction.shape[-1]
+    upstreams = grad.reshape(outer_shape.numel(), *grad.shape[len(outer_shape) :])
     scale = channel_vector(std, prediction, repeat).to(dtype)
     if normal_std:
         scale = scale / channel_vector(normal_std, prediction, repeat)
-    to_predictions = prediction.new_empty((lead.numel(), *prediction.shape[-3:]))
+    to_predictions = prediction.new_empty((outer_shape.numel(), *prediction.shape[-3:]))
     to_source = prediction.new_empty(0)
     wanted = False
     if statistics != "raw" and _has_gradient(source, need_source):
@@ -223,7 +226,7 @@ def _reference_backward(
             continue
         to_mean = upstream.sum(dim=-1, keepdim=True)
         to_deviation = upstream.mul_(patches).sum(dim=-1, keepdim=True)
-        if statistics == "input":  # one image serves every leading index of the prediction
+        if statistics == "input":  # one image serves all levels and draws
             to_mean, to_deviation = to_mean.sum(dim=0), to_deviation.sum(dim=0)
         to_variance = to_deviation * stats.slope / (2 * stats.deviation)
         to_patches = torch.addcmul(to_mean / size, stats.centred, to_variance * (2 / (size - 1)))
@@ -335,14 +338,14 @@ def decode_patches(
     attacked image to the classifier. "noisy" is a diagnostic. A raw target needs no statistics and leaks nothing.
 
     Args:
-        prediction: (..., L, D), floating; leading dimensions are free and end in the batch.
+        prediction: (..., B, L, D), floating; any dimensions may stand before the batch (levels, draws).
         img_size: side of a square image, or (H, W).
         patch_size: side P of a square patch.
         mean: per-channel mean in [0, 1] units.
         std: per-channel standard deviation in [0, 1] units.
         statistics: None, "input" or "noisy".
-        source: for "input" the images, uint8 (B, H, W, C) or float (B, C, H, W), B being the last leading dimension of
-            the prediction; for "noisy" the noisy patches, in the shape of the prediction.
+        source: for "input" the images, uint8 (B, H, W, C) or float (B, C, H, W), B as in the
+            prediction; for "noisy" the noisy patches, in the shape of the prediction.
         sigma: for "noisy" the noise level in 0-255 pixel levels, broadcastable to prediction.shape[:-2].
 
         normalize: per-channel (mean, std) in [0, 1] units of a classifier, for patches instead of pixels: normalised

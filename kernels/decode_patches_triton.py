@@ -22,7 +22,7 @@ from torch import Tensor
 from denim.kernels.memory_triton import load_planes, load_run, on_device, store_planes, store_run
 from denim.kernels.patch_loss import VARIANCE_EPS
 
-__all__ = ["DTYPES", "cut", "decode_backward_kernel", "decode_kernel", "launch", "launch_backward", "serves"]
+__all__ = ["DTYPES", "decode_backward_kernel", "decode_kernel", "launch", "launch_backward", "serves", "tile"]
 
 # Of prediction and source; images may be uint8 too.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,14 +43,14 @@ def _over_patch(value, PATCHES: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, patches, length, columns, PATCH: tl.constexpr, RUN: tl.constexpr, PATCHES: tl.constexpr, RUNS):
+def _place(program, patches, length, columns, PATCH: tl.constexpr, RUN: tl.constexpr, PATCHES: tl.constexpr, RUNS):
     """Where this thread's run is: patch, image, position in runs within a patch and within a plane; and if it is.
 
-    A run of more than a row (see `cut`) has no position in a plane; what stands for it is not used.
+    A run of more than a row (see `tile`) has no position in a plane; what stands for it is not used.
     """
     ACROSS: tl.constexpr = max(1, PATCH // RUN)
     thread = tl.arange(0, PATCHES * RUNS)
-    patch = tile.to(tl.uint32) * PATCHES + (thread // RUNS).to(tl.uint32)
+    patch = program.to(tl.uint32) * PATCHES + (thread // RUNS).to(tl.uint32)
     run = thread % RUNS
     inside = (patch < patches.to(tl.uint32)) & (run < PATCH * PATCH // RUN)
     image = patch // length.to(tl.uint32)
@@ -125,8 +125,8 @@ def _unclamped(value, std, centre, mean, deviation, STATISTICS: tl.constexpr):
     return patch * std + centre
 
 
-# Images of other sizes compile nothing anew. One lead, as in training, is a kernel of its own.
-@triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["leads"])
+# Images of another size use the same compiled kernel. `outer` == 1 (training) is specialised: it has no loop.
+@triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["outer"])
 def decode_kernel(
     prediction,
     source,
@@ -140,7 +140,7 @@ def decode_kernel(
     normal_scale,
     normal_shift,
     patches,
-    leads,
+    outer,
     length,
     columns,
     PATCH: tl.constexpr,
@@ -153,18 +153,19 @@ def decode_kernel(
 ):
     """One program: PATCHES patches, a run per thread. The programs that share a source patch follow one another.
 
-    `patches` counts patches of the source, each of which serves `leads` of the prediction; an image has `length`,
+    `patches` counts patches of the source; each of them belongs to `outer` patches of the prediction, one for each
+    level and draw (the dimensions before the batch, flattened). An image has `length` patches,
     `columns` of them in a row. `centre` is the mean per channel and `shift` is -mean / std, `normal_scale` and
     `normal_shift` are 1 / std and -mean / std of the classifier: with NORMALIZE the result is patches.
     """
     WIDTH: tl.constexpr = RUN * CHANNELS
     IN_PATCH: tl.constexpr = PATCH * PATCH // RUN
     program = tl.program_id(0)
-    lead = (program % leads).to(tl.int64)
-    place = _place(program // leads, patches, length, columns, PATCH, RUN, PATCHES, RUNS)
+    index = (program % outer).to(tl.int64)
+    place = _place(program // outer, patches, length, columns, PATCH, RUN, PATCHES, RUNS)
     patch, image, run, in_plane, inside = place
     plane = length.to(tl.int64) * (PATCH * PATCH)
-    position = (lead * patches + patch) * IN_PATCH + run
+    position = (index * patches + patch) * IN_PATCH + run
     values = load_run(prediction, position, inside, WIDTH)
     mean = 0.0
     deviation = 1.0
@@ -195,11 +196,11 @@ def decode_kernel(
     if NORMALIZE:
         store_run(out, position, inside, pixels, WIDTH)
     else:
-        target = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
+        target = (index * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
         store_planes(out, target, plane, inside, pixels, RUN, CHANNELS)
 
 
-@triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["leads"])
+@triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["outer"])
 def decode_backward_kernel(
     grad,
     prediction,
@@ -214,7 +215,7 @@ def decode_backward_kernel(
     added_scale,
     gain,
     patches,
-    leads,
+    outer,
     length,
     columns,
     PATCH: tl.constexpr,
@@ -228,8 +229,8 @@ def decode_backward_kernel(
 ):
     """One program: PATCHES patches of the source and, one after another, all that they serve in the prediction.
 
-    So the sum over leads has one owner and one order. Arguments as in `decode_kernel`; `gain` is the derivative of an
-    unsaturated output by the patch, per channel.
+    So one program adds up a source patch's gradient over `outer`, always in the same order.
+    Arguments as in `decode_kernel`; `gain` is the derivative of an unsaturated output by the patch, per channel.
     """
     WIDTH: tl.constexpr = RUN * CHANNELS
     IN_PATCH: tl.constexpr = PATCH * PATCH // RUN
@@ -257,14 +258,14 @@ def decode_backward_kernel(
         )
     to_mean = tl.zeros(run.shape, tl.float32)
     to_deviation = tl.zeros(run.shape, tl.float32)
-    for step in range(leads):
-        lead = tl.cast(step, tl.int64)
-        position = (lead * patches + patch) * IN_PATCH + run
+    for step in range(outer):
+        index = tl.cast(step, tl.int64)
+        position = (index * patches + patch) * IN_PATCH + run
         values = load_run(prediction, position, inside, WIDTH)
         if NORMALIZE:
             upstream = load_run(grad, position, inside, WIDTH)
         else:
-            above = (lead * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
+            above = (index * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
             upstream = load_planes(grad, above, plane, inside, RUN, CHANNELS)
         result = ()
         for e in tl.static_range(WIDTH):
@@ -292,8 +293,8 @@ def decode_backward_kernel(
             store_planes(to_source, target, plane, inside, result, RUN, CHANNELS)
 
 
-def cut(patch_size: int, channels: int, dtype: torch.dtype, *, images: bool = True) -> dict[str, int]:
-    """How patches of a prediction are shared out to threads: the kernels' RUN, PATCHES and RUNS.
+def tile(patch_size: int, channels: int, dtype: torch.dtype, *, images: bool = True) -> dict[str, int]:
+    """The tile of a program, as the kernels' RUN (pixels of a thread), PATCHES (of a program) and RUNS (of a patch).
 
     A run is as many pixels as one access of `dtype` takes, so that its channels are 16 bytes each, where that divides
     a patch row; where no `images` are read or written, and so rows end nowhere, where it divides the patch. `serves`
@@ -309,7 +310,7 @@ def cut(patch_size: int, channels: int, dtype: torch.dtype, *, images: bool = Tr
 def serves(prediction: Tensor, source: Tensor | None, patch_size: int, channels: int, dtype: torch.dtype) -> bool:
     """Whether the kernels take these arguments of `decode_patches`; `dtype` is that of its result."""
     # Runs of whole patches, without images, are longer, fewer, and within the same bounds.
-    sizes = cut(patch_size, channels, prediction.dtype)
+    sizes = tile(patch_size, channels, prediction.dtype)
     return (
         prediction.dtype in DTYPES
         and dtype in DTYPES
@@ -329,12 +330,12 @@ def _arguments(
     std: Sequence[float],
     statistics: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[object, ...], tuple[int, int, int]]:
-    """Contiguous prediction, source and sigma, the constants of the statistics, and `patches`, `leads` and `length`."""
+    """Contiguous prediction, source and sigma, the constants of the statistics, and `patches`, `outer` and `length`."""
     patches, length = prediction.shape[:-1].numel(), prediction.shape[-2]
-    leads = 1
+    outer = 1
     if statistics == "input" and source is not None:
-        leads = prediction.shape[:-3].numel()
-        patches //= leads
+        outer = prediction.shape[:-3].numel()
+        patches //= outer
     if sigma is not None:
         sigma = sigma.expand(prediction.shape[:-2]).contiguous()
     constants = (
@@ -345,7 +346,7 @@ def _arguments(
         sum(value**-2 for value in std) / len(std),
     )
     source = None if source is None else source.contiguous()
-    return prediction.contiguous(), source, sigma, constants, (patches, leads, length)
+    return prediction.contiguous(), source, sigma, constants, (patches, outer, length)
 
 
 def launch(
@@ -389,12 +390,12 @@ def launch(
     out = torch.empty(shape, dtype=dtype, device=prediction.device)
     if out.numel() == 0:
         return out
-    sizes = cut(patch_size, channels, prediction.dtype, images=statistics == "input" or not normalize)
-    prediction, source, sigma, constants, (patches, leads, length) = _arguments(
+    sizes = tile(patch_size, channels, prediction.dtype, images=statistics == "input" or not normalize)
+    prediction, source, sigma, constants, (patches, outer, length) = _arguments(
         prediction, source, sigma, mean, std, statistics
     )
     with on_device(prediction.device):
-        decode_kernel[(triton.cdiv(patches, sizes["PATCHES"]) * leads,)](
+        decode_kernel[(triton.cdiv(patches, sizes["PATCHES"]) * outer,)](
             prediction,
             source,
             sigma,
@@ -403,7 +404,7 @@ def launch(
             tuple(1 / value for value in normal_std),
             tuple(-centre / value for centre, value in zip(normal_mean, normal_std, strict=True)),
             patches,
-            leads,
+            outer,
             length,
             width // patch_size,
             PATCH=patch_size,
@@ -449,8 +450,8 @@ def launch_backward(
     else:  # with `normalize` there is no image, and this stands for a width that nothing depends on
         width = grad.shape[-1]
     images = statistics == "input" or not normalize
-    sizes = cut(patch_size, channels, prediction.dtype, images=images)
-    prediction, source, sigma, constants, (patches, leads, length) = _arguments(
+    sizes = tile(patch_size, channels, prediction.dtype, images=images)
+    prediction, source, sigma, constants, (patches, outer, length) = _arguments(
         prediction, source, sigma, mean, std, statistics
     )
     with on_device(prediction.device):
@@ -464,7 +465,7 @@ def launch_backward(
             *constants,
             tuple(a / b for a, b in zip(std, normal_std, strict=True)) if normalize else tuple(std),
             patches,
-            leads,
+            outer,
             length,
             width // patch_size,
             PATCH=patch_size,

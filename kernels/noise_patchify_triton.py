@@ -86,14 +86,15 @@ def noise_patchify_kernel(
     ROWS: tl.constexpr,
     INSTRUCTIONS: tl.constexpr,
 ):
-    """One program: ROWS shares of one sample, all draws and levels. The image is read once, each draw is made once.
+    """One program: ROWS runs of one sample, all draws and levels. The image is read once, each draw is made once.
 
-    A share is SEGMENTS runs of COLS consecutive positions. `count` is the elements of an image, below 2^30; SWEEP says
-    whether there is more than one level or draw; `noise_scale` is 1 / (255 std) and `shift` is -mean / std.
+    A run is what one thread handles: SEGMENTS segments of COLS consecutive positions. `count` is the number of
+    elements of an image, below 2^30; SWEEP says whether there is more than one level or draw; `noise_scale` is
+    1 / (255 std) and `shift` is -mean / std.
     """
     # Consecutive positions lie in patch rows of WIDTH elements, which are contiguous in NHWC memory and in patches.
     WIDTH: tl.constexpr = PATCH * CHANNELS
-    SHARE: tl.constexpr = COLS * SEGMENTS
+    RUN: tl.constexpr = COLS * SEGMENTS
     # Values move in chunks of 16 bytes. Planes have none, so there a chunk is one value; and stores must not straddle
     # patch rows.
     LOAD: tl.constexpr = 1 if PLANAR else min(COLS, 128 // images.dtype.element_ty.primitive_bitwidth)
@@ -105,18 +106,18 @@ def noise_patchify_kernel(
     samples = batch.to(tl.int64)
     wide_columns = patch_columns.to(tl.uint32)
     program = tl.program_id(0).to(tl.uint32)
-    PERIODS: tl.constexpr = WIDTH // SHARE if ALIGNED else 1
-    rows = count // WIDTH if ALIGNED else tl.cdiv(count, SHARE)
+    PERIODS: tl.constexpr = WIDTH // RUN if ALIGNED else 1
+    rows = count // WIDTH if ALIGNED else tl.cdiv(count, RUN)
     tiles = tl.cdiv(rows, ROWS).to(tl.uint32)
     sample = (program // PERIODS // tiles).to(tl.int64)
     row = (program // PERIODS % tiles * ROWS).to(tl.int32) + tl.arange(0, ROWS)
     if ALIGNED:
-        # A share lies in one patch row.
-        first = (program % PERIODS).to(tl.int32) * SHARE
+        # A run lies in one patch row.
+        first = (program % PERIODS).to(tl.int32) * RUN
         position = row * WIDTH + first
         target = _target(row, wide_columns, PATCH, WIDTH) + first
     else:
-        position = row * SHARE
+        position = row * RUN
     column = tl.arange(0, COLS)
     image = images + sample * size
     # With one of each, loaded here and not once per segment.
@@ -126,14 +127,14 @@ def noise_patchify_kernel(
     # Segments outside, so that one segment's pixels alone live through the loops.
     for segment in tl.static_range(SEGMENTS):
         start = position + segment * COLS
-        if SHARE % CHANNELS == 0:
+        if RUN % CHANNELS == 0:
             # Every register has a channel known at compile time.
             channel = (segment * COLS + column)[None, :] % CHANNELS
         else:
             channel = (start[:, None] + column[None, :]) % CHANNELS
         if PLANAR:
             source = channel * (count // CHANNELS)
-            if SHARE % CHANNELS == 0:
+            if RUN % CHANNELS == 0:
                 source += (position // CHANNELS)[:, None] + (segment * COLS + column)[None, :] // CHANNELS
             else:
                 source += (start[:, None] + column[None, :]) // CHANNELS
@@ -171,14 +172,14 @@ def noise_patchify_kernel(
                 destination += draws * samples * size
 
 
-# As above. One lead, a gradient for one level and one draw, is a kernel of its own.
-@triton.jit(do_not_specialize=["batch", "length", "columns"], do_not_specialize_on_alignment=["leads"])
+# As above. `outer` == 1 (one level, one draw) is specialised: it has no loop.
+@triton.jit(do_not_specialize=["batch", "length", "columns"], do_not_specialize_on_alignment=["outer"])
 def noise_patchify_backward_kernel(
     grad,
     pixels,
     inverse_std,
     batch,
-    leads,
+    outer,
     length,
     columns,
     PATCH: tl.constexpr,
@@ -186,9 +187,10 @@ def noise_patchify_backward_kernel(
     RUN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK runs of one sample, each the RUN pixels of one row of one patch that a thread sums over leads.
+    """One program: BLOCK runs of one sample, each RUN pixels of one row of one patch.
 
-    A sample has `length` patches, `columns` of them in a row; `leads` counts its gradients, one per level and draw.
+    A sample has `length` patches, `columns` of them in a row, and `outer` gradients, one for each level and draw, which
+    the thread of a run adds up.
     """
     WIDTH: tl.constexpr = RUN * CHANNELS
     ACROSS: tl.constexpr = PATCH // RUN
@@ -204,7 +206,7 @@ def noise_patchify_backward_kernel(
     for _ in tl.static_range(WIDTH):
         total = total + (tl.zeros((BLOCK,), tl.float32),)
     source = grad + sample * size
-    for _ in range(leads):
+    for _ in range(outer):
         values = load_run(source, run, inside, WIDTH)
         summed = ()
         for e in tl.static_range(WIDTH):
@@ -221,11 +223,11 @@ def noise_patchify_backward_kernel(
 
 
 def tile(patch_size: int, channels: int) -> dict[str, int | bool]:
-    """How an image is cut into shares of consecutive positions: the kernel's ALIGNED, SEGMENTS and COLS.
+    """How an image is divided into runs of consecutive positions: the kernel's ALIGNED, SEGMENTS and COLS.
 
-    A share is SEGMENTS runs of COLS positions, whole groups of four of the generator and one period of the channels
-    (but where that is too long to unroll: then every element looks for its own channel). Aligned shares divide a patch
-    row. Where groups straddle patch rows (P * C not a multiple of four), pieces of a run look for their own places.
+    A run is SEGMENTS segments of COLS positions, whole groups of four of the generator and one period of the channels
+    (but where that is too long to unroll: then every element looks for its own channel). Aligned runs divide a patch
+    row. Where groups straddle patch rows (P * C not a multiple of four), each piece of a run computes its own place.
     """
     width = patch_size * channels
     columns = math.gcd(16, width)
@@ -239,9 +241,9 @@ def tile(patch_size: int, channels: int) -> dict[str, int | bool]:
 
 def _programs(batch: int, elements: int, patch_size: int, channels: int, threads: int) -> int:
     """Programs for images of `elements` elements."""
-    cut, width = tile(patch_size, channels), patch_size * channels
-    share = cut["SEGMENTS"] * cut["COLS"]
-    rows, periods = (elements // width, width // share) if cut["ALIGNED"] else (-(-elements // share), 1)
+    sizes, width = tile(patch_size, channels), patch_size * channels
+    run = sizes["SEGMENTS"] * sizes["COLS"]
+    rows, periods = (elements // width, width // run) if sizes["ALIGNED"] else (-(-elements // run), 1)
     return batch * -(-rows // threads) * periods
 
 
@@ -379,7 +381,7 @@ def launch_backward(
     pixels = torch.empty((batch, channels, height, width), dtype=dtype, device=grad.device)
     if pixels.numel() == 0:
         return pixels
-    pixels_of_run, leads = run_length(patch_size, channels, grad.dtype, dtype), grad.shape[:-3].numel()
+    pixels_of_run, outer = run_length(patch_size, channels, grad.dtype, dtype), grad.shape[:-3].numel()
     grad = grad.contiguous()
 
     def run(threads: int) -> None:
@@ -388,7 +390,7 @@ def launch_backward(
             pixels,
             tuple(1 / value for value in std),
             batch,
-            leads,
+            outer,
             length,
             width // patch_size,
             PATCH=patch_size,
@@ -398,7 +400,7 @@ def launch_backward(
             num_warps=max(1, threads // warp_size),
         )
 
-    key = ("noise_patchify_backward", patch_size, channels, grad.dtype, dtype, leads > 1)
+    key = ("noise_patchify_backward", patch_size, channels, grad.dtype, dtype, outer > 1)
     with on_device(grad.device):
-        run_tuned(key, max(1, leads) * pixels.numel(), configurations, run, grad.device)
+        run_tuned(key, max(1, outer) * pixels.numel(), configurations, run, grad.device)
     return pixels

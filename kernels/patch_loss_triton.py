@@ -292,10 +292,10 @@ def prediction_grad_kernel(
 
 
 def tile(patch_size: int, channels: int) -> dict[str, int] | None:
-    """How a patch is cut: the kernels' SEGMENTS, COLS, COUNT and RUNS. None: these kernels do not serve it.
+    """How a patch is divided into runs: the kernels' SEGMENTS, COLS, COUNT and RUNS; None where no division fits.
 
-    A run is SEGMENTS * COLS consecutive elements of one patch row, a period of the channels, so that every register
-    has a channel known at compile time; it is one thread's share. A patch is COUNT runs, padded to RUNS.
+    A run is what one thread handles: SEGMENTS * COLS consecutive elements of one patch row, a whole period of the
+    channels, so that every register has a channel known at compile time. A patch is COUNT runs, padded to RUNS.
     """
     width = patch_size * channels
     for columns in (16, 8, 4, 2, 1):
@@ -319,9 +319,9 @@ def _arguments(
     warp_size: int,
     block_runs: int,
 ) -> tuple[Tensor, Tensor, int, dict[str, object]]:
-    """What both passes share: prediction and images as the kernels read them, programs, and arguments by name."""
-    cut = tile(patch_size, len(mean))
-    if cut is None:
+    """Prediction and images as both passes read them, the number of programs, and the kernels' arguments by name."""
+    sizes = tile(patch_size, len(mean))
+    if sizes is None:
         raise ValueError(f"no tile for patch size {patch_size} and {len(mean)} channels; the reference serves it")
     nhwc = images if images.dtype == torch.uint8 else images.permute(0, 2, 3, 1)
     # Pixels in channels_last memory are read like bytes; only true planes need their own addresses.
@@ -330,10 +330,10 @@ def _arguments(
     # A decoder's output without its class token is a view with longer samples. It is read where it lies.
     if prediction.stride()[1:] != (size, 1) or prediction.stride(0) % size:
         prediction = prediction.contiguous()
-    patches = max(1, block_runs // cut["RUNS"])
+    patches = max(1, block_runs // sizes["RUNS"])
     # Where a warp holds whole patches, each thread takes one run. A larger patch gets as few warps as its elements
     # allow, since sums across warps go through shared memory.
-    shared = 1 if cut["RUNS"] <= warp_size else max(1, 48 // (cut["SEGMENTS"] * cut["COLS"]))
+    shared = 1 if sizes["RUNS"] <= warp_size else max(1, 48 // (sizes["SEGMENTS"] * sizes["COLS"]))
     unit = 255 if images.dtype == torch.uint8 else 1
     return (
         prediction,
@@ -350,8 +350,8 @@ def _arguments(
             "NORM_PIX": norm_pix,
             "PLANAR": planar,
             "PATCHES": patches,
-            "num_warps": max(1, patches * cut["RUNS"] // (warp_size * 2 ** int(math.log2(shared)))),
-            **cut,
+            "num_warps": max(1, patches * sizes["RUNS"] // (warp_size * 2 ** int(math.log2(shared)))),
+            **sizes,
         },
     )
 

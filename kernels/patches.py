@@ -1,4 +1,4 @@
-"""Patches, the layout that every operation shares: (B, L, D) in patch vector order (row, column, channel).
+"""Patches, the layout of every operation: (B, L, D) in patch vector order (row, column, channel).
 
 Both layouts of images are read here and nowhere else: uint8 (B, H, W, C) as decoders deliver it, and float pixels
 (B, C, H, W) in [0, 1].
@@ -83,11 +83,11 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 def unpatchify(patches: Tensor, img_size: tuple[int, int], patch_size: int) -> Tensor:
     """Patches (..., L, D) to images (..., H, W, C): the inverse of `patchify`."""
-    lead = patches.shape[:-2]
+    batch_shape = patches.shape[:-2]
     rows, columns = img_size[0] // patch_size, img_size[1] // patch_size
     channels = patches.shape[-1] // (patch_size * patch_size)
-    tiles = patches.reshape(*lead, rows, columns, patch_size, patch_size * channels).transpose(-3, -2)
-    return tiles.reshape(*lead, *img_size, channels)
+    tiles = patches.reshape(*batch_shape, rows, columns, patch_size, patch_size * channels).transpose(-3, -2)
+    return tiles.reshape(*batch_shape, *img_size, channels)
 
 
 def sample_chunks(batch: int, elements: int, device: torch.device, least: int = 1) -> Iterator[slice]:
