@@ -461,7 +461,7 @@ def _autoencoder(device: str, name: str) -> Any:
 def _batch(device: str, model: Any, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bytes, levels and seeds for a model."""
     config = model.config
-    images, _ = _images(device, batch, *config.image_size, config.channels, "uint8")
+    images, _ = _images(device, batch, *config.img_size, config.channels, "uint8")
     seeds = derive_seeds(0, Domain.TRAINING, torch.arange(batch, device=device))
     return images, torch.linspace(20, 130, batch, device=device), seeds
 
@@ -636,7 +636,7 @@ def sweep(device: str, sizes: str) -> Iterator[Row]:
         classifier = Classifier(ClassifierConfig.for_encoder(denoiser.config, 1000)).to(device).eval()
         # The published initialisation makes all logits alike, and a comparison of them empty.
         nn.init.normal_(classifier.head.weight, std=0.05)
-    pixels, _ = _images(device, size.images, *denoiser.config.image_size, denoiser.config.channels, "planes")
+    pixels, _ = _images(device, size.images, *denoiser.config.img_size, denoiser.config.channels, "planes")
     seeds = draw_seeds(0, Domain.SCORE, torch.arange(size.images, device=device), draws)
     sigma = torch.tensor(size.levels, device=device)[:, None].expand(-1, size.images)
 

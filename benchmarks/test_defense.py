@@ -10,7 +10,7 @@ SIGMAS, DRAWS, BATCH = (0.0, 35.0, 70.0, 140.0), 4, 16
 
 
 def test_sweep(benchmark, best_seconds):
-    config = preset("micro", norm_pix=False)
+    config = preset("micro", target="raw")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Autoencoder(config).eval()

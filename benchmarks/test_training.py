@@ -9,13 +9,13 @@ from denim.nim import Autoencoder, Objective, preset
 BATCH = 128
 
 
-@pytest.mark.parametrize("image_size", [16, 32])
-def test_training_step(benchmark, best_seconds, image_size):
-    config = preset("micro", image_size=image_size, channels=3, norm_pix=False)
+@pytest.mark.parametrize("img_size", [16, 32])
+def test_training_step(benchmark, best_seconds, img_size):
+    config = preset("micro", img_size=img_size, channels=3, target="raw")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Autoencoder(config)
-        images = torch.randint(0, 256, (BATCH, image_size, image_size, 3), dtype=torch.uint8)
+        images = torch.randint(0, 256, (BATCH, img_size, img_size, 3), dtype=torch.uint8)
     objective = Objective.published("nim", "uniform:0,150")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     ids = torch.arange(BATCH)
@@ -27,7 +27,7 @@ def test_training_step(benchmark, best_seconds, image_size):
         optimizer.step()
 
     def noise():
-        normal_noise(derive_seeds(0, Domain.TRAINING, ids), (image_size, image_size, 3))
+        normal_noise(derive_seeds(0, Domain.TRAINING, ids), (img_size, img_size, 3))
 
     step()
     benchmark.pedantic(step, rounds=10)

@@ -54,7 +54,7 @@ def main(
             image = ImageOps.exif_transpose(opened).convert("L" if model.config.channels == 1 else "RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{photo} cannot be read as an image: {error}") from error
-    pixels = EvalView(model.config.image_size[0])(image, sample_rng(seed, 0, 0))
+    pixels = EvalView(model.config.img_size[0])(image, sample_rng(seed, 0, 0))
     images = torch.tensor(pixels)[None].to(where)
     levels = torch.tensor(sigma, device=where)[:, None]
     seeds = draw_seeds(seed, Domain.DEFENSE, torch.zeros(1, dtype=torch.int64, device=where), 1)[0]

@@ -87,7 +87,7 @@ def main(
             defenses[f"sigma {frozen:g} frozen"] = fixed.frozen(seed)
     source = open_source(data, split, len(model.config.mean), max_bad=max_bad)
     chosen = Subset(source, images, seed) if 0 < images < len(source) else source
-    view = EvalView(model.config.image_size[0])
+    view = EvalView(model.config.img_size[0])
     batches = open_loader(
         chosen,
         view,

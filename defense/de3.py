@@ -322,8 +322,8 @@ class De3(nn.Module):
         if self.sigma is None or self.degrade == "noise" or self.denoiser is None:
             return images
         config = self.denoiser.config
-        hidden = Mask.random(seeds, config.length, self.mask_ratio).hidden.unsqueeze(-1)
-        squares = unpatchify(hidden.expand(-1, -1, config.patch_size**2), config.image_size, config.patch_size)
+        hidden = Mask.random(seeds, config.num_patches, self.mask_ratio).hidden.unsqueeze(-1)
+        squares = unpatchify(hidden.expand(-1, -1, config.patch_size**2), config.img_size, config.patch_size)
         return torch.where(squares.movedim(-1, -3), images.new_tensor(0.5), images)
 
     def denoise(self, pixels: Tensor, sigma: float | None = None, *, seeds: Tensor | None = None) -> Tensor:

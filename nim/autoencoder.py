@@ -31,22 +31,21 @@ def check_architecture(config: Any, *sizes: str) -> None:
     """What the configs of all models share: tuples from JSON's lists, and values that fit together.
 
     Raises:
-        ValueError: a size (patch_size, width, depth, heads and the named ones) that is no positive integer, image sides
-            that are no multiples of the patch size, a width that its heads do not divide, bad mean or std.
+        ValueError: a size (patch_size, embed_dim, depth, num_heads and the named ones) that is no positive integer,
+            image sides that are no multiples of the patch size, an embed_dim that num_heads does not divide, bad mean
+            or std.
     """
-    for name in ("image_size", "mean", "std"):
+    for name in ("img_size", "mean", "std"):
         object.__setattr__(config, name, tuple(getattr(config, name)))
-    for name in ("patch_size", "width", "depth", "heads", *sizes):
+    for name in ("patch_size", "embed_dim", "depth", "num_heads", *sizes):
         if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
             raise ValueError(f"{name} must be a positive integer, got {getattr(config, name)!r}")
-    if len(config.image_size) != 2 or any(
-        not isinstance(side, int) or side < 1 or side % config.patch_size for side in config.image_size
+    if len(config.img_size) != 2 or any(
+        not isinstance(side, int) or side < 1 or side % config.patch_size for side in config.img_size
     ):
-        raise ValueError(
-            f"image_size must be two multiples of the patch size {config.patch_size}, got {config.image_size}"
-        )
-    if config.width % config.heads:
-        raise ValueError(f"width {config.width} must be a multiple of its {config.heads} heads")
+        raise ValueError(f"img_size must be two multiples of the patch size {config.patch_size}, got {config.img_size}")
+    if config.embed_dim % config.num_heads:
+        raise ValueError(f"embed_dim {config.embed_dim} must be a multiple of num_heads {config.num_heads}")
     if (
         not config.mean
         or len(config.mean) != len(config.std)
@@ -63,33 +62,38 @@ class AutoencoderConfig:
     """Architecture of an autoencoder, its pixel statistics and its target.
 
     Attributes:
-        image_size: (H, W) in pixels, multiples of the patch size.
+        img_size: (H, W) in pixels, multiples of the patch size.
         patch_size: side P of a square patch.
-        width, depth, heads: of the encoder.
-        decoder_width, decoder_depth, decoder_heads: of the decoder.
+        embed_dim, depth, num_heads: of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
         mean, std: per-channel statistics in [0, 1] units; their length is the number of channels.
-        norm_pix: whether the target is normalised per patch (else raw).
+        target: what the decoder predicts: "norm" (each patch normalised by its own mean and variance) or "raw".
         objective: what it was pretrained for: nim, mae or dmae.
     """
 
-    image_size: tuple[int, int] = (224, 224)
+    img_size: tuple[int, int] = (224, 224)
     patch_size: int = 16
-    width: int = 768
+    embed_dim: int = 768
     depth: int = 12
-    heads: int = 12
-    decoder_width: int = 512
+    num_heads: int = 12
+    decoder_embed_dim: int = 512
     decoder_depth: int = 8
-    decoder_heads: int = 16
+    decoder_num_heads: int = 16
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    norm_pix: bool = True
+    target: str = "norm"
     objective: str = "nim"
 
     def __post_init__(self) -> None:
-        check_architecture(self, "decoder_width", "decoder_depth", "decoder_heads")
-        for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
-            if width % heads or width % 4:
-                raise ValueError(f"width {width} must be a multiple of its {heads} heads, and of 4 (2-d positions)")
+        check_architecture(self, "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+        for part in ("", "decoder_"):
+            dim, heads = getattr(self, f"{part}embed_dim"), getattr(self, f"{part}num_heads")
+            if dim % heads or dim % 4:
+                raise ValueError(
+                    f"{part}embed_dim {dim} must be a multiple of {part}num_heads {heads}, and of 4 (2-d positions)"
+                )
+        if self.target not in ("norm", "raw"):
+            raise ValueError(f"target must be norm or raw, got {self.target!r}")
         if self.objective not in ("nim", "mae", "dmae"):
             raise ValueError(f"objective must be nim, mae or dmae, got {self.objective!r}")
 
@@ -99,14 +103,14 @@ class AutoencoderConfig:
         return len(self.mean)
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
     @property
-    def length(self) -> int:
+    def num_patches(self) -> int:
         """Number L of patches."""
-        return self.grid[0] * self.grid[1]
+        return self.grid_size[0] * self.grid_size[1]
 
     @property
     def patch_dim(self) -> int:
@@ -117,18 +121,18 @@ class AutoencoderConfig:
 # base, large and huge as published (You et al. 2023; He et al. 2022, appendix A).
 PRESETS: dict[str, AutoencoderConfig] = {
     "micro": AutoencoderConfig((16, 16), 4, 64, 3, 4, 64, 1, 4, mean=(0.5,), std=(0.25,)),
-    "tiny": AutoencoderConfig(width=192, depth=12, heads=3, decoder_width=192, decoder_depth=4, decoder_heads=3),
-    "small": AutoencoderConfig(width=384, depth=12, heads=6, decoder_width=256, decoder_depth=4, decoder_heads=8),
+    "tiny": AutoencoderConfig((224, 224), 16, 192, 12, 3, 192, 4, 3),
+    "small": AutoencoderConfig((224, 224), 16, 384, 12, 6, 256, 4, 8),
     "base": AutoencoderConfig(),
-    "large": AutoencoderConfig(width=1024, depth=24, heads=16),
-    "huge": AutoencoderConfig(patch_size=14, width=1280, depth=32, heads=16),
+    "large": AutoencoderConfig(embed_dim=1024, depth=24, num_heads=16),
+    "huge": AutoencoderConfig(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
 }
 
 
 def preset(
     name: str,
     *,
-    image_size: int | None = None,
+    img_size: int | None = None,
     patch_size: int | None = None,
     channels: int | None = None,
     **other: Any,
@@ -145,8 +149,8 @@ def preset(
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     config = PRESETS[name]
     changes: dict[str, Any] = dict(other)
-    if image_size is not None:
-        changes["image_size"] = (image_size, image_size)
+    if img_size is not None:
+        changes["img_size"] = (img_size, img_size)
     if patch_size is not None:
         changes["patch_size"] = patch_size
     if channels is not None:
@@ -169,7 +173,7 @@ class Mask(NamedTuple):
     visible: int
 
     @classmethod
-    def random(cls, seeds: Tensor, length: int, ratio: float) -> Mask:
+    def random(cls, seeds: Tensor, num_patches: int, ratio: float) -> Mask:
         """Hide a share of the patches at random, as a pure function of the seeds (N,).
 
         int(L * (1 - ratio)) patches stay visible, as in the published code of MAE.
@@ -177,10 +181,12 @@ class Mask(NamedTuple):
         Raises:
             ValueError: the ratio leaves no patch visible, or hides none.
         """
-        visible = int(length * (1 - ratio))
-        if not 0 < visible < length:
-            raise ValueError(f"mask ratio {ratio} leaves {visible} of {length} patches visible; choose one in between")
-        return cls(noise_words(seeds, length, Stream.MASK).argsort(dim=-1, stable=True), visible)
+        visible = int(num_patches * (1 - ratio))
+        if not 0 < visible < num_patches:
+            raise ValueError(
+                f"mask ratio {ratio} leaves {visible} of {num_patches} patches visible; choose one in between"
+            )
+        return cls(noise_words(seeds, num_patches, Stream.MASK).argsort(dim=-1, stable=True), visible)
 
     @property
     def hidden(self) -> Tensor:
@@ -189,18 +195,20 @@ class Mask(NamedTuple):
         return hidden.scatter(1, self.order[:, self.visible :], True)
 
 
-def _sincos(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-d sine-cosine positions (1, 1 + L, width), with a zero row for the class token."""
+def _sincos(grid_size: tuple[int, int], embed_dim: int) -> Tensor:
+    """Fixed 2-d sine-cosine positions (1, 1 + L, embed_dim), with a zero row for the class token."""
     # timm puts the row's half first, the published code the column's.
-    positions = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True).roll(width // 2, dims=1)
-    return torch.cat((torch.zeros(1, width), positions)).unsqueeze(0)
+    positions = build_sincos2d_pos_embed(list(grid_size), embed_dim, interleave_sin_cos=True).roll(
+        embed_dim // 2, dims=1
+    )
+    return torch.cat((torch.zeros(1, embed_dim), positions)).unsqueeze(0)
 
 
 class Autoencoder(Pretrained, nn.Module):
     """Encoder over patches, decoder back to patches.
 
     `forward` takes patches (N, L, D) in normalised space, with a `Mask` for MAE and DMAE, and returns predictions
-    (N, L, D): of the normalised target where `config.norm_pix`, of the raw one otherwise.
+    (N, L, D): of the normalised target where `config.target` is "norm", of pixels otherwise.
     """
 
     config_class: ClassVar[type[Any]] = AutoencoderConfig
@@ -211,19 +219,19 @@ class Autoencoder(Pretrained, nn.Module):
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm, attn_layer=Attention)
         # timm's module holds the projection under the published name; `_embed` applies it to patches.
-        self.patch_embed = PatchEmbed(config.image_size, config.patch_size, config.channels, config.width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed = nn.Parameter(_sincos(config.grid, config.width), requires_grad=False)
-        self.blocks = nn.ModuleList(block(config.width, config.heads) for _ in range(config.depth))
-        self.norm = norm(config.width)
-        self.decoder_embed = nn.Linear(config.width, config.decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
-        self.decoder_pos_embed = nn.Parameter(_sincos(config.grid, config.decoder_width), requires_grad=False)
+        self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.channels, config.embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.pos_embed = nn.Parameter(_sincos(config.grid_size, config.embed_dim), requires_grad=False)
+        self.blocks = nn.ModuleList(block(config.embed_dim, config.num_heads) for _ in range(config.depth))
+        self.norm = norm(config.embed_dim)
+        self.decoder_embed = nn.Linear(config.embed_dim, config.decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(_sincos(config.grid_size, config.decoder_embed_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            block(config.decoder_width, config.decoder_heads) for _ in range(config.decoder_depth)
+            block(config.decoder_embed_dim, config.decoder_num_heads) for _ in range(config.decoder_depth)
         )
-        self.decoder_norm = norm(config.decoder_width)
-        self.decoder_pred = nn.Linear(config.decoder_width, config.patch_dim)
+        self.decoder_norm = norm(config.decoder_embed_dim)
+        self.decoder_pred = nn.Linear(config.decoder_embed_dim, config.patch_dim)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -231,23 +239,23 @@ class Autoencoder(Pretrained, nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.width, -1))
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.embed_dim, -1))
         nn.init.zeros_(cast(Tensor, self.patch_embed.proj.bias))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def _embed(self, patches: Tensor) -> Tensor:
-        # The convolution's weight is (width, channel, row, column), a patch vector (row, column, channel).
+        # The convolution's weight is (embed_dim, channel, row, column), a patch vector (row, column, channel).
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(patches.to(weight.dtype), weight, self.patch_embed.proj.bias)
 
     def encode(self, patches: Tensor, mask: Mask | None = None) -> Tensor:
-        """Patches (N, L, D) to tokens (N, 1 + visible, width), class token first.
+        """Patches (N, L, D) to tokens (N, 1 + visible, embed_dim), class token first.
 
         Raises:
             ValueError: patches of another number or size than the config's.
         """
-        expected = (self.config.length, self.config.patch_dim)
+        expected = (self.config.num_patches, self.config.patch_dim)
         if patches.dim() != 3 or tuple(patches.shape[1:]) != expected:
             raise ValueError(f"patches must have shape (N, {expected[0]}, {expected[1]}), got {tuple(patches.shape)}")
         tokens = self._embed(patches) + self.pos_embed[:, 1:]
@@ -262,11 +270,11 @@ class Autoencoder(Pretrained, nn.Module):
         return encoded
 
     def decode(self, tokens: Tensor, mask: Mask | None = None) -> Tensor:
-        """Tokens (N, 1 + visible, width) to predicted patches (N, L, D)."""
+        """Tokens (N, 1 + visible, embed_dim) to predicted patches (N, L, D)."""
         tokens = self.decoder_embed(tokens)
         if mask is not None:
             chosen = mask.order[:, : mask.visible, None].expand(-1, -1, tokens.shape[-1])
-            full = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], self.config.length, -1)
+            full = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], self.config.num_patches, -1)
             tokens = torch.cat((tokens[:, :1], full.scatter(1, chosen, tokens[:, 1:])), dim=1)
         tokens = tokens + self.decoder_pos_embed
         for block in self.decoder_blocks:

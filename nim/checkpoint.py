@@ -19,10 +19,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "Pretrained", "atomic_folder", "atomic_write", "read_safetensors"]
+__all__ = ["CheckpointError", "Pretrained", "atomic_folder", "atomic_write", "read_safetensors", "with_todays_names"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+# Names in config.json and run.json before they became timm's and MAE's, and today's.
+OLD_NAMES = {
+    "image_size": "img_size",
+    "width": "embed_dim",
+    "heads": "num_heads",
+    "decoder_width": "decoder_embed_dim",
+    "decoder_heads": "decoder_num_heads",
+    "pool": "global_pool",
+    "norm_pix": "target",
+}
 
 
 class CheckpointError(ValueError):
@@ -129,6 +139,7 @@ class Pretrained(nn.Module):
         kind = content.pop("model", None) if isinstance(content, dict) else None
         if kind != cls.__name__:
             raise CheckpointError(f"{file} describes a {kind or 'model of another library'}, expected {cls.__name__}")
+        content = with_todays_names(content)
         known = {field.name for field in dataclasses.fields(cls.config_class)}
         unknown = sorted(content.keys() - known)
         if unknown:
@@ -158,6 +169,17 @@ class Pretrained(nn.Module):
                 + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
             )
         self.load_state_dict(state)
+
+
+def with_todays_names(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a config.json or run.json, under today's names whatever version of Denim wrote them.
+
+    An entry under today's name takes precedence over the same one under its old name.
+    """
+    current = {OLD_NAMES[name]: value for name, value in entries.items() if name in OLD_NAMES}
+    if isinstance(current.get("target"), bool):
+        current["target"] = "norm" if current["target"] else "raw"
+    return {**current, **{name: value for name, value in entries.items() if name not in OLD_NAMES}}
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -26,24 +26,24 @@ class ClassifierConfig:
 
     Attributes:
         num_classes: number of logits.
-        image_size: (H, W) in pixels.
-        patch_size, width, depth, heads: of the ViT.
+        img_size: (H, W) in pixels.
+        patch_size, embed_dim, depth, num_heads: of the ViT.
         mean, std: per-channel statistics in [0, 1] units; their length is the number of channels.
-        pool: "avg" (mean over patch tokens, LayerNorm after it, as published) or "token" (class token).
+        global_pool: "avg" (mean over patch tokens, LayerNorm after it, as published) or "token" (class token).
         drop_path: rate of stochastic depth in training.
         classes: names of the classes, may be empty.
         images: the case of its training images: clean, noisy, or denoised with raw, input or noisy statistics.
     """
 
     num_classes: int = 1000
-    image_size: tuple[int, int] = (224, 224)
+    img_size: tuple[int, int] = (224, 224)
     patch_size: int = 16
-    width: int = 768
+    embed_dim: int = 768
     depth: int = 12
-    heads: int = 12
+    num_heads: int = 12
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    pool: Literal["avg", "token"] = "avg"
+    global_pool: Literal["avg", "token"] = "avg"
     drop_path: float = 0.0
     classes: tuple[str, ...] = ()
     images: str = "clean"
@@ -53,15 +53,15 @@ class ClassifierConfig:
         object.__setattr__(self, "classes", tuple(self.classes))  # JSON has lists
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
-        if self.pool not in ("avg", "token"):
-            raise ValueError(f"pool must be avg or token, got {self.pool!r}")
+        if self.global_pool not in ("avg", "token"):
+            raise ValueError(f"global_pool must be avg or token, got {self.global_pool!r}")
         if self.classes and len(self.classes) != self.num_classes:
             raise ValueError(f"{len(self.classes)} class names for {self.num_classes} classes")
 
     @classmethod
     def for_encoder(cls, encoder: AutoencoderConfig, num_classes: int, **other: Any) -> ClassifierConfig:
         """The classifier whose body is the encoder of an autoencoder."""
-        shared = ("image_size", "patch_size", "width", "depth", "heads", "mean", "std")
+        shared = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")
         return cls(num_classes, **{name: getattr(encoder, name) for name in shared}, **other)
 
 
@@ -69,11 +69,11 @@ class PatchEmbed(TimmPatchEmbed):
     """timm's patch embedding, which also takes images that are patches already, (B, L, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, width) for normalised images (B, C, H, W), or for their patches."""
+        """Tokens (B, L, embed_dim) for normalised images (B, C, H, W), or for their patches."""
         if x.dim() == 4:
             tokens: Tensor = super().forward(x)
             return tokens
-        # The convolution's weight is (width, channel, row, column), a patch vector (row, column, channel).
+        # The convolution's weight is (embed_dim, channel, row, column), a patch vector (row, column, channel).
         return F.linear(x, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
@@ -90,14 +90,14 @@ class Classifier(Pretrained, VisionTransformer):
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(
-            img_size=config.image_size,
+            img_size=config.img_size,
             patch_size=config.patch_size,
             in_chans=len(config.mean),
             num_classes=config.num_classes,
-            global_pool=config.pool,
-            embed_dim=config.width,
+            global_pool=config.global_pool,
+            embed_dim=config.embed_dim,
             depth=config.depth,
-            num_heads=config.heads,
+            num_heads=config.num_heads,
             drop_path_rate=config.drop_path,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             embed_layer=PatchEmbed,
@@ -127,7 +127,7 @@ class Classifier(Pretrained, VisionTransformer):
             ValueError: patches of another number or size than the config's.
         """
         config: ClassifierConfig = self.config
-        (height, width), area = config.image_size, config.patch_size**2
+        (height, width), area = config.img_size, config.patch_size**2
         expected = (height * width // area, area * len(config.mean))
         if patches.dim() != 3 or tuple(patches.shape[1:]) != expected:
             raise ValueError(f"patches must have shape (B, {expected[0]}, {expected[1]}), got {tuple(patches.shape)}")
@@ -145,7 +145,7 @@ class Classifier(Pretrained, VisionTransformer):
     def load_encoder(self, state: Mapping[str, Tensor]) -> None:
         """Take the encoder's weights by name: of an autoencoder, a classifier or a plain timm ViT.
 
-        The final norm comes along only for the pool that has it ("token"); the published mean pool starts a new one.
+        The final norm comes along only for the pooling that has it ("token"); the published "avg" starts a new one.
 
         Raises:
             ValueError: a weight is missing, has another shape, or belongs to a part that this classifier does not have

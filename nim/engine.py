@@ -32,6 +32,7 @@ from denim.nim.checkpoint import (
     atomic_folder,
     atomic_write,
     read_safetensors,
+    with_todays_names,
 )
 from denim.nim.data import Batch, Loader, ManifestSource, Source, TrainView, open_source
 
@@ -216,7 +217,7 @@ def _prepare_folder(config: TrainConfig, source: Source | None) -> None:
         return
     if not config.resume:
         raise ValueError(f"{config.out} holds a run already; resume it, or choose another folder")
-    earlier = json.loads(file.read_text())
+    earlier = with_todays_names(json.loads(file.read_text()))
     names = (earlier.keys() | settings.keys()) - set(FREE_SETTINGS)
     changed = [
         f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}"

@@ -110,7 +110,7 @@ def _choose_part(content: Any, part: str | None, path: Path) -> Mapping[str, Ten
     raise CheckpointError(f"{path} holds {inside}, and no state dict under model, classifier or state_dict")
 
 
-# Weights do not tell how many heads share a width. These are the published ones: ViT-Ti, S, B, L, H, and MAE's decoder.
+# Weights do not tell the number of heads. Here it is by embed_dim, as published: ViT-Ti, S, B, L, H, and MAE's decoder.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 _DECODER_HEADS = {512: 16}
 
@@ -119,12 +119,12 @@ def load_foreign(
     path: str | Path,
     *,
     part: str | None = None,
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    decoder_num_heads: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    norm_pix: bool = True,
+    target: str = "norm",
     objective: str = "nim",
     images: str = "clean",
 ) -> Autoencoder | Classifier:
@@ -133,12 +133,12 @@ def load_foreign(
     Args:
         path: see `read_state_dict`.
         part: see `read_state_dict`.
-        heads: number of attention heads; by default that of the published ViT of this width.
-        decoder_heads: of the decoder; by default the published number.
-        image_size: in pixels; needed for images that are not square.
+        num_heads: attention heads of the encoder; by default those of the published ViT of this embed_dim.
+        decoder_num_heads: of the decoder; by default the published number.
+        img_size: in pixels; needed for images that are not square.
         mean, std: per-channel statistics in [0, 1] units; by default ImageNet's, needed unless there are three
             channels. Many of timm's own ViTs were trained with 0.5 and 0.5: nothing in the weights tells.
-        norm_pix: for an autoencoder, whether its target was normalised per patch.
+        target: for an autoencoder, "norm" where its target was normalised per patch, else "raw".
         objective: for an autoencoder, what it was pretrained for: nim, mae or dmae.
         images: for a classifier, the case of its training images (see `ClassifierConfig`).
 
@@ -159,7 +159,7 @@ def load_foreign(
             )
         raise CheckpointError(f"{path} holds no ViT: neither decoder_pred nor head, first weights {list(state)[:4]}")
 
-    width, channels, patch_size, across = _shape(state, "patch_embed.proj.weight", 4, path)
+    embed_dim, channels, patch_size, across = _shape(state, "patch_embed.proj.weight", 4, path)
     if patch_size != across:
         raise CheckpointError(f"{path} has patches of {patch_size} x {across}. {_EXCHANGEABLE}.")
     _shape(state, "cls_token", 3, path)
@@ -167,11 +167,11 @@ def load_foreign(
     if (mean is None or std is None) and channels != 3:
         raise ValueError(f"{path} takes images of {channels} channels: mean and std are needed, one value per channel")
     body: dict[str, Any] = {
-        "image_size": _image_size(image_size, length, patch_size, path),
+        "img_size": _img_size(img_size, length, patch_size, path),
         "patch_size": patch_size,
-        "width": width,
+        "embed_dim": embed_dim,
         "depth": _depth(state, "blocks"),
-        "heads": _heads("heads", heads, width, _HEADS),
+        "num_heads": _heads("num_heads", num_heads, embed_dim, _HEADS),
         "mean": tuple(IMAGENET_MEAN if mean is None else mean),
         "std": tuple(IMAGENET_STD if std is None else std),
     }
@@ -179,19 +179,19 @@ def load_foreign(
         raise ValueError(f"{path} takes images of {channels} channels, got mean {body['mean']}")
     config: Any
     if decoder:
-        decoder_width = _shape(state, "decoder_pred.weight", 2, path)[1]
+        decoder_embed_dim = _shape(state, "decoder_pred.weight", 2, path)[1]
         config = AutoencoderConfig(
             **body,
-            decoder_width=decoder_width,
+            decoder_embed_dim=decoder_embed_dim,
             decoder_depth=_depth(state, "decoder_blocks"),
-            decoder_heads=_heads("decoder_heads", decoder_heads, decoder_width, _DECODER_HEADS),
-            norm_pix=norm_pix,
+            decoder_num_heads=_heads("decoder_num_heads", decoder_num_heads, decoder_embed_dim, _DECODER_HEADS),
+            target=target,
             objective=objective,
         )
     else:
         pool: Any = "avg" if "fc_norm.weight" in state else "token"
         classes = _shape(state, "head.weight", 2, path)[0]
-        config = ClassifierConfig(**body, num_classes=classes, pool=pool, images=images)
+        config = ClassifierConfig(**body, num_classes=classes, global_pool=pool, images=images)
     # The initial weights are thrown away; drawing them must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = Autoencoder(config) if decoder else Classifier(config)
@@ -210,20 +210,20 @@ def _depth(state: Mapping[str, Tensor], blocks: str) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
 
 
-def _heads(option: str, given: int | None, width: int, published: Mapping[int, int]) -> int:
-    if given is None and width not in published:
+def _heads(option: str, given: int | None, embed_dim: int, published: Mapping[int, int]) -> int:
+    if given is None and embed_dim not in published:
         raise ValueError(
-            f"{option} is needed: the weights do not tell how many attention heads share a width of {width} "
+            f"{option} is needed: the weights do not tell how many attention heads share an embed_dim of {embed_dim} "
             f"(known: {', '.join(f'{size}: {count}' for size, count in published.items())})"
         )
-    return published[width] if given is None else given
+    return published[embed_dim] if given is None else given
 
 
-def _image_size(given: int | tuple[int, int] | None, length: int, patch_size: int, path: str | Path) -> tuple[int, int]:
+def _img_size(given: int | tuple[int, int] | None, length: int, patch_size: int, path: str | Path) -> tuple[int, int]:
     if given is None:
         side = math.isqrt(length)
         if side * side != length:
-            raise ValueError(f"{path} has {length} patches, no square: image_size=(H, W) is needed")
+            raise ValueError(f"{path} has {length} patches, no square: img_size=(H, W) is needed")
         return side * patch_size, side * patch_size
     height, width = (given, given) if isinstance(given, int) else given
     if (height // patch_size) * (width // patch_size) != length:
@@ -248,14 +248,14 @@ def to_timm(model: Autoencoder | Classifier) -> VisionTransformer:
     config, classifies = model.config, isinstance(model, Classifier)
     with torch.random.fork_rng(devices=[]):
         vit = VisionTransformer(
-            img_size=config.image_size,
+            img_size=config.img_size,
             patch_size=config.patch_size,
             in_chans=len(config.mean),
             num_classes=config.num_classes if classifies else 0,
-            global_pool=config.pool if classifies else "token",
-            embed_dim=config.width,
+            global_pool=config.global_pool if classifies else "token",
+            embed_dim=config.embed_dim,
             depth=config.depth,
-            num_heads=config.heads,
+            num_heads=config.num_heads,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
     state = model.state_dict()
@@ -291,14 +291,14 @@ def from_timm(
         raise _refusal(obstacles)
     config = ClassifierConfig(
         num_classes=vit.num_classes,
-        image_size=vit.patch_embed.img_size,
+        img_size=vit.patch_embed.img_size,
         patch_size=vit.patch_embed.patch_size[0],
-        width=vit.embed_dim,
+        embed_dim=vit.embed_dim,
         depth=len(vit.blocks),
-        heads=heads,
+        num_heads=heads,
         mean=tuple(mean),
         std=tuple(std),
-        pool="avg" if vit.global_pool == "avg" else "token",
+        global_pool="avg" if vit.global_pool == "avg" else "token",
         classes=tuple(classes),
     )
     if len(config.mean) != vit.patch_embed.proj.in_channels:

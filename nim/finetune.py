@@ -91,7 +91,7 @@ def training_images(autoencoder: Autoencoder | None, degrade: str, statistics: s
     """The case of denoised images as a word, such as "noise, raw target" or "noise, input statistics"."""
     if autoencoder is None:
         return "noisy"
-    return f"{degrade}, {f'{statistics} statistics' if autoencoder.config.norm_pix else 'raw target'}"
+    return f"{degrade}, {f'{statistics} statistics' if autoencoder.config.target == 'norm' else 'raw target'}"
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifier:
@@ -119,7 +119,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         classes=tuple(source.classes),
         images=config.training_case(autoencoder),
     )
-    view = config.view(body.image_size[0], config.auto_augment)
+    view = config.view(body.img_size[0], config.auto_augment)
     loader = open_loader(
         source,
         view,
@@ -208,7 +208,7 @@ def accuracy(
         backend, workers, max_bad: see `open_loader`.
     """
     device = next(model.parameters()).device
-    view = EvalView(model.config.image_size[0])
+    view = EvalView(model.config.img_size[0])
     loader = open_loader(
         source,
         view,

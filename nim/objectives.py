@@ -67,6 +67,7 @@ class Objective:
             patches = normalized_patches(images, **pixel)
         else:
             patches = noise_patchify(images, sigma, seeds, **pixel)
-        mask = None if self.name == "nim" else Mask.random(seeds, config.length, self.mask_ratio)
+        mask = None if self.name == "nim" else Mask.random(seeds, config.num_patches, self.mask_ratio)
         hidden = mask.hidden if mask is not None and self.name == "mae" else None
-        return patch_loss(autoencoder(patches, mask), images, norm_pix=config.norm_pix, mask=hidden, **pixel)
+        prediction = autoencoder(patches, mask)
+        return patch_loss(prediction, images, norm_pix=config.target == "norm", mask=hidden, **pixel)

@@ -28,7 +28,7 @@ class PretrainConfig(TrainConfig):
         target: "norm" (each patch normalised by its own mean and variance) or "raw".
         sigma: noise levels: `70`, `gamma:25,3`, `uniform:0,30`; by default the published ones of the objective.
         mask_ratio: share of hidden patches, for mae and dmae.
-        image_size: side in pixels; by default the preset's.
+        img_size: side in pixels; by default the preset's.
         patch_size: side of a patch; by default the preset's.
         channels: 1 or 3; by default those of the data.
     """
@@ -38,7 +38,7 @@ class PretrainConfig(TrainConfig):
     target: str = "norm"
     sigma: str | None = None
     mask_ratio: float = 0.75
-    image_size: int | None = None
+    img_size: int | None = None
     patch_size: int | None = None
     channels: int | None = None
     epochs: int = 800
@@ -73,13 +73,13 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
     source = training_source(config, config.channels, labelled=False)
     architecture = preset(
         config.preset,
-        image_size=config.image_size,
+        img_size=config.img_size,
         patch_size=config.patch_size,
         channels=source.channels,
-        norm_pix=config.target == "norm",
+        target=config.target,
         objective=config.objective,
     )
-    view = config.view(architecture.image_size[0])
+    view = config.view(architecture.img_size[0])
     loader = open_loader(
         source,
         view,

@@ -28,14 +28,14 @@ def add_noise(images: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
     """
     if images.dim() != 4:
         raise ValueError(f"images must be uint8 (B, H, W, C) or float (B, C, H, W), got {tuple(images.shape)}")
-    image_size = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
+    img_size = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
     channels = images.shape[3] if images.dtype == torch.uint8 else images.shape[1]
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     # With patches of one pixel, the patch layout is the pixel layout.
     noisy = noise_patchify(
         images, sigma, seeds, patch_size=1, mean=(0.0,) * channels, std=(1.0,) * channels, dtype=dtype
     )
-    return unpatchify(noisy, (image_size[0], image_size[1]), 1).movedim(-1, -3)
+    return unpatchify(noisy, (img_size[0], img_size[1]), 1).movedim(-1, -3)
 
 
 def check_degradation(autoencoder: Autoencoder | None, degrade: str, statistics: str) -> None:
@@ -48,13 +48,13 @@ def check_degradation(autoencoder: Autoencoder | None, degrade: str, statistics:
         raise ValueError(f"degrade must be one of {', '.join(DEGRADATIONS)}, got {degrade!r}")
     if statistics not in ("input", "noisy"):
         raise ValueError(f'statistics must be "input" or "noisy", got {statistics!r}')
-    if degrade == "mask" and statistics == "noisy" and autoencoder is not None and autoencoder.config.norm_pix:
+    if degrade == "mask" and statistics == "noisy" and autoencoder is not None and autoencoder.config.target == "norm":
         raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
 
 
 def same_patches(autoencoder: Autoencoder, classifier: Classifier) -> bool:
     """Whether images of the autoencoder, cut into its patches, are the classifier's."""
-    sizes = [(c.image_size, c.patch_size, len(c.mean)) for c in (autoencoder.config, classifier.config)]
+    sizes = [(c.img_size, c.patch_size, len(c.mean)) for c in (autoencoder.config, classifier.config)]
     return sizes[0] == sizes[1]
 
 
@@ -94,15 +94,15 @@ def reconstruct(
     Source: You et al. 2023 (arXiv 2302.01056), section 4.
     """
     config = autoencoder.config
-    image_size = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4])
-    if image_size != config.image_size:
-        raise ValueError(f"the denoiser takes images of {config.image_size}, got {image_size}")
+    img_size = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4])
+    if img_size != config.img_size:
+        raise ValueError(f"the denoiser takes images of {config.img_size}, got {img_size}")
     check_degradation(autoencoder, degrade, statistics)
     if classifier is not None and not same_patches(autoencoder, classifier):
         own = classifier.config
         raise ValueError(
-            f"the denoiser has patches of {config.patch_size} in images of {config.image_size} with {config.channels} "
-            f"channels, the classifier of {own.patch_size} in {own.image_size} with {len(own.mean)}; hand it pixels"
+            f"the denoiser has patches of {config.patch_size} in images of {config.img_size} with {config.channels} "
+            f"channels, the classifier of {own.patch_size} in {own.img_size} with {len(own.mean)}; hand it pixels"
         )
     if (sigma is None) != (degrade == "mask"):
         raise ValueError(f"degrade={degrade!r} {'takes no' if degrade == 'mask' else 'needs a'} sigma")
@@ -123,20 +123,20 @@ def reconstruct(
 
     mask = None
     if degrade != "noise":
-        mask = Mask.random(seeds.expand(lead).reshape(-1), config.length, mask_ratio)
+        mask = Mask.random(seeds.expand(lead).reshape(-1), config.num_patches, mask_ratio)
     prediction = autoencoder(patches.reshape(-1, *patches.shape[-2:]), mask).reshape(patches.shape)
 
     source, levels = None, None
-    if config.norm_pix and statistics == "input":
+    if config.target == "norm" and statistics == "input":
         source = images
-    elif config.norm_pix:
+    elif config.target == "norm":
         assert sigma is not None
         source, levels = patches, sigma if seeds.dim() == 1 else sigma.unsqueeze(-2)
     normalize = None if classifier is None else (classifier.config.mean, classifier.config.std)
     decoded = decode_patches(
         prediction,
-        img_size=config.image_size,
-        statistics=statistics if config.norm_pix else None,
+        img_size=config.img_size,
+        statistics=statistics if config.target == "norm" else None,
         source=source,
         sigma=levels,
         normalize=normalize,
@@ -145,11 +145,11 @@ def reconstruct(
     )
     if degrade == "mask":
         assert mask is not None
-        hidden = mask.hidden.view(*lead, config.length, 1)
+        hidden = mask.hidden.view(*lead, config.num_patches, 1)
         if normalize is not None:
             kept = normalized_patches(images, patch_size=config.patch_size, mean=normalize[0], std=normalize[1])
         else:
-            hidden = unpatchify(hidden.expand(*patches.shape), config.image_size, config.patch_size).movedim(-1, -3)
+            hidden = unpatchify(hidden.expand(*patches.shape), config.img_size, config.patch_size).movedim(-1, -3)
             kept = images.permute(0, 3, 1, 2) / 255 if images.dtype == torch.uint8 else images
         decoded = torch.where(hidden, decoded, kept.to(decoded.dtype))
     return decoded

@@ -16,7 +16,7 @@ def test_the_library_in_ten_lines_runs(tmp_path):
     assert len(code.splitlines()) <= 12
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        denoiser = Autoencoder(preset("micro", norm_pix=False))
+        denoiser = Autoencoder(preset("micro", target="raw"))
         denoiser.save_pretrained(tmp_path / "denoiser")
         config = ClassifierConfig.for_encoder(denoiser.config, 10, images="noise, raw target")
         Classifier(config).save_pretrained(tmp_path / "classifier")

@@ -112,14 +112,14 @@ def test_model_flops_equal_the_count_by_hand():
     model = gpu_parts._autoencoder("cpu", "micro")
     images, sigma, seeds = gpu_parts._batch("cpu", model, 3)
     config = model.config
-    tokens, length = config.length + 1, config.length
+    tokens, length = config.num_patches + 1, config.num_patches
 
     def block(width: int) -> int:
         return 2 * tokens * (12 * width * width) + 4 * tokens * tokens * width
 
-    embed = 2 * length * config.patch_dim * config.width
-    forward = embed + config.depth * block(config.width) + config.decoder_depth * block(config.decoder_width)
-    forward += 2 * tokens * config.decoder_width * (config.width + config.patch_dim)
+    embed = 2 * length * config.patch_dim * config.embed_dim
+    forward = embed + config.depth * block(config.embed_dim) + config.decoder_depth * block(config.decoder_embed_dim)
+    forward += 2 * tokens * config.decoder_embed_dim * (config.embed_dim + config.patch_dim)
     # Two products backward for each forward, but for the input, which needs no gradient.
     expected = 3 * (3 * forward - embed)
     assert gpu_parts.model_flops(model, lambda: gpu_parts._loss(model, images, sigma, seeds)) == expected

@@ -13,7 +13,7 @@ from denim.defense import Attack, De3
 from denim.kernels import Domain, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig
 
-CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25,), norm_pix=False)
+CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25,), target="raw")
 SIZE, BATCH = 64, 4
 LABELS, IDS = torch.tensor([0, 1, 2, 1]), torch.tensor([9, 2**40, -3, 0])
 # Pixels of size one and a radius are rounded once each: half a unit in the last place of float32 at one, twice.

@@ -21,16 +21,16 @@ CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=
 BATCH, CLASSES = 3, 5
 SEEDS = torch.tensor([[5, -7, 2**40], [11, 12, 13]])
 CASES = pytest.mark.parametrize(
-    ("degrade", "norm_pix", "statistics"),
+    ("degrade", "target", "statistics"),
     [
-        ("noise", False, "input"),
-        ("noise", True, "input"),
-        ("noise", True, "noisy"),
-        ("mask", False, "input"),
-        ("mask", True, "input"),
-        ("both", False, "input"),
-        ("both", True, "input"),
-        ("both", True, "noisy"),
+        ("noise", "raw", "input"),
+        ("noise", "norm", "input"),
+        ("noise", "norm", "noisy"),
+        ("mask", "raw", "input"),
+        ("mask", "norm", "input"),
+        ("both", "raw", "input"),
+        ("both", "norm", "input"),
+        ("both", "norm", "noisy"),
     ],
 )
 # What a float64 network adds when the batch of its matrix products differs is about 1e-15; noise is float32 and the
@@ -44,10 +44,10 @@ def linear() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES).double()).requires_grad_(False)
 
 
-def build(norm_pix: bool = False) -> Autoencoder:
+def build(target: str = "raw") -> Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Autoencoder(replace(CONFIG, norm_pix=norm_pix)).double().eval().requires_grad_(False)
+        return Autoencoder(replace(CONFIG, target=target)).double().eval().requires_grad_(False)
 
 
 def pixels(batch: int = BATCH) -> Tensor:
@@ -109,9 +109,9 @@ def by_hand(defense: De3, images: Tensor, seeds: Tensor, sigma: float) -> Tensor
     mask = None if defense.degrade == "noise" else Mask.random(seeds, 6, defense.mask_ratio)
     noisy, clean = patches_of(degraded), patches_of(images)
     predicted = defense.denoiser(noisy, mask)
-    if defense.denoiser.config.norm_pix and defense.statistics == "input":
+    if defense.denoiser.config.target == "norm" and defense.statistics == "input":
         predicted = predicted * (clean.var(-1, keepdim=True) + 1e-6).sqrt() + clean.mean(-1, keepdim=True)
-    elif defense.denoiser.config.norm_pix:
+    elif defense.denoiser.config.target == "norm":
         added = (sigma / 255) ** 2 * (1 / std.square()).mean()
         excess = noisy.var(-1, keepdim=True) - added
         variance = (excess + (excess.square() + 4 * (added.square() * 2 / 31 + 1e-12)).sqrt()) / 2
@@ -126,9 +126,9 @@ def by_hand(defense: De3, images: Tensor, seeds: Tensor, sigma: float) -> Tensor
 
 
 @CASES
-def test_logits_are_those_of_the_steps_by_hand(degrade, norm_pix, statistics):
+def test_logits_are_those_of_the_steps_by_hand(degrade, target, statistics):
     options = {"degrade": degrade, "mask_ratio": 0.6, "statistics": statistics}
-    defense = De3(build(norm_pix), linear(), level(degrade), **options)
+    defense = De3(build(target), linear(), level(degrade), **options)
     expected = torch.stack([by_hand(defense, pixels(), seeds, level(degrade)) for seeds in SEEDS])
     logits = defense.draw_logits(pixels(), SEEDS)
     assert logits.shape == (2, BATCH, CLASSES)
@@ -187,7 +187,7 @@ def test_is_random_says_whether_calls_differ(sigma, degrade, random):
 
 
 def test_denoise_shows_what_the_classifier_sees():
-    defense, images = De3(build(True), linear(), 70), pixels()
+    defense, images = De3(build("norm"), linear(), 70), pixels()
     seen = defense.denoise(images, seeds=SEEDS[0])
     assert seen.shape == images.shape
     assert seen.min() >= 0
@@ -240,7 +240,7 @@ def test_print_tells_the_settings():
     ],
 )
 def test_bad_options_are_refused(options, words):
-    chosen = {"denoiser": build(True), "classifier": linear(), "sigma": 70} | options
+    chosen = {"denoiser": build("norm"), "classifier": linear(), "sigma": 70} | options
     with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
         De3(**chosen)
     for word in words:
@@ -328,12 +328,12 @@ def tuned(images: str) -> Classifier:
     ("denoiser", "degrade", "statistics", "case"),
     [
         (None, "noise", "input", "noisy"),
-        (False, "noise", "input", "noise, raw target"),
-        (False, "noise", "noisy", "noise, raw target"),
-        (True, "noise", "input", "noise, input statistics"),
-        (True, "noise", "noisy", "noise, noisy statistics"),
-        (True, "both", "noisy", "both, noisy statistics"),
-        (False, "mask", "input", "mask, raw target"),
+        ("raw", "noise", "input", "noise, raw target"),
+        ("raw", "noise", "noisy", "noise, raw target"),
+        ("norm", "noise", "input", "noise, input statistics"),
+        ("norm", "noise", "noisy", "noise, noisy statistics"),
+        ("norm", "both", "noisy", "both, noisy statistics"),
+        ("raw", "mask", "input", "mask, raw target"),
     ],
 )
 def test_a_classifier_of_another_case_warns_and_no_other_does(denoiser, degrade, statistics, case):
@@ -510,11 +510,11 @@ def handed(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
 @CASES
-def test_a_fitting_classifier_gets_patches_and_answers_the_same(degrade, norm_pix, statistics, handed):
+def test_a_fitting_classifier_gets_patches_and_answers_the_same(degrade, target, statistics, handed):
     options = {"degrade": degrade, "statistics": statistics, "mask_ratio": 0.5, "draws": 2, "seed": 3}
     results = []
     for classifier in (vit(), Recorder(vit())):
-        defense = De3(build(norm_pix), classifier, level(degrade), **options)
+        defense = De3(build(target), classifier, level(degrade), **options)
         images = pixels().requires_grad_()
         logits = defense.draw_logits(images, SEEDS)
         (gradient,) = torch.autograd.grad(logits.square().sum(), images)
@@ -595,7 +595,7 @@ def test_other_classifiers_see_pixels(denoiser, classifier, handed):
 def test_patches_under_autocast_are_in_its_dtype(handed):
     images, outcomes = pixels().float(), {}
     for name, classifier in (("patches", vit().float()), ("pixels", Recorder(vit().float()))):
-        defense = De3(build(True).float(), classifier, 70).frozen(3)
+        defense = De3(build("norm").float(), classifier, 70).frozen(3)
         outcomes[name, "float32"] = defense(images)
         with torch.autocast("cpu", torch.bfloat16):
             given = images.clone().requires_grad_()
@@ -613,7 +613,7 @@ def test_patches_under_autocast_are_in_its_dtype(handed):
 @pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
 def test_patches_for_the_classifier_are_one_compiled_graph():
     torch.compiler.reset()
-    frozen, images = De3(build(True), vit(), 70, draws=2).frozen(3), pixels().requires_grad_()
+    frozen, images = De3(build("norm"), vit(), 70, draws=2).frozen(3), pixels().requires_grad_()
     compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
     (expected,) = torch.autograd.grad(frozen(images).square().sum(), images)
     logits = compiled(images)
@@ -630,9 +630,9 @@ def test_patches_for_the_classifier_are_one_compiled_graph():
 
 
 @CASES
-def test_frozen_is_a_function_of_the_image_whatever_the_batch(degrade, norm_pix, statistics):
+def test_frozen_is_a_function_of_the_image_whatever_the_batch(degrade, target, statistics):
     options = {"degrade": degrade, "statistics": statistics, "mask_ratio": 0.5, "draws": 2}
-    random = De3(build(norm_pix), linear(), level(degrade), **options)
+    random = De3(build(target), linear(), level(degrade), **options)
     frozen, images = random.frozen(7), pixels()
     assert frozen.is_frozen
     assert not frozen.is_random
@@ -710,11 +710,11 @@ def test_the_vote_is_the_majority_with_ties_broken_by_the_mean_probability(data)
 
 @pytest.mark.parametrize("aggregate", ["logits", "vote"])
 @pytest.mark.parametrize(
-    ("norm_pix", "statistics"), [(False, "input"), (True, "input"), (True, "noisy")], ids=["raw", "input", "noisy"]
+    ("target", "statistics"), [("raw", "input"), ("norm", "input"), ("norm", "noisy")], ids=["raw", "input", "noisy"]
 )
-def test_gradients_through_the_whole_defense(norm_pix, statistics, aggregate):
+def test_gradients_through_the_whole_defense(target, statistics, aggregate):
     options = {"statistics": statistics, "draws": 2, "aggregate": aggregate}
-    defense = De3(build(norm_pix), linear(), 70, **options).frozen(1)
+    defense = De3(build(target), linear(), 70, **options).frozen(1)
     images = (pixels(1) * 0.8 + 0.1).requires_grad_()
     seeds = defense.seeds(0, Domain.ATTACK, torch.arange(1), 1)
     assert torch.autograd.gradcheck(lambda x: defense.draw_logits(x, seeds, surrogate=True), images)
@@ -733,7 +733,7 @@ def test_gradients_through_masks(degrade):
 
 # Sweeps
 
-BUILT = {True: build(True), False: build(False)}
+BUILT = {target: build(target) for target in ("raw", "norm")}
 
 
 @settings(deadline=None, max_examples=40)
@@ -744,7 +744,7 @@ BUILT = {True: build(True), False: build(False)}
     own=st.integers(1, 2),
     max_batch=st.integers(1, 40),
     aggregate=st.sampled_from(["logits", "vote"]),
-    case=st.sampled_from([("noise", False, "input"), ("noise", True, "noisy"), ("both", True, "input"), ("none",)]),
+    case=st.sampled_from([("noise", "raw", "input"), ("noise", "norm", "noisy"), ("both", "norm", "input"), ("none",)]),
 )
 def test_a_sweep_is_the_loop_over_levels_and_never_larger_than_it_may(
     batch, levels, draws, own, max_batch, aggregate, case

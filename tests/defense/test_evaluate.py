@@ -21,7 +21,7 @@ from denim.kernels import Domain, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig
 from denim.nim.data import Batch
 
-CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25,), norm_pix=False)
+CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25,), target="raw")
 COUNT, CLASSES = 10, 3
 IDS = torch.tensor([3, 2**40, -5, 0, 77, 8, 9, 10, 11, 12])
 SETTINGS = EvaluationSettings(

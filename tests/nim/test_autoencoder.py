@@ -25,7 +25,7 @@ def build(config: AutoencoderConfig = TINY, seed: int = 0) -> Autoencoder:
 
 def patches_for(config: AutoencoderConfig, batch: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, config.length, config.patch_dim, generator=generator, dtype=dtype)
+    return torch.randn(batch, config.num_patches, config.patch_dim, generator=generator, dtype=dtype)
 
 
 def test_published_sizes():
@@ -39,7 +39,7 @@ def test_published_sizes():
         def block(width):
             return 12 * width**2 + 13 * width  # qkv, projection, two MLP layers, their biases, two LayerNorms
 
-        w, d, tokens = config.width, config.decoder_width, config.length + 1
+        w, d, tokens = config.embed_dim, config.decoder_embed_dim, config.num_patches + 1
         encoder = (config.patch_dim + 1) * w + w + tokens * w + config.depth * block(w) + 2 * w
         decoder = (w + 1) * d + d + tokens * d + config.decoder_depth * block(d) + 2 * d + (d + 1) * config.patch_dim
         assert count == encoder + decoder
@@ -72,16 +72,16 @@ def test_any_image_size_patch_and_number_of_channels(patch_size, rows, columns, 
 def test_encoder_equals_a_plain_timm_vit():
     model = build().double()
     vit = VisionTransformer(
-        img_size=TINY.image_size,
+        img_size=TINY.img_size,
         patch_size=TINY.patch_size,
         in_chans=2,
         num_classes=0,
-        embed_dim=TINY.width,
+        embed_dim=TINY.embed_dim,
         depth=TINY.depth,
-        num_heads=TINY.heads,
+        num_heads=TINY.num_heads,
     ).double()
     vit.load_state_dict({name: model.state_dict()[name] for name in vit.state_dict()})
-    pixels = torch.rand(3, 2, *TINY.image_size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    pixels = torch.rand(3, 2, *TINY.img_size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     mean, std = (torch.tensor(value, dtype=torch.float64).view(-1, 1, 1) for value in (TINY.mean, TINY.std))
     patches = normalized_patches(pixels, patch_size=TINY.patch_size, mean=TINY.mean, std=TINY.std)
     # float64 through a few dozen operations on values of size one: 1e-12 is a thousand times its rounding.
@@ -115,7 +115,7 @@ def test_gradient_reaches_every_trainable_parameter():
     model(patches).square().mean().backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without == {"pos_embed", "decoder_pos_embed", "mask_token"}
-    model(patches, Mask.random(torch.arange(3), TINY.length, 0.5)).square().mean().backward()
+    model(patches, Mask.random(torch.arange(3), TINY.num_patches, 0.5)).square().mean().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.isfinite().all(), name
@@ -123,7 +123,7 @@ def test_gradient_reaches_every_trainable_parameter():
 
 
 def test_initial_weights():
-    config = replace(TINY, width=128, decoder_width=96)
+    config = replace(TINY, embed_dim=128, decoder_embed_dim=96)
     model = build(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
@@ -176,7 +176,7 @@ def test_mask_hides_every_patch_equally_often():
 
 def test_masked_prediction_depends_on_visible_patches_alone():
     model, patches = build(), patches_for(TINY)
-    mask = Mask.random(torch.arange(3), TINY.length, 0.6)
+    mask = Mask.random(torch.arange(3), TINY.num_patches, 0.6)
     changed = torch.where(mask.hidden[..., None], torch.full_like(patches, 1e3), patches)
     assert torch.equal(model(changed, mask), model(patches, mask))
     changed = patches.clone()
@@ -190,19 +190,19 @@ def test_masked_prediction_depends_on_visible_patches_alone():
 def test_a_mask_that_hides_nothing_changes_nothing():
     # Attention does not care in which order tokens come, so any order must land where the positions say.
     model, patches = build().double(), patches_for(TINY, dtype=torch.float64)
-    order = Mask.random(torch.arange(3), TINY.length, 0.5).order
-    torch.testing.assert_close(model(patches, Mask(order, TINY.length)), model(patches), rtol=0, atol=1e-12)
+    order = Mask.random(torch.arange(3), TINY.num_patches, 0.5).order
+    torch.testing.assert_close(model(patches, Mask(order, TINY.num_patches)), model(patches), rtol=0, atol=1e-12)
 
 
 def test_hidden_patches_are_decoded_from_the_mask_token():
     model, patches = build().double(), patches_for(TINY, dtype=torch.float64)
-    mask = Mask.random(torch.arange(3), TINY.length, 0.6)
+    mask = Mask.random(torch.arange(3), TINY.num_patches, 0.6)
     tokens = model.encode(patches, mask)
-    assert tokens.shape == (3, 1 + mask.visible, TINY.width)
+    assert tokens.shape == (3, 1 + mask.visible, TINY.embed_dim)
     # Decoding all tokens, those of hidden patches chosen so that the embedding takes them to the mask token.
     wanted = (model.mask_token - model.decoder_embed.bias).view(-1, 1)
     hidden = torch.linalg.lstsq(model.decoder_embed.weight, wanted, driver="gelsd").solution.view(1, 1, -1)
-    full = hidden.expand(3, TINY.length, -1).clone()
+    full = hidden.expand(3, TINY.num_patches, -1).clone()
     for row in range(3):
         full[row, mask.order[row, : mask.visible]] = tokens[row, 1:]
     by_hand = model.decode(torch.cat((tokens[:, :1], full), dim=1))
@@ -211,7 +211,7 @@ def test_hidden_patches_are_decoded_from_the_mask_token():
 
 def test_autocast_with_a_mask():
     model, patches = build(), patches_for(TINY)
-    mask = Mask.random(torch.arange(3), TINY.length, 0.5)
+    mask = Mask.random(torch.arange(3), TINY.num_patches, 0.5)
     expected = model(patches, mask)
     with torch.autocast("cpu", torch.bfloat16):
         predicted = model(patches, mask)
@@ -227,17 +227,17 @@ def test_autocast_with_a_mask():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": (30, 32)}, r"multiples of the patch size 16.*\(30, 32\)"),
-        ({"image_size": (0, 32)}, "multiples of the patch size"),
-        ({"image_size": (32, 32, 32)}, "two multiples"),
+        ({"img_size": (30, 32)}, r"multiples of the patch size 16.*\(30, 32\)"),
+        ({"img_size": (0, 32)}, "multiples of the patch size"),
+        ({"img_size": (32, 32, 32)}, "two multiples"),
         ({"patch_size": 0}, "patch_size must be a positive integer, got 0"),
         ({"patch_size": 16.0}, "patch_size must be a positive integer"),
-        ({"heads": 0}, "heads must be a positive integer"),
+        ({"num_heads": 0}, "num_heads must be a positive integer"),
         ({"depth": -1}, "depth must be a positive integer"),
         ({"decoder_depth": "8"}, "decoder_depth must be a positive integer, got '8'"),
-        ({"heads": 7}, "width 768 must be a multiple of its 7 heads"),
-        ({"decoder_heads": 3}, "width 512 must be a multiple of its 3 heads"),
-        ({"width": 6, "heads": 3}, "and of 4"),
+        ({"num_heads": 7}, "embed_dim 768 must be a multiple of num_heads 7"),
+        ({"decoder_num_heads": 3}, "decoder_embed_dim 512 must be a multiple of decoder_num_heads 3"),
+        ({"embed_dim": 6, "num_heads": 3}, "and of 4"),
         ({"mean": (0.5,)}, "one finite value per channel"),
         ({"mean": (), "std": ()}, "one finite value per channel"),
         ({"mean": (0.5, float("nan"), 0.5)}, "one finite value per channel"),
@@ -253,7 +253,7 @@ def test_config_refuses(change, message):
 
 def test_presets():
     assert preset("micro") == PRESETS["micro"]
-    assert preset("tiny", image_size=64, patch_size=8).grid == (8, 8)
+    assert preset("tiny", img_size=64, patch_size=8).grid_size == (8, 8)
     assert preset("micro", channels=3).mean == (0.485, 0.456, 0.406)
     assert preset("base", channels=1).std == (0.25,)
     assert preset("base", channels=1, mean=(0.1,), std=(0.2,)).std == (0.2,)
@@ -263,7 +263,7 @@ def test_presets():
     with pytest.raises(ValueError, match="3 channels need one mean and std each"):
         preset("micro", channels=3, mean=(0.5,), std=(0.5,))
     with pytest.raises(ValueError, match="multiples of the patch size"):
-        preset("base", image_size=100)
+        preset("base", img_size=100)
 
 
 @pytest.mark.parametrize("shape", [(3, 15), (3, 1, 32), (3, 14, 32), (3, 15, 16), (1, 3, 15, 32)])

@@ -15,7 +15,7 @@ from denim.nim.autoencoder import Autoencoder, AutoencoderConfig
 from denim.nim.checkpoint import CheckpointError, atomic_folder, atomic_write
 from denim.nim.classifier import Classifier, ClassifierConfig
 
-CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3), norm_pix=False)
+CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3), target="raw")
 
 
 def build(seed: int = 0, config: AutoencoderConfig = CONFIG) -> Autoencoder:
@@ -52,7 +52,9 @@ def test_autoencoder_comes_back_bit_for_bit(tmp_path, global_rng_untouched):
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
 def test_classifier_comes_back_bit_for_bit(tmp_path, pool):
-    config = ClassifierConfig.for_encoder(CONFIG, 2, pool=pool, classes=("cat", "dög"), images="noise, raw target")
+    config = ClassifierConfig.for_encoder(
+        CONFIG, 2, global_pool=pool, classes=("cat", "dög"), images="noise, raw target"
+    )
     with torch.random.fork_rng(devices=[]):
         model = Classifier(config)
     model.save_pretrained(tmp_path)
@@ -66,7 +68,7 @@ def test_a_folder_holds_two_plain_files(saved):
     assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
     content = json.loads((saved / "config.json").read_text())
     assert content["model"] == "Autoencoder"
-    assert content["image_size"] == [8, 12]
+    assert content["img_size"] == [8, 12]
     assert set(load_file(saved / "model.safetensors")) == set(build().state_dict())
 
 
@@ -82,6 +84,34 @@ def test_views_and_half_precision_can_be_saved(tmp_path):
     model.decoder_pred.weight = torch.nn.Parameter(model.decoder_pred.weight.t().contiguous().t())
     model.save_pretrained(tmp_path)
     assert same(Autoencoder.from_pretrained(tmp_path), model.float())
+
+
+# What the first version of Denim wrote.
+OLD_AUTOENCODER = """{"model": "Autoencoder", "image_size": [8, 12], "patch_size": 4, "width": 16, "depth": 1,
+"heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 1, "mean": [0.4, 0.5], "std": [0.2, 0.3],
+"norm_pix": %s, "objective": "dmae"}"""
+OLD_CLASSIFIER = """{"model": "Classifier", "num_classes": 2, "image_size": [8, 12], "patch_size": 4, "width": 16,
+"depth": 1, "heads": 2, "mean": [0.4, 0.5], "std": [0.2, 0.3], "pool": "token", "drop_path": 0.0,
+"classes": ["cat", "dog"], "images": "noise, raw target"}"""
+
+
+@pytest.mark.parametrize(("norm_pix", "target"), [("true", "norm"), ("false", "raw")])
+def test_an_autoencoder_of_the_first_version_is_read(tmp_path, norm_pix, target):
+    config = AutoencoderConfig((8, 12), 4, 16, 1, 2, 8, 1, 1, (0.4, 0.5), (0.2, 0.3), target, "dmae")
+    build(0, config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(OLD_AUTOENCODER % norm_pix)
+    loaded = Autoencoder.from_pretrained(tmp_path)
+    assert loaded.config == config
+    assert same(loaded, build(0, config))
+
+
+def test_a_classifier_of_the_first_version_is_read(tmp_path):
+    config = ClassifierConfig(
+        2, (8, 12), 4, 16, 1, 2, (0.4, 0.5), (0.2, 0.3), "token", 0.0, ("cat", "dog"), "noise, raw target"
+    )
+    Classifier(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(OLD_CLASSIFIER)
+    assert Classifier.from_pretrained(tmp_path).config == config
 
 
 # ----------------------------------------------------------------------------------------------------- bad folders
@@ -114,13 +144,13 @@ def truncate(file: Path, size: int) -> None:
         (lambda folder: edit(folder, depth="3"), "does not describe a Autoencoder: depth must be a positive integer"),
         (lambda folder: edit(folder, patch_size=0), "patch_size must be a positive integer"),
         (lambda folder: edit(folder, patch_size=5), "multiples of the patch size 5"),
-        (lambda folder: edit(folder, image_size=8), "does not describe a Autoencoder"),
+        (lambda folder: edit(folder, img_size=8), "does not describe a Autoencoder"),
         (lambda folder: edit(folder, std=["a", "b"]), "does not describe a Autoencoder"),
         (
             lambda folder: edit(folder, depth=2),
             "another architecture than its config.json: blocks.1.norm1.weight is",
         ),
-        (lambda folder: edit(folder, width=32), r"cls_token is \(1, 1, 16\), expected \(1, 1, 32\).*and \d+ more"),
+        (lambda folder: edit(folder, embed_dim=32), r"cls_token is \(1, 1, 16\), expected \(1, 1, 32\).*and \d+ more"),
         (
             lambda folder: save_file(
                 {**load_file(folder / "model.safetensors"), "extra": torch.ones(1)}, folder / "model.safetensors"
@@ -246,7 +276,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
             build(1).save_pretrained(saved)
     other = build(1)
     other.config = replace(CONFIG, objective="mae")
-    object.__setattr__(other.config, "norm_pix", torch.tensor(1))  # what JSON cannot hold
+    object.__setattr__(other.config, "target", torch.tensor(1))  # what JSON cannot hold
     with pytest.raises(TypeError, match="not JSON serializable"):
         other.save_pretrained(saved)
     assert same(Autoencoder.from_pretrained(saved), build())

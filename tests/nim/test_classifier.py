@@ -29,7 +29,7 @@ def encoder(seed: int = 1, config: AutoencoderConfig = BODY) -> Autoencoder:
 
 
 def pixels(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.rand(3, 2, *BODY.image_size, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    return torch.rand(3, 2, *BODY.img_size, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
 def snapshot(model: Classifier) -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def snapshot(model: Classifier) -> dict[str, torch.Tensor]:
 
 @POOLS
 def test_logits_are_those_of_a_timm_vit_on_normalised_images(pool):
-    model = build(pool=pool)
+    model = build(global_pool=pool)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(3))
     vit = VisionTransformer(
         img_size=(12, 20), patch_size=4, in_chans=2, num_classes=7, global_pool=pool, embed_dim=32, depth=2, num_heads=4
@@ -51,7 +51,7 @@ def test_logits_are_those_of_a_timm_vit_on_normalised_images(pool):
 @POOLS
 def test_patches_give_the_logits_and_gradients_of_their_pixels(pool):
     # Statistics that float32, in which the classifier keeps them, has exactly.
-    model = build(pool=pool).double().requires_grad_(False)
+    model = build(global_pool=pool).double().requires_grad_(False)
     model.config = replace(model.config, mean=(0.375, 0.5), std=(0.25, 0.3125))
     for name in ("mean", "std"):
         getattr(model, name).copy_(torch.tensor(getattr(model.config, name)).view(-1, 1, 1))
@@ -130,7 +130,7 @@ def test_drop_path_acts_in_training_alone():
 
 @POOLS
 def test_takes_the_encoder_of_an_autoencoder(pool):
-    source, model = encoder().double(), build(pool=pool).double()
+    source, model = encoder().double(), build(global_pool=pool).double()
     head, fc_norm = model.head.weight.clone(), model.fc_norm.state_dict()
     model.load_encoder(source.state_dict())
     patches = normalized_patches(pixels(torch.float64), patch_size=4, mean=BODY.mean, std=BODY.std)
@@ -149,7 +149,7 @@ def test_takes_the_encoder_of_an_autoencoder(pool):
 
 @POOLS
 def test_takes_the_body_of_a_classifier(pool):
-    source, model = build(5, pool="token"), build(pool=pool)
+    source, model = build(5, global_pool="token"), build(global_pool=pool)
     model.load_encoder(source.state_dict())
     for name in ("patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.1.mlp.fc2.bias"):
         assert torch.equal(model.state_dict()[name], source.state_dict()[name])
@@ -178,9 +178,9 @@ def test_refuses_another_encoder_and_changes_nothing(change, message):
 
 def test_token_pool_needs_the_final_norm():
     state = {name: value for name, value in encoder().state_dict().items() if not name.startswith("norm.")}
-    build(pool="avg").load_encoder(state)
+    build(global_pool="avg").load_encoder(state)
     with pytest.raises(ValueError, match="2 weights missing"):
-        build(pool="token").load_encoder(state)
+        build(global_pool="token").load_encoder(state)
 
 
 # ----------------------------------------------------------------------------------------------------------- the config
@@ -189,11 +189,11 @@ def test_token_pool_needs_the_final_norm():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pool": "max"}, "pool must be avg or token, got 'max'"),
+        ({"global_pool": "max"}, "global_pool must be avg or token, got 'max'"),
         ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
-        ({"image_size": (225, 224)}, "multiples of the patch size 16"),
+        ({"img_size": (225, 224)}, "multiples of the patch size 16"),
         ({"patch_size": 0}, "patch_size must be a positive integer"),
-        ({"heads": 5}, "width 768 must be a multiple of its 5 heads"),
+        ({"num_heads": 5}, "embed_dim 768 must be a multiple of num_heads 5"),
         ({"mean": (0.5,)}, "one finite value per channel"),
         ({"std": (0.2, -0.2, 0.2)}, "std > 0"),
         ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
@@ -207,6 +207,6 @@ def test_config_refuses(change, message):
 
 def test_config_for_an_encoder():
     config = ClassifierConfig.for_encoder(BODY, 2, classes=["cat", "dog"], images="noise, raw target")
-    assert (config.width, config.depth, config.heads, config.mean) == (32, 2, 4, (0.4, 0.5))
+    assert (config.embed_dim, config.depth, config.num_heads, config.mean) == (32, 2, 4, (0.4, 0.5))
     assert config.classes == ("cat", "dog")
-    assert replace(config, image_size=[24, 20]).image_size == (24, 20)
+    assert replace(config, img_size=[24, 20]).img_size == (24, 20)

@@ -23,7 +23,7 @@ from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
 from denim.nim.exchange import from_timm, load_foreign, read_state_dict, to_timm
 
-# An odd depth, and a width that no published ViT has.
+# An odd depth, and an embed_dim that no published ViT has.
 CONFIG = AutoencoderConfig((16, 16), 4, 32, 3, 4, 16, 2, 2)
 STATE = {"layer.weight": torch.arange(6.0).view(2, 3), "layer.bias": torch.ones(3, dtype=torch.float16)}
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.2, 0.3)}
@@ -197,16 +197,17 @@ GREY = {"mean": (0.5,), "std": (0.25,)}
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (CONFIG, {"heads": 4, "decoder_heads": 2}),
+        (CONFIG, {"num_heads": 4, "decoder_num_heads": 2}),
         (AutoencoderConfig((32, 32), 16, 192, 1, 3, 512, 1, 16), {}),
-        (AutoencoderConfig((28, 28), 14, 384, 1, 6, 16, 1, 2), {"decoder_heads": 2}),
-        (AutoencoderConfig((8, 8), 8, 768, 1, 12, 16, 1, 4), {"decoder_heads": 4}),
-        (AutoencoderConfig((8, 8), 8, 1024, 1, 16, 16, 1, 4), {"decoder_heads": 4}),
-        (AutoencoderConfig((8, 8), 8, 1280, 1, 16, 16, 1, 4), {"decoder_heads": 4}),
-        (AutoencoderConfig((8, 8), 8, 192, 1, 6, 16, 1, 4), {"heads": 6, "decoder_heads": 4}),
-        (AutoencoderConfig((8, 24), 4, 32, 1, 4, 16, 1, 2, **GREY, norm_pix=False, objective="mae"),
-         {"heads": 4, "decoder_heads": 2, "image_size": (8, 24), "norm_pix": False, "objective": "mae", **GREY}),
-        (AutoencoderConfig((8, 32), 4, 32, 1, 4, 16, 1, 2), {"heads": 4, "decoder_heads": 2, "image_size": (8, 32)}),
+        (AutoencoderConfig((28, 28), 14, 384, 1, 6, 16, 1, 2), {"decoder_num_heads": 2}),
+        (AutoencoderConfig((8, 8), 8, 768, 1, 12, 16, 1, 4), {"decoder_num_heads": 4}),
+        (AutoencoderConfig((8, 8), 8, 1024, 1, 16, 16, 1, 4), {"decoder_num_heads": 4}),
+        (AutoencoderConfig((8, 8), 8, 1280, 1, 16, 16, 1, 4), {"decoder_num_heads": 4}),
+        (AutoencoderConfig((8, 8), 8, 192, 1, 6, 16, 1, 4), {"num_heads": 6, "decoder_num_heads": 4}),
+        (AutoencoderConfig((8, 24), 4, 32, 1, 4, 16, 1, 2, **GREY, target="raw", objective="mae"),
+         {"num_heads": 4, "decoder_num_heads": 2, "img_size": (8, 24), "target": "raw", "objective": "mae", **GREY}),
+        (AutoencoderConfig((8, 32), 4, 32, 1, 4, 16, 1, 2),
+         {"num_heads": 4, "decoder_num_heads": 2, "img_size": (8, 32)}),
     ],
 )  # fmt: skip
 def test_an_autoencoder_is_read_off_its_weights(tmp_path, config, options, global_rng_untouched):
@@ -220,9 +221,9 @@ def test_an_autoencoder_is_read_off_its_weights(tmp_path, config, options, globa
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
 def test_a_classifier_is_read_off_its_weights(tmp_path, pool, global_rng_untouched):
-    model = classifier(pool=pool, images="noise, input statistics")
+    model = classifier(global_pool=pool, images="noise, input statistics")
     file = written(tmp_path, {"classifier": model.state_dict()})
-    loaded = load_foreign(file, heads=4, images="noise, input statistics")
+    loaded = load_foreign(file, num_heads=4, images="noise, input statistics")
     assert isinstance(loaded, Classifier)
     assert loaded.config == model.config
     assert equal(loaded.state_dict(), model.state_dict())
@@ -234,7 +235,7 @@ def test_an_encoder_alone_goes_into_a_classifier(tmp_path):
     del state["mask_token"]
     file = written(tmp_path, {"model": state})
     with pytest.raises(CheckpointError, match=r"Classifier\.load_encoder\(read_state_dict\(path\)\)"):
-        load_foreign(file, heads=4)
+        load_foreign(file, num_heads=4)
     model = classifier()
     model.load_encoder(read_state_dict(file))
     assert torch.equal(model.state_dict()["blocks.2.mlp.fc1.weight"], state["blocks.2.mlp.fc1.weight"])
@@ -243,13 +244,16 @@ def test_an_encoder_alone_goes_into_a_classifier(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"heads is needed.*width of 32 \(known: 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16\)"),
-        ({"heads": 4}, "decoder_heads is needed.*width of 16"),
-        ({"heads": 5, "decoder_heads": 2}, "width 32 must be a multiple of its 5 heads"),
-        ({"heads": 4, "decoder_heads": 2, "image_size": 20}, "positions for 16 patches of 4.*no image of 20 x 20"),
-        ({"heads": 4, "decoder_heads": 2, "image_size": (17, 16)}, "multiples of the patch size"),
-        ({"heads": 4, "decoder_heads": 2, **GREY}, r"takes images of 3 channels, got mean \(0.5,\)"),
-        ({"heads": 4, "decoder_heads": 2, "objective": "jepa"}, "nim, mae or dmae"),
+        ({}, r"^num_heads is needed.*embed_dim of 32 \(known: 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16\)"),
+        ({"num_heads": 4}, "decoder_num_heads is needed.*embed_dim of 16"),
+        ({"num_heads": 5, "decoder_num_heads": 2}, "embed_dim 32 must be a multiple of num_heads 5"),
+        (
+            {"num_heads": 4, "decoder_num_heads": 2, "img_size": 20},
+            "positions for 16 patches of 4.*no image of 20 x 20",
+        ),
+        ({"num_heads": 4, "decoder_num_heads": 2, "img_size": (17, 16)}, "multiples of the patch size"),
+        ({"num_heads": 4, "decoder_num_heads": 2, **GREY}, r"takes images of 3 channels, got mean \(0.5,\)"),
+        ({"num_heads": 4, "decoder_num_heads": 2, "objective": "jepa"}, "nim, mae or dmae"),
     ],
 )
 def test_options_that_are_needed_or_contradict(tmp_path, options, message):
@@ -262,9 +266,9 @@ def test_statistics_and_sides_are_needed_where_nothing_tells(tmp_path):
     config = AutoencoderConfig((8, 12), 4, 32, 1, 4, 16, 1, 2, **GREY)
     file = written(tmp_path, autoencoder(config).state_dict())
     with pytest.raises(ValueError, match="images of 1 channels: mean and std are needed"):
-        load_foreign(file, heads=4, decoder_heads=2, image_size=(8, 12))
-    with pytest.raises(ValueError, match=r"has 6 patches, no square: image_size=\(H, W\) is needed"):
-        load_foreign(file, heads=4, decoder_heads=2, **GREY)
+        load_foreign(file, num_heads=4, decoder_num_heads=2, img_size=(8, 12))
+    with pytest.raises(ValueError, match=r"has 6 patches, no square: img_size=\(H, W\) is needed"):
+        load_foreign(file, num_heads=4, decoder_num_heads=2, **GREY)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +289,7 @@ def test_statistics_and_sides_are_needed_where_nothing_tells(tmp_path):
 def test_weights_of_another_architecture(tmp_path, change, message):
     state = {name: value for name, value in {**autoencoder().state_dict(), **change}.items() if value is not None}
     with pytest.raises(CheckpointError, match=message):
-        load_foreign(written(tmp_path, state), heads=4, decoder_heads=2)
+        load_foreign(written(tmp_path, state), num_heads=4, decoder_num_heads=2)
 
 
 def test_weights_of_no_vit(tmp_path):
@@ -318,7 +322,9 @@ def test_a_timm_vit_becomes_a_classifier_with_its_logits(pool, global_rng_untouc
     model = from_timm(vit, **STATISTICS, classes="abcde")
     expected = vit(normalised(pixels(), model.config))
     assert torch.equal(model(pixels()), expected)  # the same operations on the same numbers
-    assert model.config == ClassifierConfig(5, (16, 16), 4, 32, 2, 4, **STATISTICS, pool=pool, classes=tuple("abcde"))
+    assert model.config == ClassifierConfig(
+        5, (16, 16), 4, 32, 2, 4, **STATISTICS, global_pool=pool, classes=tuple("abcde")
+    )
     assert not model.training
     assert no_shared_memory(model, vit)
 
@@ -336,7 +342,7 @@ def test_a_timm_vit_becomes_a_classifier_with_its_logits(pool, global_rng_untouc
 def test_any_classifier_goes_to_timm_and_back(patch_size, rows, columns, channels, depth, heads, pool):
     size = (rows * patch_size, columns * patch_size)
     body = AutoencoderConfig(size, patch_size, 16, depth, heads, mean=(0.4,) * channels, std=(0.3,) * channels)
-    model = classifier(body, pool=pool)
+    model = classifier(body, global_pool=pool)
     vit = to_timm(model)
     assert type(vit) is VisionTransformer
     assert not vit.training

@@ -35,7 +35,7 @@ def denoiser(tmp_path_factory):
     folder = tmp_path_factory.mktemp("denoiser")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        Autoencoder(preset("micro", norm_pix=True)).save_pretrained(folder)
+        Autoencoder(preset("micro", target="norm")).save_pretrained(folder)
     return folder
 
 

@@ -6,7 +6,7 @@ import torch
 from denim.kernels import Domain, derive_seeds, noise_patchify, normalized_patches
 from denim.nim import Autoencoder, AutoencoderConfig, Mask, Objective, Sigma
 
-CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 8, 1, 2, norm_pix=True)
+CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 8, 1, 2, target="norm")
 PIXEL = {"patch_size": 4, "mean": CONFIG.mean, "std": CONFIG.std}
 
 
@@ -35,7 +35,7 @@ def test_mae_counts_hidden_patches_of_the_clean_image(batch):
     images, _, seeds = batch
     model = Autoencoder(CONFIG)
     objective = Objective.published("mae", mask_ratio=0.5)
-    mask = Mask.random(seeds, CONFIG.length, 0.5)
+    mask = Mask.random(seeds, CONFIG.num_patches, 0.5)
     errors = squared_error(model(normalized_patches(images, **PIXEL), mask), images)
     loss = objective.loss(model, images, None, seeds)
     assert loss.item() == pytest.approx(errors[mask.hidden].mean().item(), rel=1e-5)
@@ -44,7 +44,7 @@ def test_mae_counts_hidden_patches_of_the_clean_image(batch):
 def test_dmae_hides_and_adds_noise_and_counts_all_patches(batch):
     images, sigma, seeds = batch
     model = Autoencoder(CONFIG)
-    mask = Mask.random(seeds, CONFIG.length, 0.75)
+    mask = Mask.random(seeds, CONFIG.num_patches, 0.75)
     errors = squared_error(model(noise_patchify(images, sigma, seeds, **PIXEL), mask), images)
     loss = Objective.published("dmae").loss(model, images, sigma, seeds)
     assert loss.item() == pytest.approx(errors.mean().item(), rel=1e-5)

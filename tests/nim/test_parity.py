@@ -26,15 +26,15 @@ with safe_open(FILE, "pt") as _file:
     META = {name: json.loads(value) if value[0] in "[{" else value for name, value in _file.metadata().items()}
 
 SIZES = META["config"]
-HEADS = {"heads": SIZES["num_heads"], "decoder_heads": SIZES["decoder_num_heads"]}
+HEADS = {"num_heads": SIZES["num_heads"], "decoder_num_heads": SIZES["decoder_num_heads"]}
 PIXEL = {"patch_size": SIZES["patch_size"], "mean": META["mean"], "std": META["std"]}
-IMAGE_SIZE = SIZES["img_size"]
+IMG_SIZE = SIZES["img_size"]
 CONFIG = AutoencoderConfig(
-    image_size=(IMAGE_SIZE, IMAGE_SIZE),
+    img_size=(IMG_SIZE, IMG_SIZE),
     patch_size=SIZES["patch_size"],
-    width=SIZES["embed_dim"],
+    embed_dim=SIZES["embed_dim"],
     depth=SIZES["depth"],
-    decoder_width=SIZES["decoder_embed_dim"],
+    decoder_embed_dim=SIZES["decoder_embed_dim"],
     decoder_depth=SIZES["decoder_depth"],
     mean=META["mean"],
     std=META["std"],
@@ -48,7 +48,7 @@ def weights(model: str) -> dict[str, torch.Tensor]:
 
 
 def autoencoder(target: str) -> Autoencoder:
-    model = Autoencoder(replace(CONFIG, norm_pix=target == "norm"))
+    model = Autoencoder(replace(CONFIG, target=target))
     model.load_state_dict(weights("autoencoder"))
     return model.eval()
 
@@ -74,8 +74,8 @@ def noisy_patches(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def defended_logits(denoiser: Autoencoder, judge: Classifier, pixels: torch.Tensor) -> torch.Tensor:
-    case = {"statistics": "input", "source": pixels} if denoiser.config.norm_pix else {}
-    return judge(decode_patches(denoiser(noisy_patches(pixels)), img_size=IMAGE_SIZE, **case, **PIXEL))
+    case = {"statistics": "input", "source": pixels} if denoiser.config.target == "norm" else {}
+    return judge(decode_patches(denoiser(noisy_patches(pixels)), img_size=IMG_SIZE, **case, **PIXEL))
 
 
 @TARGETS
@@ -95,7 +95,7 @@ def test_loss_and_its_gradients(target):
 def test_reconstruction(target):
     pixels, model = DATA["pixels"], autoencoder(target)
     case = {"statistics": "input", "source": pixels} if target == "norm" else {}
-    rebuilt = decode_patches(model(noisy_patches(pixels)), img_size=IMAGE_SIZE, **case, **PIXEL)
+    rebuilt = decode_patches(model(noisy_patches(pixels)), img_size=IMG_SIZE, **case, **PIXEL)
     expected = DATA[f"{target}.reconstruction"]
     assert (rebuilt - expected.clamp(0, 1)).abs().max() < 1e-5  # the file's is not clamped
     assert ((expected > 0) & (expected < 1)).float().mean() > 0.5  # so that the clamp does not hide most of it
@@ -126,7 +126,7 @@ def test_the_published_file_format(tmp_path, zipped):
     content = {"model": weights("autoencoder"), "classifier": weights("classifier"), "epoch": 799}
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     denoiser = load_foreign(file, part="model", mean=META["mean"], std=META["std"], **HEADS)
-    judge = load_foreign(file, part="classifier", heads=HEADS["heads"], mean=META["mean"], std=META["std"])
+    judge = load_foreign(file, part="classifier", num_heads=HEADS["num_heads"], mean=META["mean"], std=META["std"])
     assert denoiser.config == CONFIG
     assert judge.config == ClassifierConfig.for_encoder(CONFIG, 10)
     close(defended_logits(denoiser, judge, DATA["pixels"]), "norm.defended_logits")

@@ -40,7 +40,7 @@ def test_every_objective_learns(tmp_path, objective, target):
     assert values[-1] < 0.8 * values[0]
     saved = Autoencoder.from_pretrained(out / "model")
     assert saved.config.objective == objective
-    assert saved.config.norm_pix == (target == "norm")
+    assert saved.config.target == target
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
     assert list((out / "tensorboard").glob("events*"))
 
@@ -77,6 +77,18 @@ def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(tmp_path, monkeypatch
     resumed = pretrain(PretrainConfig(out=tmp_path / "run", checkpoint_every=3, resume=True, **FAST), QUIET)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")
+
+
+def test_a_run_of_the_first_version_resumes(tmp_path):
+    settings = {**FAST, "epochs": 1, "batch_size": 512, "img_size": 16}
+    pretrain(PretrainConfig(out=tmp_path / "run", **settings), QUIET)
+    file = tmp_path / "run" / "run.json"
+    text = file.read_text()
+    assert '"img_size": 16' in text
+    file.write_text(text.replace('"img_size"', '"image_size"'))
+    pretrain(PretrainConfig(out=tmp_path / "run", resume=True, **settings), QUIET)
+    with pytest.raises(ValueError, match="img_size was 16, is 32"):
+        pretrain(PretrainConfig(out=tmp_path / "run", resume=True, **{**settings, "img_size": 32}), QUIET)
 
 
 @pytest.mark.filterwarnings("ignore:1 images of .* can no longer be read")
@@ -126,7 +138,7 @@ def test_a_run_whose_file_breaks_resumes_bit_for_bit(tmp_path, monkeypatch, load
         ({"objective": "simmim"}, "nim, mae, dmae"),
         ({"sigma": "gauss:3"}, "gamma:CONCENTRATION,SCALE"),
         ({"data": "no/such/folder"}, "no/such/folder"),
-        ({"image_size": 18}, "multiples of the patch size"),
+        ({"img_size": 18}, "multiples of the patch size"),
         ({"batch_size": 4096}, "smaller batch_size"),
     ],
 )

@@ -15,24 +15,24 @@ CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=
 GRID, BATCH = (2, 3), 3
 SEEDS = torch.tensor([5, -7, 2**40])
 CASES = pytest.mark.parametrize(
-    ("degrade", "norm_pix", "statistics"),
+    ("degrade", "target", "statistics"),
     [
-        ("noise", False, "input"),
-        ("noise", True, "input"),
-        ("noise", True, "noisy"),
-        ("mask", False, "input"),
-        ("mask", True, "input"),
-        ("both", False, "input"),
-        ("both", True, "input"),
-        ("both", True, "noisy"),
+        ("noise", "raw", "input"),
+        ("noise", "norm", "input"),
+        ("noise", "norm", "noisy"),
+        ("mask", "raw", "input"),
+        ("mask", "norm", "input"),
+        ("both", "raw", "input"),
+        ("both", "norm", "input"),
+        ("both", "norm", "noisy"),
     ],
 )
 
 
-def build(norm_pix: bool = True, config: AutoencoderConfig = CONFIG) -> Autoencoder:
+def build(target: str = "norm", config: AutoencoderConfig = CONFIG) -> Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Autoencoder(replace(config, norm_pix=norm_pix)).double().eval().requires_grad_(False)
+        return Autoencoder(replace(config, target=target)).double().eval().requires_grad_(False)
 
 
 def pixels(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -64,10 +64,10 @@ def by_hand(
     patches = to_patches((degraded - mean) / std)
     mask = None if degrade == "noise" else Mask.random(seeds, 6, ratio)
     predicted = model(patches, mask)
-    if model.config.norm_pix and statistics == "input":
+    if model.config.target == "norm" and statistics == "input":
         clean = to_patches((images - mean) / std)
         predicted = predicted * (clean.var(-1, keepdim=True) + 1e-6).sqrt() + clean.mean(-1, keepdim=True)
-    elif model.config.norm_pix:
+    elif model.config.target == "norm":
         added = (sigma.double() / 255).square().view(-1, 1, 1) * (1 / std.square()).mean()
         excess = patches.var(-1, keepdim=True) - added
         variance = (excess + (excess.square() + 4 * (added.square() * 2 / 31 + 1e-12)).sqrt()) / 2
@@ -80,8 +80,8 @@ def by_hand(
 
 
 @CASES
-def test_is_the_method_step_by_step(degrade, norm_pix, statistics):
-    model, sigma = build(norm_pix), levels(degrade, 70.0)
+def test_is_the_method_step_by_step(degrade, target, statistics):
+    model, sigma = build(target), levels(degrade, 70.0)
     rebuilt = reconstruct(model, pixels(), sigma, SEEDS, degrade=degrade, mask_ratio=0.6, statistics=statistics)
     expected = by_hand(model, pixels(), sigma, SEEDS, degrade, statistics, 0.6)
     # float64 throughout, the noise alone float32 and the same on both sides: 1e-12 is a thousand roundings.
@@ -91,8 +91,8 @@ def test_is_the_method_step_by_step(degrade, norm_pix, statistics):
 
 
 @CASES
-def test_levels_and_draws_in_one_pass_are_the_single_ones(degrade, norm_pix, statistics):
-    model = build(norm_pix)
+def test_levels_and_draws_in_one_pass_are_the_single_ones(degrade, target, statistics):
+    model = build(target)
     draws = torch.stack((SEEDS, SEEDS + 1))
     options = {"degrade": degrade, "mask_ratio": 0.6, "statistics": statistics}
     stack = None if degrade == "mask" else torch.tensor([[0.0, 1.0, 2.0], [30.0, 40.0, 50.0], [140.0, 100.0, 70.0]])
@@ -112,8 +112,8 @@ def test_levels_and_draws_in_one_pass_are_the_single_ones(degrade, norm_pix, sta
 
 
 @CASES
-def test_an_image_is_rebuilt_the_same_in_any_batch(degrade, norm_pix, statistics):
-    model, sigma = build(norm_pix), levels(degrade, 70.0)
+def test_an_image_is_rebuilt_the_same_in_any_batch(degrade, target, statistics):
+    model, sigma = build(target), levels(degrade, 70.0)
     options = {"degrade": degrade, "mask_ratio": 0.6, "statistics": statistics}
     together = reconstruct(model, pixels(), sigma, SEEDS, **options)
     order = torch.tensor([2, 0])
@@ -122,9 +122,9 @@ def test_an_image_is_rebuilt_the_same_in_any_batch(degrade, norm_pix, statistics
 
 
 @CASES
-def test_gradient_for_pixels(degrade, norm_pix, statistics):
+def test_gradient_for_pixels(degrade, target, statistics):
     config = AutoencoderConfig((4, 4), 2, 8, 1, 2, 8, 1, 2, mean=(0.45,), std=(0.25,))
-    model = build(norm_pix, config)
+    model = build(target, config)
     images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
     sigma = None if degrade == "mask" else torch.tensor([20.0, 60.0])
 
@@ -149,8 +149,8 @@ def test_visible_pixels_are_kept_exactly():
 
 
 @CASES
-def test_uint8_images_are_the_same_images(degrade, norm_pix, statistics):
-    model = build(norm_pix).float()
+def test_uint8_images_are_the_same_images(degrade, target, statistics):
+    model = build(target).float()
     images = (pixels() * 255).round().to(torch.uint8)
     options = {"degrade": degrade, "statistics": statistics, "mask_ratio": 0.5}
     from_bytes = reconstruct(model, images.permute(0, 2, 3, 1).contiguous(), levels(degrade, 70.0), SEEDS, **options)
@@ -168,8 +168,8 @@ def classifier(**changes) -> Classifier:
 
 @CASES
 @pytest.mark.parametrize("layout", ["float", "uint8"])
-def test_patches_for_a_classifier_are_the_rebuilt_pixels_normalised(degrade, norm_pix, statistics, layout):
-    model, images, reader = build(norm_pix), pixels(), classifier()
+def test_patches_for_a_classifier_are_the_rebuilt_pixels_normalised(degrade, target, statistics, layout):
+    model, images, reader = build(target), pixels(), classifier()
     if layout == "uint8":
         images = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     draws = torch.stack((SEEDS, SEEDS + 1))
@@ -191,7 +191,7 @@ def test_patches_for_a_classifier_are_the_rebuilt_pixels_normalised(degrade, nor
     ("change", "words"),
     [
         ({"patch_size": 2}, r"patches of 4 in images of \(8, 12\) with 2 channels, the classifier of 2 in \(8, 12\)"),
-        ({"image_size": (8, 8)}, r"the classifier of 4 in \(8, 8\) with 2; hand it pixels"),
+        ({"img_size": (8, 8)}, r"the classifier of 4 in \(8, 8\) with 2; hand it pixels"),
         ({"mean": (0.5,), "std": (0.5,)}, "2 channels, the classifier of .* with 1"),
     ],
 )
@@ -201,7 +201,7 @@ def test_refuses_patches_for_a_classifier_of_others(change, words):
 
 
 def test_statistics_have_no_effect_on_a_raw_target():
-    model = build(norm_pix=False)
+    model = build(target="raw")
     results = [
         reconstruct(model, pixels(), levels("noise", 70.0), SEEDS, statistics=statistics)
         for statistics in ("input", "noisy")
