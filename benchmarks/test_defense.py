@@ -14,7 +14,7 @@ def test_sweep(benchmark, best_seconds):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Autoencoder(config).eval()
-        classifier = Classifier(ClassifierConfig.for_encoder(config, 10, images="noise, raw target")).eval()
+        classifier = Classifier(ClassifierConfig.for_encoder(config, 10, trained_on="noise, raw target")).eval()
         pixels = torch.rand(BATCH, 1, 16, 16)
     defense = De3(model, classifier, 70.0, seed=0)
     seeds = defense.seeds(0, Domain.SCORE, torch.arange(BATCH), DRAWS)

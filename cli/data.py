@@ -86,7 +86,7 @@ def check(
 def stats(
     folder: Annotated[str, tyro.conf.Positional],
     split: str | None = None,
-    images: int = 10_000,
+    num_images: int = 10_000,
     seed: int = 0,
     cache: Path | None = None,
 ) -> None:
@@ -95,18 +95,18 @@ def stats(
     Args:
         folder: of class folders, or of images; or of split folders with those; or digits, cifar10, cifar100.
         split: "train", "test", ...; by default every split that there is.
-        images: that mean and std are taken over, drawn at random; 0 for all. Every image has the same weight,
-            whatever its size.
+        num_images: images that mean and std are taken over, drawn at random; 0 for all. Every image has the same
+            weight, whatever its size.
         seed: of that draw.
         cache: folder for the manifest, instead of the images' own or the user's cache.
     """
     for name in ([split] if split else ["train", "test"]) if folder in NAMES else _splits(Path(folder), split):
         if folder in NAMES:
-            _describe(open_source(folder, name, cache=cache), {}, images, seed)
+            _describe(open_source(folder, name, cache=cache), {}, num_images, seed)
         else:
             manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
             source = ManifestSource(manifest, title, max_bad=1)
-            _describe(source, manifest.format_counts(), images, seed)
+            _describe(source, manifest.format_counts(), num_images, seed)
 
 
 def preview(
@@ -235,7 +235,7 @@ def _splits(folder: Path, split: str | None) -> list[str]:
     return (splits(folder) if folder.is_dir() else []) or ["all"]
 
 
-def _describe(source: Source, formats: dict[str, int], images: int, seed: int) -> None:
+def _describe(source: Source, formats: dict[str, int], num_images: int, seed: int) -> None:
     console = Console()
     console.print(f"{source.name}: {len(source)} images in {len(source.classes)} classes, {len(source.skipped)} bad")
     table = Table("class", "images", box=None)
@@ -249,7 +249,7 @@ def _describe(source: Source, formats: dict[str, int], images: int, seed: int) -
     console.print(table)
     if formats:
         console.print("formats: " + ", ".join(f"{name} {count}" for name, count in formats.items()))
-    chosen: Source = source if images == 0 or images >= len(source) else Subset(source, images, seed)
+    chosen: Source = source if num_images == 0 or num_images >= len(source) else Subset(source, num_images, seed)
     mean, std = channel_moments(chosen)
     console.print(f"over {len(chosen)} images, in [0, 1]: mean={mean} std={std}", soft_wrap=True)
 

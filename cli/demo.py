@@ -71,15 +71,15 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
         console,
     )
     denoiser = out / "pretraining" / "model"
-    for images in ("clean", "denoised"):
+    for trained_on in ("clean", "denoised"):
         finetune(
             FinetuneConfig(
-                out=out / f"finetuning-{images}",
+                out=out / f"finetuning-{trained_on}",
                 denoiser=denoiser,
-                images=images,
+                trained_on=trained_on,
                 sigma="uniform:0,100",
-                epochs=EPOCHS[images],
-                warmup_epochs=EPOCHS[images] / 10,
+                epochs=EPOCHS[trained_on],
+                warmup_epochs=EPOCHS[trained_on] / 10,
                 **common,  # type: ignore[arg-type]
                 **FINETUNING,  # type: ignore[arg-type]
             ),
@@ -96,7 +96,7 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
     defenses[f"De3, sigma {FROZEN:g}, frozen"] = De3(autoencoder, model, FROZEN, seed=seed).frozen(seed)
     source = Subset(open_source("digits", "test"), IMAGES)
     loader = TorchLoader(source, EvalView(16), len(source), shuffle=False)
-    settings = EvaluationSettings(ATTACKS, draws=10, seed=seed)
+    settings = EvaluationSettings(ATTACKS, score_draws=10, seed=seed)
     evaluation = evaluate(defenses, loader, settings, out / "evaluation", classes=source.classes, console=console)
     report = write_report(evaluation, out / "evaluation", title=f"De3 on digits, {len(source)} test images")
     finished = time.perf_counter()

@@ -19,7 +19,7 @@ def main(
     out: Path = Path("runs/evaluation"),
     data: str = "digits",
     split: str = "test",
-    images: int = 512,
+    num_images: int = 512,
     sigmas: tuple[float, ...] = (0.0, 35.0, 70.0, 105.0, 140.0),
     frozen: float | None = 70.0,
     mask_ratios: tuple[float, ...] = (),
@@ -27,7 +27,7 @@ def main(
     statistics: str = "input",
     clean_classifier: Path | None = None,
     attacks: tuple[str, ...] = ("fgsm:4/255", "pgd:4/255,steps=20,eot=20", "pgd:4/255,steps=20,eot=20,gray"),
-    draws: int = 20,
+    score_draws: int = 20,
     max_batch: int = 256,
     examples: int = 6,
     loader: str = "auto",
@@ -46,7 +46,7 @@ def main(
         out: folder of the evaluation.
         data: "digits", "cifar10", "cifar100" or a folder of images.
         split: of the data.
-        images: size of the fixed random subset that is evaluated; 0 for all.
+        num_images: size of the fixed random subset that is evaluated; 0 for all.
         sigmas: noise levels, 0-255 pixel levels.
         frozen: level whose noise is also evaluated fixed and known to the attacker; None for none.
         mask_ratios: for degrade=mask: the shares of hidden patches, in place of sigmas.
@@ -54,7 +54,7 @@ def main(
         statistics: input or noisy; without effect for a raw target.
         clean_classifier: folder of an ordinary classifier, as a reference row.
         attacks: such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray.
-        draws: fresh draws per image for the score.
+        score_draws: fresh draws per image for the score.
         max_batch: images per pass; lower it if memory runs out.
         examples: images in the gallery.
         loader: dali, torch, or auto for the first of these that can serve.
@@ -66,7 +66,7 @@ def main(
     console = Console()
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
-    settings = EvaluationSettings(attacks, draws, seed, max_batch, examples)
+    settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples)
     model = Classifier.from_pretrained(classifier).to(where)
     rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False).to(where)
     defenses: dict[str, De3] = {}
@@ -86,7 +86,7 @@ def main(
             fixed = De3(rebuild, model, frozen, degrade=degrade, statistics=statistics, seed=seed).to(where)
             defenses[f"sigma {frozen:g} frozen"] = fixed.frozen(seed)
     source = open_source(data, split, len(model.config.mean), max_bad=max_bad)
-    chosen = Subset(source, images, seed) if 0 < images < len(source) else source
+    chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
     view = EvalView(model.config.img_size[0])
     batches = open_loader(
         chosen,

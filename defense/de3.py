@@ -62,7 +62,7 @@ class De3(nn.Module):
         ValueError: an unknown option (the valid ones are listed), or options that do not fit together.
 
     Warns:
-        UserWarning: the classifier records that it was fine-tuned on images of another case.
+        UserWarning: the classifier records that it was trained on images of another kind.
     """
 
     _key: Tensor
@@ -102,10 +102,10 @@ class De3(nn.Module):
         self.register_buffer("_key", torch.tensor(key, dtype=torch.int64), persistent=False)
         self.register_buffer("_calls", torch.tensor(0, dtype=torch.int64), persistent=False)
         self.sigma = sigma
-        trained_on = getattr(getattr(classifier, "config", None), "images", None)
+        trained_on = getattr(getattr(classifier, "config", None), "trained_on", None)
         if sigma is not None and trained_on is not None and trained_on != self.case:
             warnings.warn(
-                f"the classifier was fine-tuned on images of the case {trained_on!r} and is used on {self.case!r}",
+                f"the classifier was trained on images of the kind {trained_on!r} and is used on {self.case!r}",
                 stacklevel=2,
             )
 

@@ -27,7 +27,7 @@ from denim.defense.attacks import Attack, radius_text
 from denim.defense.de3 import De3
 from denim.defense.scores import Interval, Scores, paired_difference, score
 from denim.kernels import Domain
-from denim.nim.checkpoint import atomic_write
+from denim.nim.checkpoint import atomic_write, with_todays_names
 from denim.nim.data import Loader
 
 __all__ = ["Cell", "Evaluation", "EvaluationSettings", "Examples", "HealthWarning", "evaluate"]
@@ -46,7 +46,7 @@ class EvaluationSettings:
 
     Attributes:
         attacks: text forms of attacks, see `Attack`; the row without an attack is always there.
-        draws: R, fresh draws per image for the score, and again for the confirmation.
+        score_draws: R, fresh draws per image for the score, and again for the confirmation.
         seed: of the evaluation.
         max_batch: images that go through the networks in one pass; bounds memory. One image with all draws of an
             attack's gradient always goes at once.
@@ -54,13 +54,13 @@ class EvaluationSettings:
     """
 
     attacks: tuple[str, ...]
-    draws: int = 20
+    score_draws: int = 20
     seed: int = 0
     max_batch: int = 256
     examples: int = 6
 
     def __post_init__(self) -> None:
-        for name in ("draws", "max_batch"):
+        for name in ("score_draws", "max_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         names = [str(Attack.parse(attack)) for attack in self.attacks]
@@ -144,7 +144,7 @@ def evaluate(
         defenses: by name, put into evaluation mode; the first one is what the others are compared with.
         loader: its epoch 0 yields the images, in any order; rows that are not real are not counted, nor are images
             that could not be read for every defense and attack.
-        settings: attacks, draws and seed.
+        settings: attacks, score draws and seed.
         out: folder of the evaluation.
         classes: names of the classes, for the report.
         console: where progress goes.
@@ -237,7 +237,8 @@ def _claim_folder(out: Path, defenses: Mapping[str, De3], loader: Loader, settin
     }
     content = json.loads(json.dumps(content))
     file = out / "evaluation.json"
-    if file.exists() and json.loads(file.read_text()) != content:
+    earlier = json.loads(file.read_text()) if file.exists() else content
+    if {**earlier, "settings": with_todays_names(earlier["settings"])} != content:
         raise ValueError(
             f"{out} holds an evaluation of other settings, weights or images; see {file.name} there, or choose another "
             "folder"
@@ -318,8 +319,8 @@ def _evaluate_cell(
             pixels, zero, bad = clean, torch.zeros_like(ids), torch.zeros_like(ids)
             if attack is not None:
                 pixels, zero, bad = attack.run(defense, clean, labels, ids, settings.seed)
-            confirmation = defense.seeds(settings.seed, Domain.CONFIRMATION, ids, settings.draws)
-            fresh = defense.seeds(settings.seed, Domain.SCORE, ids, settings.draws)
+            confirmation = defense.seeds(settings.seed, Domain.CONFIRMATION, ids, settings.score_draws)
+            fresh = defense.seeds(settings.seed, Domain.SCORE, ids, settings.score_draws)
             confirmed = _predict(defense, pixels, confirmation, settings.max_batch)
             scored = _predict(defense, pixels, fresh, settings.max_batch)
             missed = (confirmed != labels).sum(dim=0).tolist()

@@ -264,11 +264,11 @@ def _counted(numbers: set[int], word: str) -> str:
 
 
 def _draws(evaluation: Evaluation) -> str:
-    return _counted({cell.scores.draws for cell in evaluation.cells}, "fresh draw")
+    return _counted({cell.scores.score_draws for cell in evaluation.cells}, "fresh draw")
 
 
 def _images(evaluation: Evaluation) -> str:
-    return _counted({cell.scores.images for cell in evaluation.cells}, "image")
+    return _counted({cell.scores.num_images for cell in evaluation.cells}, "image")
 
 
 def _sigma(cell: Cell) -> str:
@@ -318,8 +318,8 @@ def _csv_row(cell: Cell) -> dict[str, object]:
         "case": cell.case,
         "attack": cell.attack,
         "epsilon": cell.epsilon,
-        "images": cell.scores.images,
-        "draws": cell.scores.draws,
+        "num_images": cell.scores.num_images,
+        "score_draws": cell.scores.score_draws,
     }
     intervals = {
         "mean": cell.scores.mean,

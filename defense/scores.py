@@ -32,15 +32,15 @@ class Scores:
     """Accuracy of a randomized classifier on one set of images.
 
     Attributes:
-        images: number of images.
-        draws: number R of fresh draws.
+        num_images: number N of images.
+        score_draws: number R of fresh draws.
         mean: expected accuracy of one draw.
         vote: accuracy of the majority vote of R draws, a tie counting as lost.
         worst: share of images that all R draws get right.
     """
 
-    images: int
-    draws: int
+    num_images: int
+    score_draws: int
     mean: Interval
     vote: Interval
     worst: Interval

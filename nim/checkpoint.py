@@ -23,7 +23,7 @@ __all__ = ["CheckpointError", "Pretrained", "atomic_folder", "atomic_write", "re
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-# Names in config.json and run.json before they became timm's and MAE's, and today's.
+# Names that earlier versions wrote into config.json, run.json and evaluation.json, and today's.
 OLD_NAMES = {
     "image_size": "img_size",
     "width": "embed_dim",
@@ -32,6 +32,8 @@ OLD_NAMES = {
     "decoder_heads": "decoder_num_heads",
     "pool": "global_pool",
     "norm_pix": "target",
+    "images": "trained_on",
+    "draws": "score_draws",
 }
 
 
@@ -172,7 +174,7 @@ class Pretrained(nn.Module):
 
 
 def with_todays_names(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries of a config.json or run.json, under today's names whatever version of Denim wrote them.
+    """A model's configuration or a run's settings under today's names, whatever version of Denim wrote them.
 
     An entry under today's name takes precedence over the same one under its old name.
     """

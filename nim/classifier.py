@@ -32,7 +32,8 @@ class ClassifierConfig:
         global_pool: "avg" (mean over patch tokens, LayerNorm after it, as published) or "token" (class token).
         drop_path: rate of stochastic depth in training.
         classes: names of the classes, may be empty.
-        images: the case of its training images: clean, noisy, or denoised with raw, input or noisy statistics.
+        trained_on: what it was fine-tuned on: "clean" images, "noisy" ones that no denoiser rebuilt, or rebuilt ones
+            by degradation and statistics, such as "noise, raw target" (see `De3.case`).
     """
 
     num_classes: int = 1000
@@ -46,7 +47,7 @@ class ClassifierConfig:
     global_pool: Literal["avg", "token"] = "avg"
     drop_path: float = 0.0
     classes: tuple[str, ...] = ()
-    images: str = "clean"
+    trained_on: str = "clean"
 
     def __post_init__(self) -> None:
         check_architecture(self, "num_classes")

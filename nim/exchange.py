@@ -126,7 +126,7 @@ def load_foreign(
     std: Sequence[float] | None = None,
     target: str = "norm",
     objective: str = "nim",
-    images: str = "clean",
+    trained_on: str = "clean",
 ) -> Autoencoder | Classifier:
     """A model from a checkpoint of MAE, NIM-AdvDef or timm; its architecture is read off the weights.
 
@@ -140,7 +140,7 @@ def load_foreign(
             channels. Many of timm's own ViTs were trained with 0.5 and 0.5: nothing in the weights tells.
         target: for an autoencoder, "norm" where its target was normalised per patch, else "raw".
         objective: for an autoencoder, what it was pretrained for: nim, mae or dmae.
-        images: for a classifier, the case of its training images (see `ClassifierConfig`).
+        trained_on: for a classifier, what it was fine-tuned on (see `ClassifierConfig`).
 
     Returns:
         An `Autoencoder` where there is a decoder, a `Classifier` where there is a head; on the CPU, in evaluation mode.
@@ -191,7 +191,7 @@ def load_foreign(
     else:
         pool: Any = "avg" if "fc_norm.weight" in state else "token"
         classes = _shape(state, "head.weight", 2, path)[0]
-        config = ClassifierConfig(**body, num_classes=classes, global_pool=pool, images=images)
+        config = ClassifierConfig(**body, num_classes=classes, global_pool=pool, trained_on=trained_on)
     # The initial weights are thrown away; drawing them must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = Autoencoder(config) if decoder else Classifier(config)

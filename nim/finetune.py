@@ -32,8 +32,8 @@ class FinetuneConfig(TrainConfig):
 
     Attributes:
         denoiser: folder of the pretrained autoencoder: its encoder starts the classifier, and it rebuilds the
-            training images where `images` is "denoised". It stays frozen.
-        images: train on "denoised", "noisy" (not denoised) or "clean" images.
+            training images where `trained_on` is "denoised". It stays frozen.
+        trained_on: the images: "denoised", "noisy" (not denoised) or "clean".
         sigma: noise levels of the training images: `70`, `gamma:25,3`, `uniform:0,30`.
         degrade: "noise", "mask" or "both": how images are degraded before the denoiser.
         mask_ratio: share of hidden patches, for "mask" and "both".
@@ -48,7 +48,7 @@ class FinetuneConfig(TrainConfig):
     """
 
     denoiser: Path
-    images: str = "denoised"
+    trained_on: str = "denoised"
     sigma: str = "uniform:0,30"
     degrade: str = "noise"
     mask_ratio: float = 0.75
@@ -70,8 +70,8 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.images not in ("denoised", "noisy", "clean"):
-            raise ValueError(f"images must be denoised, noisy or clean, got {self.images!r}")
+        if self.trained_on not in ("denoised", "noisy", "clean"):
+            raise ValueError(f"trained_on must be denoised, noisy or clean, got {self.trained_on!r}")
         check_degradation(None, self.degrade, self.statistics)
         Sigma.parse(self.sigma)
         for name in ("drop_path", "erasing", "smoothing"):
@@ -82,8 +82,8 @@ class FinetuneConfig(TrainConfig):
 
     def training_case(self, autoencoder: Autoencoder) -> str:
         """What the classifier records about its training images (see `training_images`)."""
-        if self.images != "denoised":
-            return self.images
+        if self.trained_on != "denoised":
+            return self.trained_on
         return training_images(autoencoder, self.degrade, self.statistics)
 
 
@@ -117,7 +117,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         len(source.classes),
         drop_path=config.drop_path,
         classes=tuple(source.classes),
-        images=config.training_case(autoencoder),
+        trained_on=config.training_case(autoencoder),
     )
     view = config.view(body.img_size[0], config.auto_augment)
     loader = open_loader(
@@ -146,10 +146,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     soft_loss = SoftTargetCrossEntropy()
 
     def degrade(pixels: Tensor, seeds: Tensor) -> Tensor:
-        if config.images == "clean":
+        if config.trained_on == "clean":
             return pixels
         sigma = levels.sample(seeds).to(device)
-        if config.images == "noisy":
+        if config.trained_on == "noisy":
             return add_noise(pixels, sigma, seeds.to(device))
         return reconstruct(
             autoencoder,
@@ -182,7 +182,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     groups = param_groups_layer_decay(
         model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
     )
-    title = f"fine-tuning on {config.images} images"
+    title = f"fine-tuning on {config.trained_on} images"
     train(config, model, groups, loader, loss, title=title, console=console, source=source)
     return model
 

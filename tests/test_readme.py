@@ -18,7 +18,7 @@ def test_the_library_in_ten_lines_runs(tmp_path):
         torch.manual_seed(0)
         denoiser = Autoencoder(preset("micro", target="raw"))
         denoiser.save_pretrained(tmp_path / "denoiser")
-        config = ClassifierConfig.for_encoder(denoiser.config, 10, images="noise, raw target")
+        config = ClassifierConfig.for_encoder(denoiser.config, 10, trained_on="noise, raw target")
         Classifier(config).save_pretrained(tmp_path / "classifier")
     code = code.replace("runs/demo/pretraining/model", str(tmp_path / "denoiser"))
     code = code.replace("runs/demo/finetuning-denoised/model", str(tmp_path / "classifier"))

@@ -46,7 +46,19 @@ def photo(tmp_path):
 def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_path, capsys):
     words = (
         *("evaluate", "--classifier", runs / "ft" / "model", "--denoiser", runs / "nim" / "model"),
-        *("--out", tmp_path / "ev", "--images", "12", "--sigmas", "0", "70", "--draws", "3", "--examples", "2"),
+        *(
+            "--out",
+            tmp_path / "ev",
+            "--num-images",
+            "12",
+            "--sigmas",
+            "0",
+            "70",
+            "--score-draws",
+            "3",
+            "--examples",
+            "2",
+        ),
         *("--attacks", "fgsm:8/255,eot=2", "pgd:8/255,steps=2,eot=2,gray"),
     )
     denim(*words)
@@ -55,7 +67,7 @@ def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_pat
     assert str(tmp_path / "ev" / "report.html") in shown
     results = json.loads((tmp_path / "ev" / "results.json").read_text())
     assert {cell["defense"] for cell in results["cells"]} == {"defense off", "sigma 0", "sigma 70", "sigma 70 frozen"}
-    assert all(cell["scores"]["images"] == 12 for cell in results["cells"])
+    assert all(cell["scores"]["num_images"] == 12 for cell in results["cells"])
     assert (tmp_path / "ev" / "tradeoff.png").stat().st_size > 5000
     before = (tmp_path / "ev" / "records.jsonl").read_bytes()
     denim(*words)
@@ -72,9 +84,17 @@ def test_evaluate_by_masking(runs, tmp_path):
         "--degrade",
         "mask",
     )
-    with pytest.warns(UserWarning, match="fine-tuned on images of the case"):
+    with pytest.warns(UserWarning, match="trained on images of the kind"):
         denim(
-            *words, "--out", tmp_path / "ev", "--images", "6", "--mask-ratios", "0.5", "--attacks", "fgsm:8/255,eot=1"
+            *words,
+            "--out",
+            tmp_path / "ev",
+            "--num-images",
+            "6",
+            "--mask-ratios",
+            "0.5",
+            "--attacks",
+            "fgsm:8/255,eot=1",
         )
     results = json.loads((tmp_path / "ev" / "results.json").read_text())
     assert {cell["defense"] for cell in results["cells"]} == {"defense off", "mask 0.5"}

@@ -94,11 +94,11 @@ def test_stats(folder, capsys):
 
 
 def test_stats_over_a_part(capsys):
-    denim("data", "stats", "digits", "--split", "test", "--images", "50")
+    denim("data", "stats", "digits", "--split", "test", "--num-images", "50")
     words = " ".join(capsys.readouterr().out.split())
     assert "digits/test: 600 images in 10 classes, 0 bad" in words
     assert re.search(r"over 50 images, in \[0, 1\]: mean=\(0\.\d+,\) std=\(0\.\d+,\)", words)
-    denim("data", "stats", "digits", "--images", "-1", status=2)
+    denim("data", "stats", "digits", "--num-images", "-1", status=2)
     assert "got -1" in capsys.readouterr().err
 
 

@@ -319,9 +319,9 @@ def test_bad_levels_are_refused_wherever_they_come_in():
             call()
 
 
-def tuned(images: str) -> Classifier:
+def tuned(trained_on: str) -> Classifier:
     with torch.random.fork_rng(devices=[]):
-        return Classifier(ClassifierConfig.for_encoder(CONFIG, CLASSES, images=images))
+        return Classifier(ClassifierConfig.for_encoder(CONFIG, CLASSES, trained_on=trained_on))
 
 
 @pytest.mark.parametrize(
@@ -483,7 +483,9 @@ def test_a_compiled_defense_draws_afresh(degrade, aggregate):
 
 def vit(kind: type[Classifier] = Classifier, **changes) -> Classifier:
     # Statistics of its own, and exact in float32, in which the classifier keeps them.
-    config = replace(ClassifierConfig.for_encoder(CONFIG, CLASSES), mean=(0.375, 0.5), std=(0.25, 0.3125), images="any")
+    config = replace(
+        ClassifierConfig.for_encoder(CONFIG, CLASSES), mean=(0.375, 0.5), std=(0.25, 0.3125), trained_on="any"
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = kind(replace(config, **changes)).double().eval().requires_grad_(False)
@@ -508,7 +510,7 @@ def handed(monkeypatch):
     return calls
 
 
-@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+@pytest.mark.filterwarnings("ignore:the classifier was trained on")
 @CASES
 def test_a_fitting_classifier_gets_patches_and_answers_the_same(degrade, target, statistics, handed):
     options = {"degrade": degrade, "statistics": statistics, "mask_ratio": 0.5, "draws": 2, "seed": 3}
@@ -545,7 +547,7 @@ def with_lambda_forward(model: Classifier) -> None:
     model.forward = lambda images: Classifier.forward(model, images)
 
 
-@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+@pytest.mark.filterwarnings("ignore:the classifier was trained on")
 @pytest.mark.parametrize(
     "prepare",
     [
@@ -573,7 +575,7 @@ def test_who_watches_or_changes_the_classifier_sees_pixels(prepare, handed):
     torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+@pytest.mark.filterwarnings("ignore:the classifier was trained on")
 @pytest.mark.parametrize(
     ("denoiser", "classifier"),
     [
@@ -591,7 +593,7 @@ def test_other_classifiers_see_pixels(denoiser, classifier, handed):
     assert {kind for kind, _ in handed} == {"forward"}
 
 
-@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+@pytest.mark.filterwarnings("ignore:the classifier was trained on")
 def test_patches_under_autocast_are_in_its_dtype(handed):
     images, outcomes = pixels().float(), {}
     for name, classifier in (("patches", vit().float()), ("pixels", Recorder(vit().float()))):
@@ -610,7 +612,7 @@ def test_patches_under_autocast_are_in_its_dtype(handed):
     assert 0 < error["patches"] < 2 * error["pixels"] + 0.02 * exact.abs().max()
 
 
-@pytest.mark.filterwarnings("ignore:the classifier was fine-tuned")
+@pytest.mark.filterwarnings("ignore:the classifier was trained on")
 def test_patches_for_the_classifier_are_one_compiled_graph():
     torch.compiler.reset()
     frozen, images = De3(build("norm"), vit(), 70, draws=2).frozen(3), pixels().requires_grad_()

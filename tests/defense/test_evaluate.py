@@ -25,7 +25,7 @@ CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25
 COUNT, CLASSES = 10, 3
 IDS = torch.tensor([3, 2**40, -5, 0, 77, 8, 9, 10, 11, 12])
 SETTINGS = EvaluationSettings(
-    ("fgsm:12/255,eot=2", "pgd:12/255,steps=3,eot=2"), draws=5, seed=4, max_batch=8, examples=3
+    ("fgsm:12/255,eot=2", "pgd:12/255,steps=3,eot=2"), score_draws=5, seed=4, max_batch=8, examples=3
 )
 
 
@@ -181,7 +181,7 @@ def test_cells_score_the_records_and_are_compared_with_the_first_defense(finishe
 def test_the_worst_attack_is_chosen_by_confirmation_and_never_by_the_score(tmp_path):
     attacks = ("fgsm:6/255,eot=1", "pgd:6/255,steps=1,eot=1", "pgd:6/255,steps=2,eot=1", "fgsm:20/255,eot=1")
     noise = {"noise": De3(None, Wavy(), 70)}
-    evaluation = run(tmp_path, noise, options=replace(SETTINGS, attacks=attacks, draws=3))
+    evaluation = run(tmp_path, noise, options=replace(SETTINGS, attacks=attacks, score_draws=3))
     by_image = {}
     for row in records(tmp_path):
         if "6/255" in row["attack"]:
@@ -385,7 +385,7 @@ def masked(ratio: float) -> De3:
         (lambda: defenses() | {"more": De3(None, Linear(), 70)}, SETTINGS),
         (lambda: defenses() | {"noise": De3(None, Linear(), 70, draws=2)}, SETTINGS),
         (lambda: {"other": defenses()["noise"]}, SETTINGS),
-        (defenses, replace(SETTINGS, draws=6)),
+        (defenses, replace(SETTINGS, score_draws=6)),
         (defenses, replace(SETTINGS, seed=5)),
         (defenses, replace(SETTINGS, attacks=SETTINGS.attacks[:1])),
     ],
@@ -398,15 +398,27 @@ def test_a_folder_of_another_evaluation_is_refused_and_left_alone(finished, chos
     assert contents(out) == before
 
 
+def test_an_evaluation_of_the_first_version_goes_on(tmp_path):
+    options = EvaluationSettings((), score_draws=1, examples=0)
+    finished = run(tmp_path, options=options)
+    file = tmp_path / "evaluation.json"
+    text = file.read_text()
+    assert text.count('"score_draws"') == 1
+    file.write_text(text.replace('"score_draws"', '"draws"'))
+    assert run(tmp_path, options=options).cells == finished.cells
+    with pytest.raises(ValueError, match="other settings"):
+        run(tmp_path, options=replace(options, score_draws=2))
+
+
 def test_another_mask_ratio_is_another_evaluation(tmp_path):
-    options = EvaluationSettings((), draws=1, examples=0)
+    options = EvaluationSettings((), score_draws=1, examples=0)
     run(tmp_path, {"dmae": masked(0.5)}, options=options)
     with pytest.raises(ValueError, match="other settings"):
         run(tmp_path, {"dmae": masked(0.75)}, options=options)
 
 
 def test_other_weights_or_images_are_another_evaluation(tmp_path):
-    options = EvaluationSettings((), draws=1, examples=0)
+    options = EvaluationSettings((), score_draws=1, examples=0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     run(tmp_path, {"off": De3(None, network, None)}, options=options)
     with torch.no_grad():
@@ -416,7 +428,7 @@ def test_other_weights_or_images_are_another_evaluation(tmp_path):
 
 
 def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
-    options = EvaluationSettings((), draws=1, examples=0)
+    options = EvaluationSettings((), score_draws=1, examples=0)
     run(tmp_path, options=options)
     before = contents(tmp_path)
     write = Path.write_text
@@ -439,7 +451,7 @@ def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"score_draws": 0}, "score_draws must be at least 1, got 0"),
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
         ({"attacks": ("cw:4/255",)}, "unknown attack 'cw'; choose fgsm or pgd"),
         ({"attacks": ("pgd",)}, "is not of the form"),
@@ -474,7 +486,7 @@ def grey(level: int) -> Images:
 
 
 def test_gradients_that_are_zero_are_reported_and_others_are_not(tmp_path):
-    options = EvaluationSettings(("fgsm:4/255",), draws=1, examples=0)
+    options = EvaluationSettings(("fgsm:4/255",), score_draws=1, examples=0)
     with pytest.warns(UserWarning, match="gradient was zero at some step for 10 and not finite for 0 of 10") as caught:
         flat = run(tmp_path / "flat", {"flat": De3(None, Brightness(True), None)}, grey(140), options)
     assert len(caught) == 1
@@ -489,7 +501,7 @@ def test_photos_with_three_channels(tmp_path):
     """Channels make NHWC batches and NCHW pixels two memory layouts."""
     images = torch.randint(0, 256, (COUNT, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     defended = De3(None, Brightness(False), 70)
-    options = EvaluationSettings(("fgsm:4/255,eot=2",), draws=2, examples=3)
+    options = EvaluationSettings(("fgsm:4/255,eot=2",), score_draws=2, examples=3)
     done = run(tmp_path, {"noise": defended}, Images(images, torch.ones(COUNT, dtype=torch.int64)), options)
     kept = done.examples["noise", "fgsm:4/255,eot=2"]
     assert torch.equal(kept.clean, images[:3].permute(0, 3, 1, 2).float() / 255)
@@ -504,7 +516,7 @@ def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
         for seed in range(20)
     }
     dark, light = min(shift, key=shift.__getitem__), max(shift, key=shift.__getitem__)
-    options = EvaluationSettings(("fgsm:1/255,eot=1",), draws=20, examples=0)
+    options = EvaluationSettings(("fgsm:1/255,eot=1",), score_draws=20, examples=0)
     with pytest.warns(UserWarning, match="randomness, not denoising, carries the difference") as caught:
         bad = run(tmp_path / "dark", {"random": random, "frozen": random.frozen(dark)}, grey(132), options)
     assert len(caught) == 1

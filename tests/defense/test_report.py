@@ -67,7 +67,7 @@ def evaluation(defenses=DEFENSES, attacks=ATTACKS, *, shape=(4, 1, 16, 16), exam
             cells.append(Cell(name, sigma, frozen, case, attack, epsilon, scores, difference))
             if examples and not attack.startswith("worst"):
                 kept[name, attack] = example(shape, epsilon is not None, sigma is not None, len(kept) + 1)
-    settings = EvaluationSettings(tuple(attack for attack in attacks if ":" in attack), draws=5, seed=3)
+    settings = EvaluationSettings(tuple(attack for attack in attacks if ":" in attack), score_draws=5, seed=3)
     return Evaluation(tuple(cells), ("zero", "<b>one</b>"), settings, warnings, {"torch": "2.x<y"}, kept)
 
 
@@ -149,7 +149,7 @@ def test_csv_holds_every_number_of_every_cell_exactly(tmp_path):
     for row, cell in zip(rows, result.cells, strict=True):
         assert (row["defense"], row["case"], row["attack"]) == (cell.defense, cell.case, cell.attack)
         assert row["frozen"] == ("true" if cell.frozen else "false")
-        assert (int(row["images"]), int(row["draws"])) == (150, 5)
+        assert (int(row["num_images"]), int(row["score_draws"])) == (150, 5)
         for name in ("sigma", "epsilon"):
             assert (float(row[name]) if row[name] else None) == getattr(cell, name)
         intervals = {name: getattr(cell.scores, name) for name in ("mean", "vote", "worst")}

@@ -31,7 +31,7 @@ def test_scores_by_hand():
         [2, 1, 0, 1],  # a plurality without a majority wins
     ]
     scores = score(predictions, [1, 1, 1, 1, 1])
-    assert (scores.images, scores.draws) == (5, 4)
+    assert (scores.num_images, scores.score_draws) == (5, 4)
     close(scores.mean, (4 + 3 + 2 + 0 + 2) / 20, *wilson(11 / 4, 5))
     close(scores.vote, 3 / 5, *wilson(3, 5))
     close(scores.worst, 1 / 5, *wilson(1, 5))

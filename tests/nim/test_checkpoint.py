@@ -53,7 +53,7 @@ def test_autoencoder_comes_back_bit_for_bit(tmp_path, global_rng_untouched):
 @pytest.mark.parametrize("pool", ["avg", "token"])
 def test_classifier_comes_back_bit_for_bit(tmp_path, pool):
     config = ClassifierConfig.for_encoder(
-        CONFIG, 2, global_pool=pool, classes=("cat", "dög"), images="noise, raw target"
+        CONFIG, 2, global_pool=pool, classes=("cat", "dög"), trained_on="noise, raw target"
     )
     with torch.random.fork_rng(devices=[]):
         model = Classifier(config)

@@ -206,7 +206,7 @@ def test_config_refuses(change, message):
 
 
 def test_config_for_an_encoder():
-    config = ClassifierConfig.for_encoder(BODY, 2, classes=["cat", "dog"], images="noise, raw target")
+    config = ClassifierConfig.for_encoder(BODY, 2, classes=["cat", "dog"], trained_on="noise, raw target")
     assert (config.embed_dim, config.depth, config.num_heads, config.mean) == (32, 2, 4, (0.4, 0.5))
     assert config.classes == ("cat", "dog")
     assert replace(config, img_size=[24, 20]).img_size == (24, 20)

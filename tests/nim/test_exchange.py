@@ -221,9 +221,9 @@ def test_an_autoencoder_is_read_off_its_weights(tmp_path, config, options, globa
 
 @pytest.mark.parametrize("pool", ["avg", "token"])
 def test_a_classifier_is_read_off_its_weights(tmp_path, pool, global_rng_untouched):
-    model = classifier(global_pool=pool, images="noise, input statistics")
+    model = classifier(global_pool=pool, trained_on="noise, input statistics")
     file = written(tmp_path, {"classifier": model.state_dict()})
-    loaded = load_foreign(file, num_heads=4, images="noise, input statistics")
+    loaded = load_foreign(file, num_heads=4, trained_on="noise, input statistics")
     assert isinstance(loaded, Classifier)
     assert loaded.config == model.config
     assert equal(loaded.state_dict(), model.state_dict())

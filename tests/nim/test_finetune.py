@@ -47,7 +47,7 @@ def test_defaults_are_the_published_recipe(denoiser, tmp_path):
     assert (config.layer_decay, config.drop_path, config.crop_scale) == (0.75, 0.1, (0.08, 1.0))
     assert (config.auto_augment, config.erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
     assert (config.mixup, config.cutmix, config.smoothing) == (0.8, 1.0, 0.1)
-    assert (config.images, config.sigma) == ("denoised", "uniform:0,30")
+    assert (config.trained_on, config.sigma) == ("denoised", "uniform:0,30")
 
 
 def test_parameter_groups_are_those_of_the_published_code():
@@ -71,7 +71,7 @@ def test_parameter_groups_are_those_of_the_published_code():
 
 def test_it_learns_the_digits(denoiser, tmp_path):
     settings = {**FAST, **PLAIN, "epochs": 12, "batch_size": 128, "base_lr": 6e-3, "layer_decay": 1.0}
-    model = finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, images="clean", **settings), QUIET)
+    model = finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, trained_on="clean", **settings), QUIET)
     # Chance is 10 %; a network that does not learn stays within a few percent of it.
     source = open_source("digits", "test")
     share = accuracy(model, source)
@@ -95,12 +95,12 @@ def test_it_learns_the_digits(denoiser, tmp_path):
         left = accuracy(model, source, 250)
     assert left == sum(hit for k, hit in enumerate(right) if k not in lost) / 597
     saved = Classifier.from_pretrained(tmp_path / "run" / "model")
-    assert saved.config.images == "clean"
+    assert saved.config.trained_on == "clean"
     assert saved.config.classes == tuple(str(digit) for digit in range(10))
 
 
 @pytest.mark.parametrize(
-    ("images", "degrade", "case"),
+    ("trained_on", "degrade", "case"),
     [
         ("clean", "noise", "clean"),
         ("noisy", "noise", "noisy"),
@@ -109,7 +109,7 @@ def test_it_learns_the_digits(denoiser, tmp_path):
         ("denoised", "both", "both, input statistics"),
     ],
 )
-def test_the_classifier_sees_the_images_that_it_records(denoiser, tmp_path, monkeypatch, images, degrade, case):
+def test_the_classifier_sees_the_images_that_it_records(denoiser, tmp_path, monkeypatch, trained_on, degrade, case):
     """Every batch is degraded as written by hand from the pixels before."""
     seen = []
     forward = Classifier.forward
@@ -131,13 +131,15 @@ def test_the_classifier_sees_the_images_that_it_records(denoiser, tmp_path, monk
     module = sys.modules[finetune.__module__]  # the package exports the function under the module's name
     monkeypatch.setattr(module, "reconstruct", spy(reconstruct))
     monkeypatch.setattr(module, "add_noise", spy(add_noise))
-    config = FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, images=images, degrade=degrade, **FAST, **PLAIN)
+    config = FinetuneConfig(
+        out=tmp_path / "run", denoiser=denoiser, trained_on=trained_on, degrade=degrade, **FAST, **PLAIN
+    )
     model = finetune(config, QUIET)
-    assert model.config.images == case
-    assert len(made) == (0 if images == "clean" else 4)
+    assert model.config.trained_on == case
+    assert len(made) == (0 if trained_on == "clean" else 4)
     for shown, wanted in zip(seen, made, strict=False):
         assert torch.equal(shown, wanted)
-    if images == "noisy":
+    if trained_on == "noisy":
         assert any((pixels < 0).any() for pixels in seen)  # not clipped
     else:
         assert all(pixels.min() >= 0 and pixels.max() <= 1 for pixels in seen)
@@ -172,7 +174,7 @@ def test_the_denoiser_stays_frozen(denoiser, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": "blurred"}, "denoised, noisy or clean"),
+        ({"trained_on": "blurred"}, "denoised, noisy or clean"),
         ({"degrade": "blur"}, "noise, mask, both"),
         ({"statistics": "none"}, '"input" or "noisy"'),
         ({"degrade": "mask", "statistics": "noisy"}, "needs noise"),
