@@ -29,7 +29,7 @@ from torch import Tensor
 
 from denim.benchmarks.exact_noise import CONTRACT, LARGEST, exact_noise
 from denim.kernels import Domain, derive_seeds, normal_noise
-from denim.nim.checkpoint import atomic_write
+from denim.nim.files import atomic_write
 
 ALPHA = 1e-5
 POSITIONS = 4096  # draws per seed

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
 from denim.nim import add_noise
-from denim.nim.checkpoint import atomic_write
 from denim.nim.data import ManifestSource, Source, Subset, TorchLoader, TrainView, open_manifest, open_source
 from denim.nim.data.shards import pack as pack_shards
 from denim.nim.data.sources import splits
+from denim.nim.files import atomic_write
 
 COMMANDS = {
     "index": "decode every image once and keep the result; trainers do the same at their first use",

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
 from denim.nim import Autoencoder, Classifier, FinetuneConfig, PretrainConfig, finetune, pretrain
-from denim.nim.checkpoint import atomic_write
 from denim.nim.data import EvalView, Subset, TorchLoader, open_source
+from denim.nim.files import atomic_write
 
 # Rotation, shift and zoom, no mirroring: a mirrored digit is another digit. On so few images augmentation matters
 # more than the schedule.

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from denim.nim.checkpoint import atomic_write
+from denim.nim.files import atomic_write
 
 BEGIN, END = "<!-- denim kernels: begin -->", "<!-- denim kernels: end -->"
 COLUMNS = (

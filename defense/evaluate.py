@@ -27,8 +27,9 @@ from denim.defense.attacks import Attack, radius_text
 from denim.defense.de3 import De3
 from denim.defense.scores import Interval, Scores, paired_difference, score
 from denim.kernels import Domain
-from denim.nim.checkpoint import atomic_write, with_todays_names
+from denim.nim.checkpoint import with_todays_names
 from denim.nim.data import Loader
+from denim.nim.files import atomic_write
 
 __all__ = ["Cell", "Evaluation", "EvaluationSettings", "Examples", "HealthWarning", "evaluate"]
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from denim.defense.evaluate import CLEAN, WORST, Cell, Evaluation, Examples
 from denim.defense.scores import Interval
-from denim.nim.checkpoint import atomic_write
+from denim.nim.files import atomic_write
 
 __all__ = ["Curve", "curves", "print_table", "tradeoff", "write_report"]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "Pretrained", "atomic_folder", "atomic_write", "read_safetensors", "with_todays_names"]
+from denim.nim.files import atomic_write
+
+__all__ = ["CheckpointError", "Pretrained", "read_safetensors", "with_todays_names"]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -39,43 +38,6 @@ OLD_NAMES = {
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, truncated, of another format or of another architecture."""
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    staged = Path(name)
-    try:
-        yield staged
-        staged.chmod(0o644)
-        _sync(staged)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which must not exist; on success it takes that name in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield staged
-        staged.chmod(0o755)
-        for file in staged.iterdir():
-            _sync(file)
-        staged.rename(path)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _sync(file: Path) -> None:
-    """Bring a file to disk before its name: after a power cut the name must not point at nothing."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
 
 
 class Pretrained(nn.Module):

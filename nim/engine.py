@@ -29,12 +29,11 @@ from denim.nim.checkpoint import (
     WEIGHTS_FILE,
     CheckpointError,
     Pretrained,
-    atomic_folder,
-    atomic_write,
     read_safetensors,
     with_todays_names,
 )
 from denim.nim.data import Batch, Loader, ManifestSource, Source, TrainView, open_source
+from denim.nim.files import atomic_folder, atomic_write
 
 __all__ = ["TrainConfig", "keyed_torch", "latest_checkpoint", "pick_device", "train", "training_source"]
 

@@ -34,8 +34,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from torch import Tensor
 
-from denim.nim.checkpoint import atomic_write
 from denim.nim.data.decode import EXTENSIONS, Place, Verdict, judge_all, open_place
+from denim.nim.files import atomic_write
 
 __all__ = ["Listing", "Manifest", "ManifestError", "cache_folder", "index", "list_images", "sample_id"]
 

@@ -34,9 +34,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import track
 
-from denim.nim.checkpoint import atomic_write
 from denim.nim.data.decode import EXTENSIONS
 from denim.nim.data.manifest import Listing, Manifest, index, sample_id
+from denim.nim.files import atomic_write
 
 __all__ = ["Packed", "ShardManifest", "list_members", "list_shards", "open_shards", "pack"]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from denim.nim.autoencoder import Autoencoder, AutoencoderConfig
-from denim.nim.checkpoint import CheckpointError, atomic_folder, atomic_write
+from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
 
 CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3), target="raw")
@@ -225,44 +225,7 @@ def test_push_uploads_what_is_saved(monkeypatch):
     assert same(uploaded["model"], build())
 
 
-# -------------------------------------------------------------------------------------------------- atomic writing
-
-
-class InterruptedSavingError(Exception):
-    pass
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
-    file = tmp_path / "folder" / "file"
-    with atomic_write(file) as staged:
-        staged.write_text("old")
-        assert not file.exists()
-    with pytest.raises(InterruptedSavingError), atomic_write(file) as staged:  # noqa: PT012  # the write comes first
-        staged.write_text("half")
-        raise InterruptedSavingError
-    assert file.read_text() == "old"
-    assert list(file.parent.iterdir()) == [file]
-    with atomic_write(file) as staged:
-        staged.write_text("new")
-    assert file.read_text() == "new"
-    assert list(file.parent.iterdir()) == [file]
-
-
-def test_a_failed_folder_leaves_nothing(tmp_path):
-    folder = tmp_path / "folder"
-    with pytest.raises(InterruptedSavingError), atomic_folder(folder) as staged:  # noqa: PT012
-        (staged / "file").write_text("half")
-        raise InterruptedSavingError
-    assert list(tmp_path.iterdir()) == []
-    with atomic_folder(folder) as staged:
-        (staged / "file").write_text("whole")
-        assert not folder.exists()
-    assert list(tmp_path.iterdir()) == [folder]
-    assert (folder / "file").read_text() == "whole"
-    with pytest.raises(OSError), atomic_folder(folder) as staged:  # noqa: PT011  # errno differs between systems
-        (staged / "file").write_text("other")
-    assert (folder / "file").read_text() == "whole"
-    assert list(tmp_path.iterdir()) == [folder]
+# ------------------------------------------------------------------------------------------------ interrupted saving
 
 
 def test_a_model_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
@@ -289,6 +252,7 @@ KILLED = """
 import contextlib, os, signal, sys
 from pathlib import Path
 import denim.nim.checkpoint as checkpoint
+import denim.nim.files as files
 from denim.nim.autoencoder import Autoencoder
 
 def kill(*_):
@@ -311,7 +275,7 @@ for moment in ("weights", "config", "folder"):
             checkpoint.save_file = half
         if moment == "config":
             Path.write_text = kill
-        new = checkpoint.atomic_folder(folder / "next") if moment == "folder" else contextlib.nullcontext(folder)
+        new = files.atomic_folder(folder / "next") if moment == "folder" else contextlib.nullcontext(folder)
         with new as target:
             model.save_pretrained(target)
             kill()

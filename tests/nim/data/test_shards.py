@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from denim.nim.checkpoint import atomic_write
 from denim.nim.data import EncodedSource, ImageFolder, TorchLoader, TrainView, open_manifest, open_source, shards
 from denim.nim.data.manifest import sample_id
 from denim.nim.data.shards import ShardManifest, pack
+from denim.nim.files import atomic_write
 
 
 def source(root, split="train", **options):
