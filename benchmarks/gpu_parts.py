@@ -627,7 +627,7 @@ def _pretraining(device: str, size: Sizes, batch: int) -> Iterator[Row]:
 def sweep(device: str, sizes: str) -> Iterator[Row]:
     """De^3 at many levels and draws: noise, denoise, decode, classify, all combinations in one batch."""
     from denim.nim.classifier import Classifier, ClassifierConfig
-    from denim.nim.reconstruct import reconstruct
+    from denim.nim.reconstruction import reconstruct
 
     size, draws = SIZES[sizes], 4
     denoiser = _autoencoder(device, size.large).eval()

@@ -8,7 +8,7 @@ import tyro
 
 from denim.nim import FinetuneConfig, finetune
 from denim.nim.data import open_source
-from denim.nim.finetune import accuracy
+from denim.nim.finetuning import accuracy
 
 
 def main(config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]) -> None:

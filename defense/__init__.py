@@ -2,7 +2,7 @@
 
 from denim.defense.attacks import Attack
 from denim.defense.de3 import De3
-from denim.defense.evaluate import Evaluation, EvaluationSettings, HealthWarning, evaluate
+from denim.defense.evaluation import Evaluation, EvaluationSettings, HealthWarning, evaluate
 from denim.defense.report import print_table, write_report
 from denim.defense.scores import Interval, Scores, paired_difference, score
 

@@ -16,8 +16,8 @@ from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
 from denim.nim import Autoencoder, Classifier, Mask, add_noise, reconstruct
 from denim.nim.classifier import PatchEmbed
-from denim.nim.finetune import training_images
-from denim.nim.reconstruct import check_degradation, same_patches
+from denim.nim.finetuning import training_images
+from denim.nim.reconstruction import check_degradation, same_patches
 
 __all__ = ["De3"]
 

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from denim.defense.evaluate import CLEAN, WORST, Cell, Evaluation, Examples
+from denim.defense.evaluation import CLEAN, WORST, Cell, Evaluation, Examples
 from denim.defense.scores import Interval
 from denim.nim.files import atomic_write
 

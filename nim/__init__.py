@@ -3,10 +3,10 @@
 from denim.nim.autoencoder import PRESETS, Autoencoder, AutoencoderConfig, Mask, preset
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
-from denim.nim.finetune import FinetuneConfig, finetune
+from denim.nim.finetuning import FinetuneConfig, finetune
 from denim.nim.objectives import Objective
-from denim.nim.pretrain import PretrainConfig, pretrain
-from denim.nim.reconstruct import add_noise, reconstruct
+from denim.nim.pretraining import PretrainConfig, pretrain
+from denim.nim.reconstruction import add_noise, reconstruct
 from denim.nim.sigma import Sigma
 
 __all__ = [

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from denim.defense import report
-from denim.defense.evaluate import Cell, Evaluation, EvaluationSettings, Examples
+from denim.defense.evaluation import Cell, Evaluation, EvaluationSettings, Examples
 from denim.defense.report import curves, print_table, tradeoff, write_report
 from denim.defense.scores import paired_difference, score
 

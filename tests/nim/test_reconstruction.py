@@ -9,7 +9,7 @@ from torch import Tensor
 from denim.kernels import normal_noise
 from denim.nim.autoencoder import Autoencoder, AutoencoderConfig, Mask
 from denim.nim.classifier import Classifier, ClassifierConfig
-from denim.nim.reconstruct import add_noise, reconstruct
+from denim.nim.reconstruction import add_noise, reconstruct
 
 CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3))
 GRID, BATCH = (2, 3), 3

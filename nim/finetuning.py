@@ -20,7 +20,7 @@ from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
 from denim.nim.data import Batch, EvalView, Source, keyed_globals, open_loader
 from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train, training_source
-from denim.nim.reconstruct import add_noise, check_degradation, reconstruct
+from denim.nim.reconstruction import add_noise, check_degradation, reconstruct
 from denim.nim.sigma import Sigma
 
 __all__ = ["FinetuneConfig", "finetune", "training_images"]

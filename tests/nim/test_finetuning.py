@@ -1,7 +1,6 @@
 """Fine-tuning: the recipe's parameter groups, the training images, and that it learns."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from denim.nim import (
     reconstruct,
 )
 from denim.nim.data import EvalView, TorchLoader, open_source
-from denim.nim.finetune import accuracy
+from denim.nim.finetuning import accuracy
 
 QUIET = Console(quiet=True)
 PLAIN = {"drop_path": 0.0, "auto_augment": None, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
@@ -128,9 +127,8 @@ def test_the_classifier_sees_the_images_that_it_records(denoiser, tmp_path, monk
         return call
 
     monkeypatch.setattr(Classifier, "forward", record)
-    module = sys.modules[finetune.__module__]  # the package exports the function under the module's name
-    monkeypatch.setattr(module, "reconstruct", spy(reconstruct))
-    monkeypatch.setattr(module, "add_noise", spy(add_noise))
+    monkeypatch.setattr("denim.nim.finetuning.reconstruct", spy(reconstruct))
+    monkeypatch.setattr("denim.nim.finetuning.add_noise", spy(add_noise))
     config = FinetuneConfig(
         out=tmp_path / "run", denoiser=denoiser, trained_on=trained_on, degrade=degrade, **FAST, **PLAIN
     )
