@@ -15,8 +15,8 @@ from rich.table import Table
 
 from denim.benchmarks import kernels as bench
 from denim.benchmarks import loaders as loading
-from denim.nim.engine import pick_device
 from denim.nim.files import atomic_write
+from denim.nim.settings import pick_device
 
 COMMANDS = {
     "kernels": "time the fused operations against PyTorch, torch.compile and an obvious kernel",

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from denim.kernels import Domain, draw_seeds
 from denim.nim import Autoencoder, add_noise, reconstruct
 from denim.nim.data import EvalView, sample_rng
-from denim.nim.engine import pick_device
 from denim.nim.files import atomic_write
+from denim.nim.settings import pick_device
 
 DEMO_DENOISER = Path("runs/demo/pretraining/model")
 

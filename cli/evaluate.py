@@ -10,7 +10,7 @@ from rich.console import Console
 from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
 from denim.nim import Autoencoder, Classifier
 from denim.nim.data import EvalView, Subset, open_loader, open_source
-from denim.nim.engine import pick_device
+from denim.nim.settings import pick_device
 
 
 def main(

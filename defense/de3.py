@@ -16,8 +16,7 @@ from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
 from denim.nim import Autoencoder, Classifier, Mask, add_noise, reconstruct
 from denim.nim.classifier import PatchEmbed
-from denim.nim.finetuning import training_images
-from denim.nim.reconstruction import check_degradation, same_patches
+from denim.nim.reconstruction import case_of, check_degradation, same_patches
 
 __all__ = ["De3"]
 
@@ -123,7 +122,7 @@ class De3(nn.Module):
     @property
     def case(self) -> str:
         """What the classifier sees, as a word: "noise, raw target", "noise, input statistics", "noisy", ..."""
-        return training_images(self.denoiser, self.degrade, self.statistics)
+        return case_of(self.denoiser, self.degrade, self.statistics)
 
     @property
     def is_frozen(self) -> bool:

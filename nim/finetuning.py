@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -19,79 +16,13 @@ from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
 from denim.nim.data import Batch, EvalView, Source, keyed_globals, open_loader
-from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train, training_source
-from denim.nim.reconstruction import add_noise, check_degradation, reconstruct
+from denim.nim.engine import keyed_torch, train, training_loader
+from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
+from denim.nim.run import training_source
+from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
 
-__all__ = ["FinetuneConfig", "finetune", "training_images"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
-    """Settings of fine-tuning; the defaults are the published recipe for ViT-B (You et al. 2023; He et al. 2022).
-
-    Attributes:
-        denoiser: folder of the pretrained autoencoder: its encoder starts the classifier, and it rebuilds the
-            training images where `trained_on` is "denoised". It stays frozen.
-        trained_on: the images: "denoised", "noisy" (not denoised) or "clean".
-        sigma: noise levels of the training images: `70`, `gamma:25,3`, `uniform:0,30`.
-        degrade: "noise", "mask" or "both": how images are degraded before the denoiser.
-        mask_ratio: share of hidden patches, for "mask" and "both".
-        statistics: "input" or "noisy": see `reconstruct`; without effect for a raw target.
-        layer_decay: learning rate of a layer relative to the one above it.
-        drop_path: rate of stochastic depth.
-        auto_augment: RandAugment: timm's policy (loader torch), DALI's own such as "dali-rand-m9-n2" (loader dali;
-            `TrainView` says what differs), or None.
-        erasing: probability of random erasing.
-        mixup, cutmix: their alpha; 0 for none.
-        smoothing: label smoothing.
-    """
-
-    denoiser: Path
-    trained_on: str = "denoised"
-    sigma: str = "uniform:0,30"
-    degrade: str = "noise"
-    mask_ratio: float = 0.75
-    statistics: str = "input"
-    epochs: int = 100
-    warmup_epochs: float = 5
-    batch_size: int = 1024
-    base_lr: float = 1e-3
-    min_lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
-    crop_scale: tuple[float, float] | None = (0.08, 1.0)
-    layer_decay: float = 0.75
-    drop_path: float = 0.1
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    erasing: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.trained_on not in ("denoised", "noisy", "clean"):
-            raise ValueError(f"trained_on must be denoised, noisy or clean, got {self.trained_on!r}")
-        check_degradation(None, self.degrade, self.statistics)
-        Sigma.parse(self.sigma)
-        for name in ("drop_path", "erasing", "smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if (self.mixup or self.cutmix) and self.part_size % 2:
-            raise ValueError(f"mixup and cutmix pair images: {self.part_size} images per pass is an odd number")
-
-    def training_case(self, autoencoder: Autoencoder) -> str:
-        """What the classifier records about its training images (see `training_images`)."""
-        if self.trained_on != "denoised":
-            return self.trained_on
-        return training_images(autoencoder, self.degrade, self.statistics)
-
-
-def training_images(autoencoder: Autoencoder | None, degrade: str, statistics: str) -> str:
-    """The case of denoised images as a word, such as "noise, raw target" or "noise, input statistics"."""
-    if autoencoder is None:
-        return "noisy"
-    return f"{degrade}, {f'{statistics} statistics' if autoencoder.config.target == 'norm' else 'raw target'}"
+__all__ = ["accuracy", "finetune"]
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifier:
@@ -112,24 +43,17 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     check_degradation(autoencoder, config.degrade, config.statistics)
     body = autoencoder.config
     source = training_source(config, body.channels, labelled=True)
+    trained_on = config.trained_on
+    if trained_on == "denoised":
+        trained_on = case_of(autoencoder, config.degrade, config.statistics)
     architecture = ClassifierConfig.for_encoder(
         body,
         len(source.classes),
         drop_path=config.drop_path,
         classes=tuple(source.classes),
-        trained_on=config.training_case(autoencoder),
+        trained_on=trained_on,
     )
-    view = config.view(body.img_size[0], config.auto_augment)
-    loader = open_loader(
-        source,
-        view,
-        config.part_size,
-        seed=config.seed,
-        workers=config.workers,
-        backend=config.loader,
-        device=device,
-        max_bad=config.max_bad,
-    )
+    loader = training_loader(config, source, body.img_size[0], device, config.auto_augment)
     with keyed_torch(config.seed, torch.device("cpu")):
         model = Classifier(architecture)
     try:

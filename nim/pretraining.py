@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from rich.console import Console
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
-from denim.nim.autoencoder import PRESETS, Autoencoder, preset
-from denim.nim.data import Batch, open_loader
-from denim.nim.engine import TrainConfig, keyed_torch, pick_device, train, training_source
+from denim.nim.autoencoder import Autoencoder, preset
+from denim.nim.data import Batch
+from denim.nim.engine import keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
+from denim.nim.run import training_source
+from denim.nim.settings import PretrainConfig, pick_device
 
-__all__ = ["PretrainConfig", "pretrain"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainConfig):
-    """Settings of pretraining; the defaults are the published recipe (You et al. 2023, appendix; He et al. 2022).
-
-    Attributes:
-        preset: micro, tiny, small, base, large or huge.
-        objective: nim, mae or dmae.
-        target: "norm" (each patch normalised by its own mean and variance) or "raw".
-        sigma: noise levels: `70`, `gamma:25,3`, `uniform:0,30`; by default the published ones of the objective.
-        mask_ratio: share of hidden patches, for mae and dmae.
-        img_size: side in pixels; by default the preset's.
-        patch_size: side of a patch; by default the preset's.
-        channels: 1 or 3; by default those of the data.
-    """
-
-    preset: str = "base"
-    objective: str = "nim"
-    target: str = "norm"
-    sigma: str | None = None
-    mask_ratio: float = 0.75
-    img_size: int | None = None
-    patch_size: int | None = None
-    channels: int | None = None
-    epochs: int = 800
-    warmup_epochs: float = 40
-    batch_size: int = 4096
-    base_lr: float = 1.5e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    crop_scale: tuple[float, float] | None = (0.2, 1.0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target not in ("norm", "raw"):
-            raise ValueError(f"target must be norm or raw, got {self.target!r}")
-        if self.preset not in PRESETS:
-            raise ValueError(f"unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
-        Objective.published(self.objective, self.sigma, self.mask_ratio)
+__all__ = ["pretrain"]
 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoencoder:
@@ -79,17 +40,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         target=config.target,
         objective=config.objective,
     )
-    view = config.view(architecture.img_size[0])
-    loader = open_loader(
-        source,
-        view,
-        config.part_size,
-        seed=config.seed,
-        workers=config.workers,
-        backend=config.loader,
-        device=device,
-        max_bad=config.max_bad,
-    )
+    loader = training_loader(config, source, architecture.img_size[0], device)
     with keyed_torch(config.seed, torch.device("cpu")):
         model = Autoencoder(architecture)
     model.to(device)

@@ -52,6 +52,13 @@ def check_degradation(autoencoder: Autoencoder | None, degrade: str, statistics:
         raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
 
 
+def case_of(autoencoder: Autoencoder | None, degrade: str, statistics: str) -> str:
+    """The case of denoised images as a word, such as "noise, raw target" or "noise, input statistics"."""
+    if autoencoder is None:
+        return "noisy"
+    return f"{degrade}, {f'{statistics} statistics' if autoencoder.config.target == 'norm' else 'raw target'}"
+
+
 def same_patches(autoencoder: Autoencoder, classifier: Classifier) -> bool:
     """Whether images of the autoencoder, cut into its patches, are the classifier's."""
     sizes = [(c.img_size, c.patch_size, len(c.mean)) for c in (autoencoder.config, classifier.config)]

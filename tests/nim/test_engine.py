@@ -17,7 +17,9 @@ from torch import nn
 
 from denim.nim.checkpoint import CheckpointError, Pretrained
 from denim.nim.data import Batch
-from denim.nim.engine import TrainConfig, latest_checkpoint, pick_device, train
+from denim.nim.engine import train
+from denim.nim.run import latest_checkpoint
+from denim.nim.settings import TrainConfig
 
 QUIET = Console(quiet=True)
 
@@ -268,32 +270,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_an_epoch_must_hold_one_update(tmp_path):
     with pytest.raises(ValueError, match="smaller batch_size"):
         run(configure(tmp_path / "run", batch_size=12, accumulate=6))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"batch_size": 3, "accumulate": 2}, "multiple of accumulate"),
-        ({"warmup_epochs": 5}, "warmup_epochs"),
-        ({"base_lr": math.nan}, "base_lr"),
-        ({"precision": "fp8"}, "auto, bf16 or fp32"),
-        ({"checkpoint_every": 0}, "checkpoint_every"),
-    ],
-)
-def test_bad_settings_are_refused(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        configure(tmp_path / "run", **changes)
-    assert not (tmp_path / "run").exists()
-
-
-def test_devices_are_checked():
-    assert pick_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="unknown device"):
-        pick_device("abacus")
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="denim doctor"):
-            pick_device("cuda")
 
 
 def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from denim.nim import Autoencoder, Objective, PretrainConfig, pretrain
-from denim.nim.engine import latest_checkpoint
+from denim.nim.run import latest_checkpoint
 
 QUIET = Console(quiet=True)
 FAST = {

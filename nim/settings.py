@@ -1,0 +1,218 @@
+"""Settings of pretraining and fine-tuning.
+
+Torch and the models are imported by the checks of the values alone: a command line reads its options off these classes
+before it imports them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FinetuneConfig", "PretrainConfig", "TrainConfig", "pick_device"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings that pretraining and fine-tuning share.
+
+    Attributes:
+        out: folder of the run.
+        data: "digits", "cifar10", "cifar100" or a folder of images.
+        epochs: passes over the training images.
+        warmup_epochs: of these, epochs of linear warm-up; then a cosine to min_lr, set at every update.
+        batch_size: images per update; learning rates scale linearly with it.
+        accumulate: parts into which a batch is cut, whose gradients are summed.
+        base_lr: learning rate for a batch of 256.
+        min_lr: learning rate at the end.
+        weight_decay: of AdamW; none on biases and 1-d parameters.
+        betas: of AdamW.
+        crop_scale: area of random crops as a share of the image; None for no crops.
+        flip: mirror half of the images.
+        degrees: random rotation up to this many degrees.
+        translate: random shift up to this share of the side.
+        zoom: random change of size up to this share.
+        loader: "dali", "torch", or "auto" for the first of these that can serve.
+        workers: processes (torch) or threads (DALI) that decode images.
+        max_bad: largest share of images that may turn out unreadable; others stand in for them, above it the run stops.
+        seed: of the run.
+        device: "auto", or a torch device.
+        precision: "auto" (bf16 where the device has it), "bf16" or "fp32".
+        resume: continue the run in `out`.
+        checkpoint_every: updates between checkpoints; None for once per epoch.
+        log_every: updates between lines of metrics.
+    """
+
+    out: Path
+    data: str = "digits"
+    epochs: int
+    warmup_epochs: float
+    batch_size: int
+    accumulate: int = 1
+    base_lr: float
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float]
+    crop_scale: tuple[float, float] | None
+    flip: bool = True
+    degrees: float = 0.0
+    translate: float = 0.0
+    zoom: float = 0.0
+    loader: str = "auto"
+    workers: int = 0
+    max_bad: float = 0.01
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    resume: bool = False
+    checkpoint_every: int | None = None
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs must lie between 0 and epochs ({self.epochs}), got {self.warmup_epochs}")
+        if not (math.isfinite(self.base_lr) and self.base_lr > 0):
+            raise ValueError(f"base_lr must be positive, got {self.base_lr}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise ValueError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
+
+    @property
+    def lr(self) -> float:
+        """Learning rate for this batch: base_lr * batch_size / 256 (Goyal et al. 2017)."""
+        return self.base_lr * self.batch_size / 256
+
+    @property
+    def part_size(self) -> int:
+        """Images per forward pass."""
+        return self.batch_size // self.accumulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Settings of pretraining; the defaults are the published recipe (You et al. 2023, appendix; He et al. 2022).
+
+    Attributes:
+        preset: micro, tiny, small, base, large or huge.
+        objective: nim, mae or dmae.
+        target: "norm" (each patch normalised by its own mean and variance) or "raw".
+        sigma: noise levels: `70`, `gamma:25,3`, `uniform:0,30`; by default the published ones of the objective.
+        mask_ratio: share of hidden patches, for mae and dmae.
+        img_size: side in pixels; by default the preset's.
+        patch_size: side of a patch; by default the preset's.
+        channels: 1 or 3; by default those of the data.
+    """
+
+    preset: str = "base"
+    objective: str = "nim"
+    target: str = "norm"
+    sigma: str | None = None
+    mask_ratio: float = 0.75
+    img_size: int | None = None
+    patch_size: int | None = None
+    channels: int | None = None
+    epochs: int = 800
+    warmup_epochs: float = 40
+    batch_size: int = 4096
+    base_lr: float = 1.5e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    crop_scale: tuple[float, float] | None = (0.2, 1.0)
+
+    def __post_init__(self) -> None:
+        from denim.nim.autoencoder import PRESETS
+        from denim.nim.objectives import Objective
+
+        super().__post_init__()
+        if self.target not in ("norm", "raw"):
+            raise ValueError(f"target must be norm or raw, got {self.target!r}")
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
+        Objective.published(self.objective, self.sigma, self.mask_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Settings of fine-tuning; the defaults are the published recipe for ViT-B (You et al. 2023; He et al. 2022).
+
+    Attributes:
+        denoiser: folder of the pretrained autoencoder: its encoder starts the classifier, and it rebuilds the
+            training images where `trained_on` is "denoised". It stays frozen.
+        trained_on: the images: "denoised", "noisy" (not denoised) or "clean".
+        sigma: noise levels of the training images: `70`, `gamma:25,3`, `uniform:0,30`.
+        degrade: "noise", "mask" or "both": how images are degraded before the denoiser.
+        mask_ratio: share of hidden patches, for "mask" and "both".
+        statistics: "input" or "noisy": see `reconstruct`; without effect for a raw target.
+        layer_decay: learning rate of a layer relative to the one above it.
+        drop_path: rate of stochastic depth.
+        auto_augment: RandAugment: timm's policy (loader torch), DALI's own such as "dali-rand-m9-n2" (loader dali;
+            `TrainView` says what differs), or None.
+        erasing: probability of random erasing.
+        mixup, cutmix: their alpha; 0 for none.
+        smoothing: label smoothing.
+    """
+
+    denoiser: Path
+    trained_on: str = "denoised"
+    sigma: str = "uniform:0,30"
+    degrade: str = "noise"
+    mask_ratio: float = 0.75
+    statistics: str = "input"
+    epochs: int = 100
+    warmup_epochs: float = 5
+    batch_size: int = 1024
+    base_lr: float = 1e-3
+    min_lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    crop_scale: tuple[float, float] | None = (0.08, 1.0)
+    layer_decay: float = 0.75
+    drop_path: float = 0.1
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        from denim.nim.reconstruction import check_degradation
+        from denim.nim.sigma import Sigma
+
+        super().__post_init__()
+        if self.trained_on not in ("denoised", "noisy", "clean"):
+            raise ValueError(f"trained_on must be denoised, noisy or clean, got {self.trained_on!r}")
+        check_degradation(None, self.degrade, self.statistics)
+        Sigma.parse(self.sigma)
+        for name in ("drop_path", "erasing", "smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if (self.mixup or self.cutmix) and self.part_size % 2:
+            raise ValueError(f"mixup and cutmix pair images: {self.part_size} images per pass is an odd number")
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for "auto" (CUDA where there is one) or a name.
+
+    Raises:
+        ValueError: CUDA was asked for and there is none, or the name is no device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for and torch sees no CUDA device; see `denim doctor`")
+    return device
