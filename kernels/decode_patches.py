@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from denim.kernels.patch_loss import VARIANCE_EPS
 from denim.kernels.patches import (
+    VARIANCE_EPS,
     channel_vector,
     check_images,
     compute_dtype,

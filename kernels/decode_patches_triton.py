@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from denim.kernels.memory_triton import load_planes, load_run, on_device, store_planes, store_run
-from denim.kernels.patch_loss import VARIANCE_EPS
+from denim.kernels.patches import VARIANCE_EPS
 
 __all__ = ["DTYPES", "decode_backward_kernel", "decode_kernel", "launch", "launch_backward", "serves", "tile"]
 

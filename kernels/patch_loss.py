@@ -8,12 +8,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from denim.kernels.patches import check_images, compute_dtype, normalized_patches, patch_moments, sample_chunks
+from denim.kernels.patches import (
+    VARIANCE_EPS,
+    check_images,
+    compute_dtype,
+    normalized_patches,
+    patch_moments,
+    sample_chunks,
+)
 
-__all__ = ["VARIANCE_EPS", "patch_loss", "patch_target"]
-
-# Inside the root, as in the published code of MAE and NIM.
-VARIANCE_EPS = 1e-6
+__all__ = ["patch_loss", "patch_target"]
 
 
 def patch_target(

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from denim.kernels.memory_triton import chunks, on_device, per_channel
-from denim.kernels.patch_loss import VARIANCE_EPS
+from denim.kernels.patches import VARIANCE_EPS
 
 __all__ = [
     "DTYPES",

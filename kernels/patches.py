@@ -16,6 +16,8 @@ __all__ = ["check_images", "check_pixels", "normalized_patches", "patchify", "un
 # Elements that a CPU works on at a time: few enough for their intermediate results to stay in a core's cache, enough
 # for PyTorch's cost per operation not to count.
 CHUNK = 2**17
+# Added to the variance of a patch inside the root, as in the published code of MAE and NIM.
+VARIANCE_EPS = 1e-6
 
 
 def check_images(images: Tensor, *, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> tuple[int, int]:

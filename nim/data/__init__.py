@@ -1,14 +1,7 @@
 """Data as the trainers see it: manifests, sources of images, keyed views of them, and loaders that own the order."""
 
-from denim.nim.data.loader import (
-    BadSamplesError,
-    Batch,
-    Loader,
-    PlannedLoader,
-    TorchLoader,
-    loader_backends,
-    open_loader,
-)
+from denim.nim.data.backends import loader_backends, open_loader
+from denim.nim.data.loader import BadSamplesError, Batch, Loader, PlannedLoader, TorchLoader
 from denim.nim.data.manifest import Listing, Manifest, ManifestError
 from denim.nim.data.order import Order
 from denim.nim.data.sources import (

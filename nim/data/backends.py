@@ -1,0 +1,78 @@
+"""Which loader serves a source and a view: DALI or torch."""
+
+from __future__ import annotations
+
+import torch
+
+from denim.nim.data.dali_loader import DaliLoader
+from denim.nim.data.dali_loader import reasons as dali_reasons
+from denim.nim.data.loader import PlannedLoader, TorchLoader
+from denim.nim.data.sources import Source
+from denim.nim.data.views import TrainView, View, dali_policy
+
+__all__ = ["loader_backends", "open_loader"]
+
+
+def loader_backends(source: Source, view: View, device: torch.device | str = "cpu") -> dict[str, list[str]]:
+    """Loaders by name, best first, each with the reasons why it cannot serve; none means that it can.
+
+    Args:
+        source: images.
+        view: what is to be made of them.
+        device: where batches are wanted.
+    """
+    return {"dali": dali_reasons(source, view, torch.device(device)), "torch": _torch_reasons(view)}
+
+
+def _torch_reasons(view: View) -> list[str]:
+    if isinstance(view, TrainView) and dali_policy(view.auto_augment) is not None:
+        return [f"auto_augment={view.auto_augment!r} is DALI's policy (loader 'dali'); timm's begin with 'rand'"]
+    return []
+
+
+def open_loader(
+    source: Source,
+    view: View,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    last: str = "drop",
+    workers: int = 0,
+    backend: str = "auto",
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    max_bad: float = 0.01,
+) -> PlannedLoader:
+    """A loader on the backend that was asked for, or on the first that can serve.
+
+    Args:
+        source, view, batch_size, seed, shuffle, last, rank, world, max_bad: see `PlannedLoader`.
+        workers: processes (torch) or threads (DALI) that decode.
+        backend: "auto", "dali" or "torch". Order, windows and flips are the same on both; pixels differ by rounding.
+        device: where DALI leaves its batches. Those of torch lie on the CPU.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot serve, with the reasons; and what the loader itself raises.
+    """
+    reasons = {"torch": _torch_reasons(view)} if backend == "torch" else loader_backends(source, view, device)
+    if backend == "auto":
+        able = [name for name, why in reasons.items() if not why]
+        if not able:
+            against = "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
+            raise ValueError(f"no loader can make this view of {source.name}: {against}")
+        backend = able[0]
+    if backend not in reasons:
+        raise ValueError(f"loader must be auto, {' or '.join(reasons)}, got {backend!r}")
+    if reasons[backend]:
+        raise ValueError(f"the loader {backend!r} cannot serve {source.name}: {'; '.join(reasons[backend])}")
+    if backend == "torch":
+        return TorchLoader(
+            source, view, batch_size,
+            seed=seed, shuffle=shuffle, last=last, workers=workers, rank=rank, world=world, max_bad=max_bad,
+        )  # fmt: skip
+    return DaliLoader(
+        source, view, batch_size,
+        seed=seed, shuffle=shuffle, last=last, workers=workers, rank=rank, world=world, device=device, max_bad=max_bad,
+    )  # fmt: skip
