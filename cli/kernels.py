@@ -132,9 +132,11 @@ def main(
         workers: processes; by default as many as there are processors.
     """
     try:
+        from denim.benchmarks.machine_code import budgets as budget_file
         from denim.benchmarks.machine_code import inductor as compiled_rivals
         from denim.benchmarks.machine_code import report
         from denim.benchmarks.machine_code.builds import TARGETS, unavailable
+        from denim.benchmarks.machine_code.invariants import broken_promises
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -185,21 +187,18 @@ def main(
         _insert(page, _page(built, table, reason, versions))
 
     failures = [
-        text
-        for case in cases
-        for target in chosen
-        for text in report.broken_promises(case, target, built[case.name][target])
+        text for case in cases for target in chosen for text in broken_promises(case, target, built[case.name][target])
     ]
     if update_budgets:
         if failures:
             raise ValueError("budgets not updated, since machine code is not what it must be:\n" + "\n".join(failures))
-        with atomic_write(report.BUDGETS) as part:
-            part.write_text(report.budgets_text(built))
-        console.print(f"budgets written to {report.BUDGETS}; look at the difference before you commit it")
+        with atomic_write(budget_file.BUDGETS) as part:
+            part.write_text(budget_file.budgets_text(built))
+        console.print(f"budgets written to {budget_file.BUDGETS}; look at the difference before you commit it")
         return
-    version, budgets = report.read_budgets()
+    version, budgets = budget_file.read_budgets()
     if version == triton.__version__:
-        worse, better = report.compare(budgets, built, complete)
+        worse, better = budget_file.compare(budgets, built, complete)
         failures += worse
         for text in better:
             console.print(f"better: {text}", soft_wrap=True, highlight=False)

@@ -4,9 +4,10 @@ from collections import Counter
 
 import pytest
 
-machine = pytest.importorskip(
-    "denim.benchmarks.machine_code.builds", reason="Triton is a dependency on Linux x86-64 alone"
-)
+WHERE = "Triton is a dependency on Linux x86-64 alone"
+machine = pytest.importorskip("denim.benchmarks.machine_code.builds", reason=WHERE)
+disassembly = pytest.importorskip("denim.benchmarks.machine_code.disassembly", reason=WHERE)
+roofline = pytest.importorskip("denim.benchmarks.machine_code.roofline", reason=WHERE)
 
 
 def test_code_is_counted_by_the_loops_around_it():
@@ -27,7 +28,7 @@ def test_code_is_counted_by_the_loops_around_it():
         ("", "BRA", ".L_x_3"),  # the jump to itself behind the end
         ("", "NOP", None),
     ]
-    depths, slow = machine._by_depth(lines)
+    depths, slow = disassembly._by_depth(lines)
     assert depths == [
         Counter({"S2R": 1, "EXIT": 1, "BRA": 1}),
         Counter({"IADD3": 1, "MOV": 1, "BRA": 1}),
@@ -38,7 +39,7 @@ def test_code_is_counted_by_the_loops_around_it():
 
 def test_a_loop_with_two_ways_back_is_one_loop():
     lines = [(".L_x_0", "", None), ("", "FADD", None), ("", "BRA", ".L_x_0"), ("", "FMUL", None), ("", "BRA", ".L_x_0")]
-    depths, _ = machine._by_depth(lines)
+    depths, _ = disassembly._by_depth(lines)
     assert depths == [Counter(), Counter({"FADD": 1, "FMUL": 1, "BRA": 2})]
 
 
@@ -56,7 +57,7 @@ def test_skipped_code_with_local_memory_is_a_slow_path_and_other_local_memory_is
         (".L_x_2", "", None),
         ("", "EXIT", None),
     ]
-    depths, slow = machine._by_depth(lines)
+    depths, slow = disassembly._by_depth(lines)
     assert slow == Counter({"STL": 1, "IMAD": 1, "LDL": 1})
     assert depths == [Counter({"STL": 1, "BRA": 2, "FADD": 1, "FMUL": 1, "EXIT": 1})]
 
@@ -83,8 +84,8 @@ def test_skipped_code_with_local_memory_is_a_slow_path_and_other_local_memory_is
     }.items(),
 )
 def test_classes(kind, opcodes):
-    assert kind in machine.CLASSES
-    assert {opcode: machine.opcode_class(opcode) for opcode in opcodes} == dict.fromkeys(opcodes, kind)
+    assert kind in disassembly.CLASSES
+    assert {opcode: disassembly.opcode_class(opcode) for opcode in opcodes} == dict.fromkeys(opcodes, kind)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_classes(kind, opcodes):
     }.items(),
 )
 def test_widths_of_global_accesses(opcode, access):
-    assert machine.access_bytes(opcode) == access
+    assert disassembly.access_bytes(opcode) == access
 
 
 # From NVIDIA's occupancy calculator and, for AMD, registers of a lane over registers of a wave.
@@ -133,7 +134,7 @@ def test_widths_of_global_accesses(opcode, access):
     ],
 )
 def test_occupancy(target, registers, warps, shared, share):
-    assert machine.occupancy(machine.TARGETS[target], registers, warps, shared) == share
+    assert roofline.occupancy(machine.TARGETS[target], registers, warps, shared) == share
 
 
 def test_what_this_triton_cannot_build_is_said(monkeypatch, tmp_path):

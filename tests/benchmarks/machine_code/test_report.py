@@ -17,6 +17,10 @@ triton = pytest.importorskip("triton", reason=WHERE)
 build_report = pytest.importorskip("denim.benchmarks.machine_code.report", reason=WHERE)
 compiled_rivals = pytest.importorskip("denim.benchmarks.machine_code.inductor", reason=WHERE)
 machine = pytest.importorskip("denim.benchmarks.machine_code.builds", reason=WHERE)
+budgets_file = pytest.importorskip("denim.benchmarks.machine_code.budgets", reason=WHERE)
+disassembly = pytest.importorskip("denim.benchmarks.machine_code.disassembly", reason=WHERE)
+invariants = pytest.importorskip("denim.benchmarks.machine_code.invariants", reason=WHERE)
+limits_of = pytest.importorskip("denim.benchmarks.machine_code.roofline", reason=WHERE)
 
 CASES, TARGETS = build_report.CASES, machine.TARGETS
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -44,7 +48,7 @@ def _accesses(opcodes: dict) -> list[dict]:
     """What a piece of code loads and stores, {bytes: how often}."""
     found: dict = {"load": {}, "store": {}}
     for opcode, n in opcodes.items():
-        if access := machine.access_bytes(opcode):
+        if access := disassembly.access_bytes(opcode):
             kind, width = access
             found[kind][width] = found[kind].get(width, 0) + n
     return [found["load"], found["store"]]
@@ -95,9 +99,7 @@ def test_a_call_launches_its_kernels_and_does_nothing_else(case, monkeypatch):
 
 @pytest.mark.parametrize("target", AVAILABLE)
 def test_machine_code_holds_what_it_must_and_nothing_that_it_must_not(built, target):
-    assert [
-        text for case in CASES for text in build_report.broken_promises(case, target, built[case.name][target])
-    ] == []
+    assert [text for case in CASES for text in invariants.broken_promises(case, target, built[case.name][target])] == []
 
 
 def test_every_broken_promise_is_noticed(built):
@@ -105,13 +107,13 @@ def test_every_broken_promise_is_noticed(built):
     entry = built[case.name]["sm_90"]
     for opcode in ("MUFU.LG2", "MUFU.SIN", "MUFU.COS", "F2FP.BF16", "IMAD.WIDE.U32"):
         without = {name: n for name, n in entry["opcodes"].items() if not name.startswith(opcode)}
-        (text,) = build_report.broken_promises(case, "sm_90", entry | {"opcodes": without})
+        (text,) = invariants.broken_promises(case, "sm_90", entry | {"opcodes": without})
         assert opcode in text
     opcodes = entry["opcodes"]
     wrong = ("REDG.E.ADD.F32", "DADD", "F2F.F64.F32", "I2F.F64.U32", "v_fma_f64", "global_atomic_add_f32")
     for change in ({"spills": 8}, {"local": 2}, *({"opcodes": opcodes | {opcode: 1}} for opcode in wrong)):
-        assert len(build_report.broken_promises(case, "sm_90", entry | change)) == 1
-    assert len(build_report.broken_promises(case, "sm_90", entry | {"followers": ["s_nop", "v_mul_f32"]})) == 1
+        assert len(invariants.broken_promises(case, "sm_90", entry | change)) == 1
+    assert len(invariants.broken_promises(case, "sm_90", entry | {"followers": ["s_nop", "v_mul_f32"]})) == 1
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -353,14 +355,14 @@ def test_every_kernel_keeps_to_its_budget(built):
     # Where it is enforced, an upgrade or a Triton without a backend must not switch it off.
     enforced = bool(os.environ.get("CI"))
     assert list(TARGETS) == AVAILABLE or not enforced, [machine.unavailable(target) for target in TARGETS]
-    version, budgets = build_report.read_budgets()
+    version, budgets = budgets_file.read_budgets()
     if version != triton.__version__:
         message = (
             f"budgets were made with Triton {version}, this is {triton.__version__}, whose compiler counts otherwise: "
             "run `denim kernels --update-budgets` and look at the difference"
         )
         (pytest.fail if enforced else pytest.skip)(message)
-    failures, _better = build_report.compare(budgets, built, complete=list(TARGETS) == AVAILABLE)
+    failures, _better = budgets_file.compare(budgets, built, complete=list(TARGETS) == AVAILABLE)
     assert failures == []
 
 
@@ -390,7 +392,7 @@ BEFORE = {
     ],
 )
 def test_what_became_worse_fails_with_before_and_after(change, texts):
-    failures, better = build_report.compare({"k": {"sm_90": BEFORE}}, {"k": {"sm_90": BEFORE | change}}, complete=True)
+    failures, better = budgets_file.compare({"k": {"sm_90": BEFORE}}, {"k": {"sm_90": BEFORE | change}}, complete=True)
     assert len(failures) == len(texts)
     for failure, text in zip(failures, texts, strict=True):
         assert failure.startswith("k, sm_90: ")
@@ -400,7 +402,7 @@ def test_what_became_worse_fails_with_before_and_after(change, texts):
 
 def test_spills_fail_even_where_the_budget_has_some():
     spilling = BEFORE | {"spills": 8}
-    failures, _ = build_report.compare({"k": {"sm_90": spilling}}, {"k": {"sm_90": spilling}}, complete=True)
+    failures, _ = budgets_file.compare({"k": {"sm_90": spilling}}, {"k": {"sm_90": spilling}}, complete=True)
     assert failures == ["k, sm_90: spills 8 -> 8"]
 
 
@@ -412,7 +414,7 @@ def test_spills_fail_even_where_the_budget_has_some():
     ],
 )
 def test_what_became_better_is_said(change, text):
-    failures, (better,) = build_report.compare(
+    failures, (better,) = budgets_file.compare(
         {"k": {"sm_90": BEFORE}}, {"k": {"sm_90": BEFORE | change}}, complete=True
     )
     assert failures == []
@@ -420,23 +422,23 @@ def test_what_became_better_is_said(change, text):
 
 
 def test_entries_without_counterpart_fail_and_say_what_to_do():
-    failures, _ = build_report.compare({}, {"new": {"sm_90": BEFORE}}, complete=True)
+    failures, _ = budgets_file.compare({}, {"new": {"sm_90": BEFORE}}, complete=True)
     assert "new, sm_90: has no budget" in failures[0]
     assert "--update-budgets" in failures[0]
     kept = {"old": {"sm_80": BEFORE, "sm_90": BEFORE}}
-    failures, _ = build_report.compare(kept, {"old": {"sm_90": BEFORE}}, complete=True)
+    failures, _ = budgets_file.compare(kept, {"old": {"sm_90": BEFORE}}, complete=True)
     assert failures[0].startswith("old, sm_80: has a budget but is not built")
-    assert build_report.compare(kept, {"old": {"sm_90": BEFORE}}, complete=False) == ([], [])
+    assert budgets_file.compare(kept, {"old": {"sm_90": BEFORE}}, complete=False) == ([], [])
 
 
 def test_a_report_keeps_to_the_budgets_made_from_it(built, tmp_path):
     path = tmp_path / "budgets.json"
-    path.write_text(build_report.budgets_text(built))
-    version, budgets = build_report.read_budgets(path)
+    path.write_text(budgets_file.budgets_text(built))
+    version, budgets = budgets_file.read_budgets(path)
     assert version == triton.__version__
-    assert build_report.compare(budgets, built, complete=True) == ([], [])
+    assert budgets_file.compare(budgets, built, complete=True) == ([], [])
     with pytest.raises(ValueError, match="update-budgets"):
-        build_report.read_budgets(tmp_path / "none")
+        budgets_file.read_budgets(tmp_path / "none")
 
 
 # --- arithmetic of the report
@@ -484,13 +486,13 @@ def test_a_loop_that_sums_is_counted_per_output(monkeypatch):
 
 
 def test_the_largest_limit_binds():
-    gpu = build_report.GPU("", multiprocessors=100, clock=1e9, bandwidth=1e12)
+    gpu = limits_of.GPU("", multiprocessors=100, clock=1e9, bandwidth=1e12)
     given = {"issue": 4000.0, "multiply": 500.0, "integer": 1000.0, "special": 900.0}
-    limits = build_report.roofline(gpu, 1e6, given)
+    limits = limits_of.roofline(gpu, 1e6, given)
     expected = {"memory": 1.0, "issue": 0.01, "multiply": 0.0025, "integer": 0.005, "special": 0.018}
     assert limits.pop("binds") == "memory"
     assert limits == pytest.approx(expected)
-    assert build_report.roofline(gpu, 1e3, given)["binds"] == "special"
+    assert limits_of.roofline(gpu, 1e3, given)["binds"] == "special"
 
 
 # --- the command
@@ -521,8 +523,8 @@ def test_a_whole_name_means_one_kernel_and_its_beginning_several():
 def instant(monkeypatch, built, tmp_path):
     """The command with a report that is already there, and budgets of its own."""
     monkeypatch.setattr(build_report, "report", lambda *_: built)
-    monkeypatch.setattr(build_report, "BUDGETS", tmp_path / "budgets.json")
-    (tmp_path / "budgets.json").write_text(build_report.budgets_text(built))
+    monkeypatch.setattr(budgets_file, "BUDGETS", tmp_path / "budgets.json")
+    (tmp_path / "budgets.json").write_text(budgets_file.budgets_text(built))
     return tmp_path
 
 
@@ -546,7 +548,7 @@ def test_command_fails_on_a_lost_budget_and_update_makes_it_the_new_one(instant,
     worse = copy.deepcopy(built)
     name = CASES[0].name
     worse[name]["sm_90"]["instructions"] *= 0.5
-    (instant / "budgets.json").write_text(build_report.budgets_text(worse))
+    (instant / "budgets.json").write_text(budgets_file.budgets_text(worse))
     with pytest.raises(SystemExit, match="1"):
         command.main(rivals=False)
     assert f"failed: {name}, sm_90: instructions" in capsys.readouterr().out
@@ -613,4 +615,4 @@ def test_compiled_attack_step_is_one_kernel_that_moves_the_same_bytes(run_in_pro
 
 def test_budget_of_an_entry_keeps_what_is_compared(built):
     entry = built[CASES[0].name]["sm_90"]
-    assert set(build_report.budget(entry)) == set(BEFORE)
+    assert set(budgets_file.budget(entry)) == set(BEFORE)

@@ -1,0 +1,76 @@
+"""Limits of a GPU that no kernel can beat: occupancy from a kernel's resources, and time from its counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from triton.backends.compiler import GPUTarget
+
+__all__ = ["GPU", "GPUS", "RATES", "occupancy", "roofline"]
+
+
+class GPU(NamedTuple):
+    """A product, for its limits. Clocks are the boost clocks that the data sheets' float32 peaks imply."""
+
+    name: str
+    multiprocessors: int
+    clock: float
+    """Hz."""
+    bandwidth: float
+    """Bytes per second."""
+
+
+# NVIDIA's data sheets: A100 80GB SXM (19.5 TFLOPS, 2039 GB/s; 108 SMs of 64 float32 lanes), H100 SXM (67 TFLOPS,
+# 3.35 TB/s; 132 of 128), HGX B200 (600 TFLOPS and 64 TB/s for eight; 148 of 128).
+GPUS = {
+    "sm_80": GPU("A100", 108, 1.41e9, 2.039e12),
+    "sm_90": GPU("H100", 132, 1.98e9, 3.35e12),
+    "sm_100": GPU("B200", 148, 1.98e9, 8.0e12),
+}
+# Warp instructions per clock and multiprocessor: four schedulers issue one each; 64 results per clock of 32-bit integer
+# multiplication and likewise of addition, comparison and logic, 16 of special functions ("Throughput of Native
+# Arithmetic Instructions" in the CUDA C++ programming guide, compute capability 8.0, 9.0 and 10.0; a warp is 32).
+RATES = {"issue": 4.0, "multiply": 2.0, "integer": 2.0, "special": 0.5}
+
+
+def roofline(gpu: GPU, moved: float, warp_instructions: Mapping[str, float]) -> dict[str, Any]:
+    """Microseconds per image that each limit alone would take, and which `binds`: the largest."""
+    limits = {"memory": moved / gpu.bandwidth * 1e6}
+    for name, rate in RATES.items():
+        limits[name] = warp_instructions[name] / (rate * gpu.multiprocessors * gpu.clock) * 1e6
+    return {**limits, "binds": max(limits, key=lambda name: limits[name])}
+
+
+def _blocks(registers_limit: int, per_block: int) -> int:
+    return registers_limit // per_block if per_block else 1 << 30
+
+
+def occupancy(target: GPUTarget, registers: int, warps: int, shared: int) -> float:
+    """Share of the warps that a multiprocessor can hold which fit at once, from the kernel's resources alone.
+
+    NVIDIA: 64 warps, 32 blocks, 65536 registers handed out to warps in units of 256, and 164 KB of shared memory (228
+    KB from compute capability 9.0 on) of which every block takes another 1 KB ("Compute Capabilities" in the CUDA
+    programming guide; units as in the occupancy calculator of Nsight Compute). CDNA 3: four SIMDs of 8 waves, 512
+    registers for a lane of each in units of 8, 64 KB of LDS ("AMD Instinct MI300 Instruction Set Architecture",
+    sections on VGPRs and LDS; workgroup size and wave limits as in LLVM's AMDGPU usage).
+
+    Args:
+        target: of the build.
+        registers: per thread (AMD: VGPRs, accumulation registers included).
+        warps: of a program.
+        shared: bytes of a program.
+
+    Returns:
+        A number in (0, 1].
+    """
+    if target.backend == "hip":
+        waves = min(8, 512 // max(8, -(-registers // 8) * 8)) * 4
+        programs = min(waves // warps, _blocks(64 << 10, shared))
+        return programs * warps / 32
+    warp_registers = -(-registers * 32 // 256) * 256
+    # Each of the four parts of a multiprocessor hands out its own registers.
+    held = 65536 // 4 // warp_registers * 4
+    capacity = (164 if target.arch < 90 else 228) << 10
+    programs = min(64 // warps, 32, held // warps, _blocks(capacity, -(-(shared + 1024) // 128) * 128))
+    return programs * warps / 64
