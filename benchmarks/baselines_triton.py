@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["launch", "obvious_noise_patchify_kernel"]
+__all__ = ["launch", "naive_noise_patchify_kernel"]
 
 BLOCK = 1024
 
 
 @triton.jit
-def obvious_noise_patchify_kernel(
+def naive_noise_patchify_kernel(
     images,
     sigma,
     mean,
@@ -89,7 +89,7 @@ def launch(
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
     size = patch_size * patch_size * len(mean)
     out = torch.empty((batch, height * width * len(mean) // size, size), dtype=dtype, device=images.device)
-    obvious_noise_patchify_kernel[(triton.cdiv(total, BLOCK),)](
+    naive_noise_patchify_kernel[(triton.cdiv(total, BLOCK),)](
         images,
         sigma,
         mean,

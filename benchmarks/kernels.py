@@ -2,7 +2,7 @@
 
 Every case is checked before it is timed: the fused result, gradients included, against the chain of PyTorch operations
 in float64 on the same noise. What is compared: the chain run eagerly, the chain under `torch.compile`, on a GPU a
-kernel written the obvious way, and a copy of as many bytes as the operation must move at least.
+kernel written naively, and a copy of as many bytes as the operation must move at least.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from denim.kernels.patch_loss import patch_loss
 __all__ = [
     "CASES",
     "Case",
-    "Contest",
+    "Providers",
     "Record",
     "WrongResultError",
     "environment",
@@ -59,8 +59,8 @@ class WrongResultError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Contest:
-    """One case, ready to run: every contestant returns the result and, behind it, the gradients."""
+class Providers:
+    """One case, ready to run: every provider returns the result and, behind it, the gradients."""
 
     fused: Callable[[], tuple[Tensor, ...]]
     chain: Callable[[], tuple[Tensor, ...]]
@@ -72,7 +72,7 @@ class Contest:
     batch: int
     minimum: int
     """Bytes when each pass reads its inputs once and writes its outputs once."""
-    obvious: Callable[[], object] | None = None
+    naive: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Case:
     operation: str
     geometry: str
     what: str
-    prepare: Callable[[int, int, int, torch.device], Contest]
+    prepare: Callable[[int, int, int, torch.device], Providers]
     """From batch, side, patch size and device."""
 
     @property
@@ -112,7 +112,7 @@ class Record:
     peak_bytes: dict[str, int]
     """Allocated at once during a call, outputs included."""
     absent: dict[str, str] = field(default_factory=dict)
-    """Contestants that did not run, and why."""
+    """Providers that did not run, and why."""
 
 
 def _passes(
@@ -133,7 +133,7 @@ def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def _contest(
+def _providers(
     fused: Callable[..., Tensor],
     chain: Callable[..., Tensor],
     given: Mapping[str, Tensor],
@@ -141,9 +141,9 @@ def _contest(
     wrt: Sequence[str] = (),
     reread: Sequence[str] = (),
     exact: Callable[..., Tensor] | None = None,
-    obvious: Callable[[], object] | None = None,
-) -> Contest:
-    """Contestants that share their inputs.
+    naive: Callable[[], object] | None = None,
+) -> Providers:
+    """Providers that share their inputs.
 
     Args:
         fused: of the tensors in `given`.
@@ -152,7 +152,7 @@ def _contest(
         wrt: of which gradients are taken.
         reread: which the backward pass cannot do without.
         exact: the chain on float64 tensors and the noise of the fused operation; by default `chain`.
-        obvious: the obvious kernel.
+        naive: the naive kernel.
     """
     with torch.no_grad():
         result = fused(**given)
@@ -165,14 +165,14 @@ def _contest(
     doubled = {name: _double(value) for name, value in given.items()}
     # Static shapes and no guard that could let a graph break pass for a compiled chain.
     compiled = torch.compile(chain, fullgraph=True, dynamic=False)
-    return Contest(
+    return Providers(
         fused=_passes(fused, given, wrt, upstream),
         chain=_passes(chain, given, wrt, upstream),
         compiled=_passes(compiled, given, wrt, upstream),
         expected=_passes(exact or chain, doubled, wrt, None if upstream is None else _double(upstream)),
         batch=next(iter(given.values())).shape[0],
         minimum=minimum,
-        obvious=obvious,
+        naive=naive,
     )
 
 
@@ -203,7 +203,7 @@ def _noise(
     levels: tuple[int, ...] = (),
     draws: tuple[int, ...] = (),
     backward: bool = False,
-) -> Contest:
+) -> Providers:
     # A sweep holds as much as the other cases.
     batch = max(1, batch // math.prod((*levels, *draws)))
     generator = torch.Generator(device).manual_seed(3)
@@ -224,19 +224,19 @@ def _noise(
             images, sigma, **exact_flat, patch_size=patch, noise=noise, draws=draws, dtype=torch.float64
         )
 
-    def obvious() -> None:
+    def naive() -> None:
         from denim.benchmarks import baselines_triton
 
         for level, seed in itertools.product(sigma.reshape(-1, batch), range(math.prod(draws))):
             baselines_triton.launch(images, level, seed, patch, flat["mean"], flat["std"], dtype)
 
-    return _contest(
+    return _providers(
         fused,
         chain,
         {"images": images, "sigma": sigma},
         wrt=("images",) if backward else (),
         exact=exact,
-        obvious=None if backward else obvious,
+        naive=None if backward else naive,
     )
 
 
@@ -251,14 +251,14 @@ def _loss(
     norm_pix: bool = True,
     masked: bool = False,
     backward: bool = False,
-) -> Contest:
+) -> Providers:
     prediction, images = _prediction(batch, side, patch, device, dtype), _images(batch, side, device, pixels)
     given = {"prediction": prediction, "images": images}
     if masked:
         generator = torch.Generator(device).manual_seed(4)
         given["mask"] = torch.rand(prediction.shape[:2], generator=generator, device=device) < 0.75
     flat, exact_flat = _statistics(device), _statistics(device, torch.float64)
-    return _contest(
+    return _providers(
         functools.partial(patch_loss, patch_size=patch, mean=MEAN, std=STD, norm_pix=norm_pix),
         functools.partial(baselines.reconstruction_loss, **flat, patch_size=patch, norm_pix=norm_pix),
         given,
@@ -279,7 +279,7 @@ def _decode(
     dtype: torch.dtype = torch.float32,
     normalize: bool = False,
     backward: bool = False,
-) -> Contest:
+) -> Providers:
     prediction = _prediction(batch, side, patch, device, dtype)
     options: dict[str, Any] = {"img_size": (side, side), "patch_size": patch, "statistics": statistics}
     flat, exact_flat = _statistics(device), _statistics(device, torch.float64)
@@ -307,7 +307,7 @@ def _decode(
             "chain": {"normalize": (flat["mean"], flat["std"])},
             "exact": {"normalize": (exact_flat["mean"], exact_flat["std"])},
         }
-    return _contest(
+    return _providers(
         functools.partial(decode_patches, mean=MEAN, std=STD, **options, **pairs["fused"]),
         functools.partial(baselines.decoded_pixels, **flat, **options, **pairs["chain"]),
         given,
@@ -317,7 +317,9 @@ def _decode(
     )
 
 
-def _attack(batch: int, side: int, patch: int, device: torch.device, *, dtype: torch.dtype = torch.float32) -> Contest:
+def _attack(
+    batch: int, side: int, patch: int, device: torch.device, *, dtype: torch.dtype = torch.float32
+) -> Providers:
     generator = torch.Generator(device).manual_seed(6)
     origin = _images(batch, side, device, "float32").to(dtype)
     offset = torch.rand(origin.shape, generator=generator, device=device) * 0.1 - 0.05
@@ -328,12 +330,12 @@ def _attack(batch: int, side: int, patch: int, device: torch.device, *, dtype: t
         "step_size": torch.rand(batch, generator=generator, device=device) * 0.02,
         "epsilon": torch.rand(batch, generator=generator, device=device) * 0.06,
     }
-    return _contest(attack_step, baselines.linf_step, given)
+    return _providers(attack_step, baselines.linf_step, given)
 
 
 FORWARD, BOTH = "forward", "forward + backward"
 BF16 = torch.bfloat16
-PREPARE: dict[str, Callable[..., Contest]] = {
+PREPARE: dict[str, Callable[..., Providers]] = {
     "attack_step": _attack,
     "decode_patches": _decode,
     "noise_patchify": _noise,
@@ -509,8 +511,8 @@ def chains_may_run(device: torch.device) -> Iterator[None]:
         yield
 
 
-def prepare(case: Case, device: torch.device, batch: int | None = None) -> tuple[Contest, float]:
-    """A case's contestants, and the error of the fused one in units of what is allowed.
+def prepare(case: Case, device: torch.device, batch: int | None = None) -> tuple[Providers, float]:
+    """A case's providers, and the error of the fused one in units of what is allowed.
 
     Args:
         case: of `CASES`.
@@ -521,32 +523,32 @@ def prepare(case: Case, device: torch.device, batch: int | None = None) -> tuple
         WrongResultError: the fused operation disagrees with its chain.
     """
     images = (batch or BATCH[device.type]) * (1 if case.geometry == "224/16" else SMALL_IMAGES)
-    contest = case.prepare(images, *GEOMETRIES[case.geometry], device)
-    return contest, check(case.name, contest.fused(), contest.expected())
+    providers = case.prepare(images, *GEOMETRIES[case.geometry], device)
+    return providers, check(case.name, providers.fused(), providers.expected())
 
 
 def compare(
     case: Case, device: torch.device, batch: int | None = None, *, seconds: float = 1.0, compile: bool = True
 ) -> Record:
     """Check and time one case, within `chains_may_run`. Arguments and errors are those of `run`."""
-    contest, error = prepare(case, device, batch)
-    functions: dict[str, Callable[[], object]] = {"fused": contest.fused, "chain": contest.chain}
+    providers, error = prepare(case, device, batch)
+    functions: dict[str, Callable[[], object]] = {"fused": providers.fused, "chain": providers.chain}
     absent = {}
-    contest.chain()
+    providers.chain()
     if compile:
         try:
-            contest.compiled()
-            functions["compiled"] = contest.compiled
+            providers.compiled()
+            functions["compiled"] = providers.compiled
         except Exception as failure:  # no compiler, or one without headers: as many errors as there are compilers
             absent["compiled"] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
     else:
         absent["compiled"] = "not asked for"
-    if contest.obvious is not None and device.type == "cuda":
-        contest.obvious()
-        functions["obvious"] = contest.obvious
+    if providers.naive is not None and device.type == "cuda":
+        providers.naive()
+        functions["naive"] = providers.naive
     else:
-        absent["obvious"] = "runs on a GPU, forward noise_patchify alone"
-    source = torch.zeros(max(1, contest.minimum // 2), dtype=torch.uint8, device=device)
+        absent["naive"] = "runs on a GPU, forward noise_patchify alone"
+    source = torch.zeros(max(1, providers.minimum // 2), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     _synchronize(device)
     times = measure({**functions, "copy": lambda: target.copy_(source)}, device, seconds)
@@ -555,12 +557,12 @@ def compare(
         case=case.name,
         operation=case.operation,
         device=str(device),
-        batch=contest.batch,
+        batch=providers.batch,
         error=error,
-        minimum_bytes=contest.minimum,
+        minimum_bytes=providers.minimum,
         best_seconds=best,
         median_seconds={name: statistics.median(values) for name, values in times.items()},
-        gigabytes_per_second=contest.minimum / best["fused"] / 1e9,
+        gigabytes_per_second=providers.minimum / best["fused"] / 1e9,
         copy_share=best["copy"] / best["fused"],
         ratios={name: best[name] / best["fused"] for name in functions if name != "fused"},
         peak_bytes={name: peak_memory(function, device) for name, function in functions.items()},

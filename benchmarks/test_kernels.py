@@ -24,10 +24,10 @@ def one_process():
 
 @pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
 def test_case(benchmark, case):
-    contest, _ = bench.prepare(case, DEVICE, 1 if benchmark.disabled else None)
+    providers, _ = bench.prepare(case, DEVICE, 1 if benchmark.disabled else None)
 
     def fused():
-        contest.fused()
+        providers.fused()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

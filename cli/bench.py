@@ -19,7 +19,7 @@ from denim.nim.files import atomic_write
 from denim.nim.settings import pick_device
 
 COMMANDS = {
-    "kernels": "time the fused operations against PyTorch, torch.compile and an obvious kernel",
+    "kernels": "time the fused operations against PyTorch, torch.compile and a naive kernel",
     "data": "time the loaders on your own images, against torchvision and DALI's own reader",
 }
 
@@ -31,7 +31,7 @@ def _versus(record: bench.Record, name: str) -> str:
 def _table(records: Sequence[bench.Record], title: str) -> Table:
     table = Table(title=title, box=None)
     table.add_column("case", min_width=24, overflow="fold")
-    for heading in ("ms", "median", "GB/s", "copy", "chain", "compiled", "obvious", "MB", "chain's"):
+    for heading in ("ms", "median", "GB/s", "copy", "chain", "compiled", "naive", "MB", "chain's"):
         table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         table.add_row(
@@ -40,7 +40,7 @@ def _table(records: Sequence[bench.Record], title: str) -> Table:
             f"{record.median_seconds['fused'] * 1e3:.3f}",
             f"{record.gigabytes_per_second:.1f}",
             f"{record.copy_share:.0%}",
-            *(_versus(record, name) for name in ("chain", "compiled", "obvious")),
+            *(_versus(record, name) for name in ("chain", "compiled", "naive")),
             *(f"{record.peak_bytes[name] / 1e6:.1f}" for name in ("fused", "chain")),
         )
     return table
@@ -58,7 +58,7 @@ def kernels(
 
     Columns: best and median time of the fused operation; the bytes that it must move at least, over its best time;
     the time of a copy of as many bytes, over its time; how many times as long the chain takes, the chain under
-    torch.compile, and a kernel written the obvious way; MB allocated at once, by it and by the chain.
+    torch.compile, and a kernel written naively; MB allocated at once, by it and by the chain.
 
     Args:
         device: auto, cpu or cuda.

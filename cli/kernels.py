@@ -52,7 +52,7 @@ def _memory(entry: Mapping[str, Any]) -> str:
     return f"{entry['shared']} B shared, {entry['barriers']} barriers"
 
 
-def _rival_rows(table: Mapping[str, Any]) -> list[list[str]]:
+def _baseline_rows(table: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for name, passes in table.items():
         for part, kinds in passes.items():
@@ -62,7 +62,7 @@ def _rival_rows(table: Mapping[str, Any]) -> list[list[str]]:
                     [
                         name,
                         part,
-                        {"compiled": "torch.compile", "obvious": "obvious tl.randn kernel"}.get(kind, kind),
+                        {"compiled": "torch.compile", "naive": "naive tl.randn kernel"}.get(kind, kind),
                         str(numbers["kernels"]),
                         f"{numbers['moved'] / 1e3:.0f}",
                         f"{numbers['instructions']:.1f}{slow}" if "instructions" in numbers else "-",
@@ -73,8 +73,8 @@ def _rival_rows(table: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-KINDS = ("fused", "obvious", "compiled", "eager")
-RIVAL_COLUMNS = ("operation", "pass", "as", "kernels", "kB moved", "instructions", "bound, µs", "bound / fused")
+KINDS = ("fused", "naive", "compiled", "eager")
+BASELINE_COLUMNS = ("operation", "pass", "as", "kernels", "kB moved", "instructions", "bound, µs", "bound / fused")
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -88,7 +88,7 @@ def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str
     if table is not None:
         parts += [
             "### Beside what one would have otherwise, H100",
-            _markdown(RIVAL_COLUMNS, _rival_rows(table)),
+            _markdown(BASELINE_COLUMNS, _baseline_rows(table)),
         ]
         if reason:
             parts.append(f"torch.compile's kernels are not available here: {reason}.")
@@ -114,7 +114,7 @@ def main(
     json: Path | None = None,
     page: Path | None = None,
     update_budgets: bool = False,
-    rivals: bool = True,
+    baselines: bool = True,
     workers: int | None = None,
 ) -> None:
     """Build every kernel for GPUs that need not be here, count its machine code, and hold it against the budgets.
@@ -127,16 +127,15 @@ def main(
         json: write the whole report here.
         page: write the tables into this Markdown page, between its marks.
         update_budgets: make today's numbers the budgets (benchmarks/machine_code/budgets.json).
-        rivals: also build what one would have otherwise: torch.compile's kernels, the obvious kernel, eager chains. Not
-            with --only, and for sm_90 alone.
+        baselines: also count what a user would run without these kernels: torch.compile's kernels, the naive kernel and
+            eager PyTorch. For sm_90, and not with --only.
         workers: processes; by default as many as there are processors.
     """
     try:
         from denim.benchmarks.machine_code import budgets as budget_file
-        from denim.benchmarks.machine_code import inductor as compiled_rivals
-        from denim.benchmarks.machine_code import report
+        from denim.benchmarks.machine_code import inductor, report
         from denim.benchmarks.machine_code.builds import TARGETS, unavailable
-        from denim.benchmarks.machine_code.invariants import broken_promises
+        from denim.benchmarks.machine_code.invariants import broken_invariants
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -157,9 +156,9 @@ def main(
             complete = False
     built = report.report(only, targets, workers)
     table = None
-    reason = compiled_rivals.unavailable()
-    if rivals and not only and "sm_90" in chosen:
-        table = compiled_rivals.rivals(workers)
+    reason = inductor.unavailable()
+    if baselines and not only and "sm_90" in chosen:
+        table = inductor.baselines(workers)
     versions = f"Triton {triton.__version__} and torch {torch.__version__}"
 
     # A file or a pipe has no width of its own; a narrow terminal gets the columns that fit it.
@@ -173,21 +172,29 @@ def main(
             shown.add_row(name, *(row[place] for place in kept))
         console.print(shown)
     if table is not None:
-        shown = Table(*RIVAL_COLUMNS, title="beside what one would have otherwise, H100, static", box=None)
-        for row in _rival_rows(table):
+        shown = Table(*BASELINE_COLUMNS, title="beside what one would have otherwise, H100, static", box=None)
+        for row in _baseline_rows(table):
             shown.add_row(*row)
         console.print(shown)
         if reason:
             console.print(f"torch.compile's kernels are not available: {reason}")
     if json is not None:
         with atomic_write(json) as part:
-            everything = {"triton": triton.__version__, "torch": torch.__version__, "kernels": built, "rivals": table}
+            everything = {
+                "triton": triton.__version__,
+                "torch": torch.__version__,
+                "kernels": built,
+                "baselines": table,
+            }
             part.write_text(dumps(everything, indent=1))
     if page is not None:
         _insert(page, _page(built, table, reason, versions))
 
     failures = [
-        text for case in cases for target in chosen for text in broken_promises(case, target, built[case.name][target])
+        text
+        for case in cases
+        for target in chosen
+        for text in broken_invariants(case, target, built[case.name][target])
     ]
     if update_budgets:
         if failures:

@@ -32,13 +32,13 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from denim.benchmarks.baselines import decoded_pixels, linf_step, noisy_patches, reconstruction_loss
-from denim.benchmarks.baselines_triton import launch as obvious_launch
-from denim.benchmarks.baselines_triton import obvious_noise_patchify_kernel
+from denim.benchmarks.baselines_triton import launch as naive_launch
+from denim.benchmarks.baselines_triton import naive_noise_patchify_kernel
 from denim.benchmarks.machine_code.builds import TARGETS, Built, NoDevice, build
 from denim.benchmarks.machine_code.cases import BATCH, SIDE, Work
 from denim.benchmarks.machine_code.report import analyse, report
 
-__all__ = ["RIVALS", "compiled", "eager", "rivals", "unavailable"]
+__all__ = ["BASELINES", "baselines", "compiled", "eager", "unavailable"]
 
 TARGET = "sm_90"
 TORCH = "2.14"
@@ -60,7 +60,7 @@ H100 = SimpleNamespace(
 )
 
 
-class Rival(NamedTuple):
+class Baseline(NamedTuple):
     """A published chain of operations, and the kernels that do the same."""
 
     chain: Callable[..., Tensor]
@@ -94,40 +94,40 @@ _noisy = functools.partial(noisy_patches, patch_size=16, dtype=torch.bfloat16)
 _decoded = functools.partial(decoded_pixels, img_size=(SIDE, SIDE), patch_size=16)
 
 # 224 x 224, patch 16.
-RIVALS = {
-    "noise_patchify, uint8 to bf16": Rival(
+BASELINES = {
+    "noise_patchify, uint8 to bf16": Baseline(
         _noisy, lambda: [_bytes(), _empty(BATCH), *_statistics()], ("noise_patchify forward, uint8, patch 16, bf16",)
     ),
-    "noise_patchify, 4 levels of 2 draws": Rival(
+    "noise_patchify, 4 levels of 2 draws": Baseline(
         functools.partial(_noisy, draws=(2,)),
         lambda: [_bytes(), _empty(4, BATCH), *_statistics()],
         ("noise_patchify forward, uint8, patch 16, bf16, 4 levels of 2 draws",),
     ),
-    "noise_patchify, fp32 pixels with gradient": Rival(
+    "noise_patchify, fp32 pixels with gradient": Baseline(
         _noisy,
         lambda: [_planes(grad=True), _empty(BATCH), *_statistics()],
         ("noise_patchify forward, fp32 planes, patch 16, bf16",),
         ("noise_patchify backward, bf16 to fp32, patch 16",),
     ),
-    "patch_loss, uint8 and bf16, norm_pix": Rival(
+    "patch_loss, uint8 and bf16, norm_pix": Baseline(
         functools.partial(reconstruction_loss, patch_size=16),
         lambda: [_prediction(), _bytes(), *_statistics()],
         ("patch_loss forward, uint8, patch 16, bf16", "patch_loss sum, uint8, patch 16, bf16"),
         ("patch_loss backward, uint8, patch 16, bf16",),
     ),
-    "decode_patches, bf16, statistics of float pixels": Rival(
+    "decode_patches, bf16, statistics of float pixels": Baseline(
         lambda prediction, source, mean, std: _decoded(prediction, mean, std, statistics="input", source=source),
         lambda: [_prediction(), _planes(grad=True), *_statistics()],
         ("decode_patches forward, input, fp32 planes, patch 16, bf16",),
         ("decode_patches backward, input, fp32 planes, patch 16, bf16",),
     ),
-    "decode_patches, bf16, raw": Rival(
+    "decode_patches, bf16, raw": Baseline(
         _decoded,
         lambda: [_prediction(), *_statistics()],
         ("decode_patches forward, raw, patch 16, bf16",),
         ("decode_patches backward, raw, patch 16, bf16",),
     ),
-    "attack_step, fp32": Rival(
+    "attack_step, fp32": Baseline(
         lambda pixels, origin, gradient, step, epsilon: linf_step(
             pixels, origin, gradient, step_size=step, epsilon=epsilon
         ),
@@ -369,13 +369,13 @@ def eager(function: Callable[..., Tensor], inputs: Sequence[Tensor], images: int
     return passes
 
 
-def obvious() -> dict[str, Any]:
+def naive() -> dict[str, Any]:
     """The kernel that one would write first, noise and patchify from uint8 to bf16, counted."""
     images, gpu = _bytes(), TARGETS[TARGET]
     (built,) = build(
         gpu,
-        [obvious_noise_patchify_kernel],
-        lambda: obvious_launch(images, _empty(BATCH), 0, 16, _empty(3), _empty(3), torch.bfloat16),
+        [naive_noise_patchify_kernel],
+        lambda: naive_launch(images, _empty(BATCH), 0, 16, _empty(3), _empty(3), torch.bfloat16),
     )
     elements = images.numel()
     work = Work(BATCH, elements, 3 * elements, 3 * elements, 2 * elements)
@@ -394,41 +394,43 @@ def _sum(kernels: Sequence[dict[str, Any]], elements: float) -> dict[str, Any]:
     }
 
 
-def _rival(name: str) -> dict[str, Any]:
-    rival = RIVALS[name]
+def _baseline(name: str) -> dict[str, Any]:
+    baseline = BASELINES[name]
     chains: dict[str, Any] = {
-        part: {"eager": moved} for part, moved in eager(rival.chain, rival.inputs(), BATCH).items()
+        part: {"eager": moved} for part, moved in eager(baseline.chain, baseline.inputs(), BATCH).items()
     }
     if unavailable() is None:
-        for part, kernels in compiled(rival.chain, rival.inputs(), BATCH, BATCH * 3 * SIDE * SIDE).items():
+        for part, kernels in compiled(baseline.chain, baseline.inputs(), BATCH, BATCH * 3 * SIDE * SIDE).items():
             chains[part]["compiled"] = kernels
-    if name == next(iter(RIVALS)):
-        chains["forward"]["obvious"] = [obvious()]
+    if name == next(iter(BASELINES)):
+        chains["forward"]["naive"] = [naive()]
     return chains
 
 
-def rivals(workers: int | None = None) -> dict[str, dict[str, dict[str, Any]]]:
+def baselines(workers: int | None = None) -> dict[str, dict[str, dict[str, Any]]]:
     """Every fused kernel beside what a user would have otherwise, on an H100, in processes of their own.
 
     Args:
         workers: processes; by default as many as there are processors.
 
     Returns:
-        {name in `RIVALS`: {"forward" or "backward": {"fused", "obvious", "compiled", "eager"}}}, each with the number
+        {name in `BASELINES`: {"forward" or "backward": {"fused", "naive", "compiled", "eager"}}}, each with the number
         of `kernels` and the bytes `moved` per image; all but "eager" also `instructions` per element of the image,
         `local`-memory instructions and `bound`, the sum of the kernels' rooflines in microseconds per image. "compiled"
-        is missing where `unavailable`, "obvious" for all but noise.
+        is missing where `unavailable`, "naive" for all but noise.
     """
-    fused = report([name for rival in RIVALS.values() for name in (*rival.forward, *rival.backward)], [TARGET], workers)
+    fused = report(
+        [name for baseline in BASELINES.values() for name in (*baseline.forward, *baseline.backward)], [TARGET], workers
+    )
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        chains = dict(zip(RIVALS, pool.map(_rival, RIVALS), strict=True))
+        chains = dict(zip(BASELINES, pool.map(_baseline, BASELINES), strict=True))
     elements = 3.0 * SIDE * SIDE
     table = {}
-    for name, rival in RIVALS.items():
+    for name, baseline in BASELINES.items():
         table[name] = {
             part: {
-                "fused": _sum([fused[case][TARGET] for case in getattr(rival, part)], elements),
+                "fused": _sum([fused[case][TARGET] for case in getattr(baseline, part)], elements),
                 **{
                     what: found if what == "eager" else _sum(found, elements) | {"entries": found}
                     for what, found in others.items()

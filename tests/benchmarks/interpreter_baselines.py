@@ -1,4 +1,4 @@
-"""Run the obvious kernel in Triton's interpreter: `python interpreter_baselines.py INPUTS OUTPUTS`, torch files."""
+"""Run the naive kernel in Triton's interpreter: `python interpreter_baselines.py INPUTS OUTPUTS`, torch files."""
 
 import os
 import sys

@@ -102,7 +102,7 @@ def test_linf_step():
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory, run_script):
-    """The obvious kernel on bytes and on planes, without noise and with that of sigma 255."""
+    """The naive kernel on bytes and on planes, without noise and with that of sigma 255."""
     pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     data = {"bytes": images(torch.uint8), "planes": images(torch.float64).detach().float()}
@@ -126,7 +126,7 @@ def interpreted(tmp_path_factory, run_script):
 
 
 @pytest.mark.parametrize("name", ["bytes", "planes"])
-def test_the_obvious_kernel_computes_the_same(interpreted, name):
+def test_the_naive_kernel_computes_the_same(interpreted, name):
     cases, got = interpreted
     data, sigma = cases[f"{name}, 0"]["images"], torch.zeros(BATCH)
     clean = noise_patchify(data, sigma, torch.zeros(BATCH, dtype=torch.int64), patch_size=PATCH, **OWN)

@@ -15,7 +15,7 @@ from denim.cli import kernels as command
 WHERE = "Triton is a dependency on Linux x86-64 alone"
 triton = pytest.importorskip("triton", reason=WHERE)
 build_report = pytest.importorskip("denim.benchmarks.machine_code.report", reason=WHERE)
-compiled_rivals = pytest.importorskip("denim.benchmarks.machine_code.inductor", reason=WHERE)
+inductor = pytest.importorskip("denim.benchmarks.machine_code.inductor", reason=WHERE)
 machine = pytest.importorskip("denim.benchmarks.machine_code.builds", reason=WHERE)
 budgets_file = pytest.importorskip("denim.benchmarks.machine_code.budgets", reason=WHERE)
 disassembly = pytest.importorskip("denim.benchmarks.machine_code.disassembly", reason=WHERE)
@@ -99,21 +99,23 @@ def test_a_call_launches_its_kernels_and_does_nothing_else(case, monkeypatch):
 
 @pytest.mark.parametrize("target", AVAILABLE)
 def test_machine_code_holds_what_it_must_and_nothing_that_it_must_not(built, target):
-    assert [text for case in CASES for text in invariants.broken_promises(case, target, built[case.name][target])] == []
+    assert [
+        text for case in CASES for text in invariants.broken_invariants(case, target, built[case.name][target])
+    ] == []
 
 
-def test_every_broken_promise_is_noticed(built):
+def test_every_broken_invariant_is_noticed(built):
     case = next(case for case in CASES if case.draws == "normal" and case.rounds)
     entry = built[case.name]["sm_90"]
     for opcode in ("MUFU.LG2", "MUFU.SIN", "MUFU.COS", "F2FP.BF16", "IMAD.WIDE.U32"):
         without = {name: n for name, n in entry["opcodes"].items() if not name.startswith(opcode)}
-        (text,) = invariants.broken_promises(case, "sm_90", entry | {"opcodes": without})
+        (text,) = invariants.broken_invariants(case, "sm_90", entry | {"opcodes": without})
         assert opcode in text
     opcodes = entry["opcodes"]
     wrong = ("REDG.E.ADD.F32", "DADD", "F2F.F64.F32", "I2F.F64.U32", "v_fma_f64", "global_atomic_add_f32")
     for change in ({"spills": 8}, {"local": 2}, *({"opcodes": opcodes | {opcode: 1}} for opcode in wrong)):
-        assert len(invariants.broken_promises(case, "sm_90", entry | change)) == 1
-    assert len(invariants.broken_promises(case, "sm_90", entry | {"followers": ["s_nop", "v_mul_f32"]})) == 1
+        assert len(invariants.broken_invariants(case, "sm_90", entry | change)) == 1
+    assert len(invariants.broken_invariants(case, "sm_90", entry | {"followers": ["s_nop", "v_mul_f32"]})) == 1
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -531,7 +533,7 @@ def instant(monkeypatch, built, tmp_path):
 def test_command_writes_json_and_page_and_keeps_the_prose(instant, built):
     page = instant / "kernels.md"
     page.write_text(f"# Prose\n\n{command.BEGIN}\nold\n{command.END}\n\nMore prose.\n")
-    command.main(json=instant / "report.json", page=page, rivals=False)
+    command.main(json=instant / "report.json", page=page, baselines=False)
     text = page.read_text()
     assert text.startswith(f"# Prose\n\n{command.BEGIN}\n")
     assert text.endswith(f"{command.END}\n\nMore prose.\n")
@@ -540,7 +542,7 @@ def test_command_writes_json_and_page_and_keeps_the_prose(instant, built):
     assert json.loads((instant / "report.json").read_text())["kernels"] == json.loads(json.dumps(built))
     page.write_text("# Prose without marks\n")
     with pytest.raises(ValueError, match="must hold"):
-        command.main(page=page, rivals=False)
+        command.main(page=page, baselines=False)
     assert page.read_text() == "# Prose without marks\n"
 
 
@@ -550,11 +552,11 @@ def test_command_fails_on_a_lost_budget_and_update_makes_it_the_new_one(instant,
     worse[name]["sm_90"]["instructions"] *= 0.5
     (instant / "budgets.json").write_text(budgets_file.budgets_text(worse))
     with pytest.raises(SystemExit, match="1"):
-        command.main(rivals=False)
+        command.main(baselines=False)
     assert f"failed: {name}, sm_90: instructions" in capsys.readouterr().out
     if list(TARGETS) == AVAILABLE:
-        command.main(rivals=False, update_budgets=True)
-        command.main(rivals=False)
+        command.main(baselines=False, update_budgets=True)
+        command.main(baselines=False)
         assert "machine code as it must be" in capsys.readouterr().out
 
 
@@ -566,21 +568,21 @@ def test_budgets_are_updated_as_a_whole_or_not(instant):
     assert (instant / "budgets.json").read_bytes() == before
 
 
-def test_no_budget_for_machine_code_that_breaks_a_promise(instant, built, monkeypatch):
+def test_no_budget_for_machine_code_that_breaks_an_invariant(instant, built, monkeypatch):
     broken = copy.deepcopy(built)
     broken[CASES[0].name]["sm_90"]["spills"] = 8
     monkeypatch.setattr(build_report, "report", lambda *_: broken)
     before = (instant / "budgets.json").read_bytes()
     if list(TARGETS) == AVAILABLE:
         with pytest.raises(ValueError, match="not what it must be"):
-            command.main(update_budgets=True, rivals=False)
+            command.main(update_budgets=True, baselines=False)
     assert (instant / "budgets.json").read_bytes() == before
 
 
 def test_another_triton_is_not_compared_and_that_is_said(instant, capsys):
     text = (instant / "budgets.json").read_text().replace(triton.__version__, "0.0.1", 1)
     (instant / "budgets.json").write_text(text)
-    command.main(rivals=False)
+    command.main(baselines=False)
     assert "not compared: the budgets were made with Triton 0.0.1" in capsys.readouterr().out
 
 
@@ -594,16 +596,16 @@ def test_eager_traffic_is_what_each_operation_reads_and_writes():
 
     x = torch.empty(2, 3, 4, dtype=torch.uint8, device="meta")
     scale = torch.empty(2, device="meta", requires_grad=True)
-    got = compiled_rivals.eager(chain, [x, scale], images=2)
+    got = inductor.eager(chain, [x, scale], images=2)
     cast, multiply, copied = 24 * (1 + 4), 24 * 4 * 2 + 8, 24 * 4 * 2
     assert got["forward"] == {"kernels": 3, "moved": (cast + multiply + copied) / 2}
     # Of the product: the gradient times the pixels, and the sum over them.
     assert got["backward"]["kernels"] >= 2
 
 
-@pytest.mark.skipif(compiled_rivals.unavailable() is not None, reason=str(compiled_rivals.unavailable()))
+@pytest.mark.skipif(inductor.unavailable() is not None, reason=str(inductor.unavailable()))
 def test_compiled_attack_step_is_one_kernel_that_moves_the_same_bytes(run_in_process):
-    kinds = run_in_process(compiled_rivals._rival, "attack_step, fp32")["forward"]
+    kinds = run_in_process(inductor._baseline, "attack_step, fp32")["forward"]
     (kernel,) = kinds["compiled"]
     pixels = 3 * 224 * 224 * 4
     # Pixels, origin and gradient in, pixels out, and the sizes of 64 samples; eager writes what it reads again.
