@@ -7,16 +7,14 @@ import sys
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-from denim.benchmarks import kernels as bench
-from denim.benchmarks import loaders as loading
-from denim.nim.files import atomic_write
-from denim.nim.settings import pick_device
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from denim.benchmarks import kernels as bench
 
 COMMANDS = {
     "kernels": "time the fused operations against PyTorch, torch.compile and a naive kernel",
@@ -29,6 +27,8 @@ def _versus(record: bench.Record, name: str) -> str:
 
 
 def _table(records: Sequence[bench.Record], title: str) -> Table:
+    from rich.table import Table
+
     table = Table(title=title, box=None)
     table.add_column("case", min_width=24, overflow="fold")
     for heading in ("ms", "median", "GB/s", "copy", "chain", "compiled", "naive", "MB", "chain's"):
@@ -68,6 +68,12 @@ def kernels(
         compile: compare with torch.compile too.
         json: a file for everything that was measured.
     """
+    from rich.console import Console
+
+    from denim.benchmarks import kernels as bench
+    from denim.nim.files import atomic_write
+    from denim.nim.settings import pick_device
+
     console = Console()
     if not console.is_terminal:  # a pipe has no width; rich would take 80 columns and cut
         console = Console(width=160)
@@ -102,7 +108,7 @@ def data(
     size: int = 224,
     batch_size: int = 64,
     workers: int = 2,
-    loaders: tuple[str, ...] = tuple(loading.LOADERS),
+    loaders: tuple[str, ...] = ("dali", "torch", "torchvision", "dali-reader", "pillow"),
     seconds: float = 3.0,
     rounds: int = 3,
     memory: bool = True,
@@ -125,6 +131,11 @@ def data(
         memory: measure it too.
         cache: folder for the manifest, instead of the images' own or the user's cache.
     """
+    from rich.console import Console
+    from rich.table import Table
+
+    from denim.benchmarks import loaders as loading
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor
 
-from denim.kernels import Domain, derive_seeds
-from denim.nim import add_noise
-from denim.nim.data import ManifestSource, Source, Subset, TorchLoader, TrainView, open_manifest, open_source
-from denim.nim.data.shards import pack as pack_shards
-from denim.nim.data.sources import splits
-from denim.nim.files import atomic_write
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+    from torch import Tensor
+
+    from denim.nim.data import Source
 
 COMMANDS = {
     "index": "decode every image once and keep the result; trainers do the same at their first use",
@@ -44,6 +38,8 @@ def index(folder: Annotated[Path, tyro.conf.Positional], split: str | None = Non
         split: "train", "test", ...; by default every split that there is.
         cache: folder for the manifest, instead of the images' own or the user's cache.
     """
+    from denim.nim.data import open_manifest
+
     for name in _splits(folder, split):
         start = time.perf_counter()
         manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
@@ -68,6 +64,9 @@ def check(
         out: text file for the list, one image a line, a tab before the reason.
         cache: folder for the manifest, instead of the images' own or the user's cache.
     """
+    from denim.nim.data import open_manifest
+    from denim.nim.files import atomic_write
+
     bad, total = [], 0
     for name in _splits(folder, split):
         manifest, _ = open_manifest(folder, name, labelled=False, cache=cache)
@@ -100,6 +99,8 @@ def stats(
         seed: of that draw.
         cache: folder for the manifest, instead of the images' own or the user's cache.
     """
+    from denim.nim.data import ManifestSource, open_manifest, open_source
+
     for name in ([split] if split else ["train", "test"]) if folder in NAMES else _splits(Path(folder), split):
         if folder in NAMES:
             _describe(open_source(folder, name, cache=cache), {}, num_images, seed)
@@ -140,7 +141,14 @@ def preview(
         epoch: of the run, from 0.
         cache: folder for the manifest, instead of the images' own or the user's cache.
     """
-    if not (np.isfinite(sigma) and sigma >= 0):
+    import torch
+
+    from denim.kernels import Domain, derive_seeds
+    from denim.nim import add_noise
+    from denim.nim.data import TorchLoader, TrainView, open_source
+    from denim.nim.files import atomic_write
+
+    if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma takes a finite noise level of 0-255 pixel levels, 0 or more, got {sigma}")
     view = TrainView(size, crop_scale, flip=flip)
     source = open_source(folder, split, channels, labelled=False, max_bad=1, cache=cache)
@@ -166,6 +174,8 @@ def _sheet(above: Tensor, below: Tensor, titles: Sequence[str], heading: str) ->
 
     Every pixel becomes a square, small images large ones, so that nothing is resampled.
     """
+    from PIL import Image, ImageDraw, ImageFont
+
     count, side = len(titles), above.shape[1]
     scale = max(1, round(SHOWN / side))
     shown = side * scale
@@ -206,6 +216,9 @@ def pack(
         max_bad: the share of images, at most, that may be bad. They are left out.
         cache: folder for the manifest, instead of the images' own or the user's cache.
     """
+    from denim.nim.data import ManifestSource, open_manifest
+    from denim.nim.data.shards import pack as pack_shards
+
     length = re.fullmatch(r"(\d+(?:\.\d+)?)(|kB|MB|GB)", shard_size)
     if length is None:
         raise ValueError(f"shard_size is a number of bytes, or of kB, MB or GB like 256MB, got {shard_size!r}")
@@ -230,12 +243,20 @@ def pack(
 
 def _splits(folder: Path, split: str | None) -> list[str]:
     """What to open. Where nothing is asked for and there are no split folders, any name opens the whole."""
+    from denim.nim.data.sources import splits
+
     if split is not None:
         return [split]
     return (splits(folder) if folder.is_dir() else []) or ["all"]
 
 
 def _describe(source: Source, formats: dict[str, int], num_images: int, seed: int) -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from denim.nim.data import Subset
+
     console = Console()
     console.print(f"{source.name}: {len(source)} images in {len(source.classes)} classes, {len(source.skipped)} bad")
     table = Table("class", "images", box=None)
@@ -259,6 +280,8 @@ def channel_moments(source: Source) -> tuple[tuple[float, ...], tuple[float, ...
 
     Four digits, as published ones have.
     """
+    import numpy as np
+
     total = np.zeros((2, source.channels))
     for pixels in _pixels(source):
         total += pixels.mean(0), np.square(pixels).mean(0)
@@ -268,6 +291,10 @@ def channel_moments(source: Source) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def _pixels(source: Source) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import track
+
     console = Console(stderr=True)
     for k in track(range(len(source)), "pixels", console=console, disable=not console.is_terminal):
         yield np.asarray(source.read(k), np.float64).reshape(-1, source.channels) / 255

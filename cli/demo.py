@@ -8,13 +8,6 @@ import time
 import warnings
 from pathlib import Path
 
-from rich.console import Console
-
-from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
-from denim.nim import Autoencoder, Classifier, FinetuneConfig, PretrainConfig, finetune, pretrain
-from denim.nim.data import EvalView, Subset, TorchLoader, open_source
-from denim.nim.files import atomic_write
-
 # Rotation, shift and zoom, no mirroring: a mirrored digit is another digit. On so few images augmentation matters
 # more than the schedule.
 AUGMENTATION = {"crop_scale": None, "flip": False, "degrees": 15.0, "translate": 0.08, "zoom": 0.12}
@@ -45,6 +38,13 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
         out: folder of the demo.
         seed: of everything.
     """
+    from rich.console import Console
+
+    from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
+    from denim.nim import Autoencoder, Classifier, FinetuneConfig, PretrainConfig, finetune, pretrain
+    from denim.nim.data import EvalView, Subset, TorchLoader, open_source
+    from denim.nim.files import atomic_write
+
     console = Console()
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     started = time.perf_counter()

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import torch
 import tyro
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from denim.kernels import Domain, draw_seeds
-from denim.nim import Autoencoder, add_noise, reconstruct
-from denim.nim.data import EvalView, sample_rng
-from denim.nim.files import atomic_write
-from denim.nim.settings import pick_device
 
 DEMO_DENOISER = Path("runs/demo/pretraining/model")
 
@@ -41,7 +31,18 @@ def main(
         seed: of the noise.
         device: auto, or a torch device.
     """
-    if not sigma or any(not (np.isfinite(level) and level >= 0) for level in sigma):
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    from denim.kernels import Domain, draw_seeds
+    from denim.nim import Autoencoder, add_noise, reconstruct
+    from denim.nim.data import EvalView, sample_rng
+    from denim.nim.files import atomic_write
+    from denim.nim.settings import pick_device
+
+    if not sigma or any(not (math.isfinite(level) and level >= 0) for level in sigma):
         raise ValueError(f"sigma takes finite noise levels of 0-255 pixel levels, 0 or more, got {sigma}")
     if denoiser == DEMO_DENOISER and not denoiser.exists():
         raise ValueError(f"no denoiser in {denoiser}: run `denim demo`, or give --denoiser FOLDER")

@@ -5,13 +5,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from rich.console import Console
-
-from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
-from denim.nim import Autoencoder, Classifier
-from denim.nim.data import EvalView, Subset, open_loader, open_source
-from denim.nim.settings import pick_device
-
 
 def main(
     classifier: Path,
@@ -63,6 +56,13 @@ def main(
         seed: of the evaluation.
         device: auto, or a torch device.
     """
+    from rich.console import Console
+
+    from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
+    from denim.nim import Autoencoder, Classifier
+    from denim.nim.data import EvalView, Subset, open_loader, open_source
+    from denim.nim.settings import pick_device
+
     console = Console()
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)

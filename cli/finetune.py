@@ -6,13 +6,14 @@ from typing import Annotated
 
 import tyro
 
-from denim.nim import FinetuneConfig, finetune
-from denim.nim.data import open_source
-from denim.nim.finetuning import accuracy
+from denim.nim import FinetuneConfig
 
 
 def main(config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]) -> None:
     """Fine-tune a classifier. The defaults are the published recipe for ViT-B."""
+    from denim.nim.data import open_source
+    from denim.nim.finetuning import accuracy, finetune
+
     model = finetune(config)
     source = open_source(config.data, "test", len(model.config.mean), max_bad=config.max_bad)
     share = accuracy(model, source, backend=config.loader, workers=config.workers, max_bad=config.max_bad)

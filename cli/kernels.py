@@ -7,11 +7,6 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from denim.nim.files import atomic_write
-
 BEGIN, END = "<!-- denim kernels: begin -->", "<!-- denim kernels: end -->"
 COLUMNS = (
     "registers",
@@ -100,6 +95,8 @@ def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str
 
 def _insert(path: Path, text: str) -> None:
     """Put the generated part into a page between its marks, and leave its prose as it is."""
+    from denim.nim.files import atomic_write
+
     page = path.read_text() if path.exists() else f"# Kernels\n\n{BEGIN}\n{END}\n"
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"{path} must hold {BEGIN!r} and behind it {END!r}, once each: the tables go between them")
@@ -142,6 +139,10 @@ def main(
         raise ValueError("kernels are built with Triton, which is not installed: pip install triton (Linux)") from None
     import torch
     import triton
+    from rich.console import Console
+    from rich.table import Table
+
+    from denim.nim.files import atomic_write
 
     complete = not only and set(targets or TARGETS) == set(TARGETS)
     if update_budgets and not complete:

@@ -6,10 +6,12 @@ from typing import Annotated
 
 import tyro
 
-from denim.nim import PretrainConfig, pretrain
+from denim.nim import PretrainConfig
 
 
 def main(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
     """Pretrain a denoiser. The defaults are the published recipe for ViT-B."""
+    from denim.nim import pretrain
+
     pretrain(config)
     print(f"the denoiser is in {config.out / 'model'}")
