@@ -1,75 +1,149 @@
-"""The `denim` command: one thin file per subcommand."""
+"""The `denim` command: one thin file per subcommand.
+
+The signature and the docstring of a subcommand make its parser and its help text (tyro). The files of the subcommands
+import torch and everything else that is slow to import inside their functions, so that help, completion and mistakes
+answer at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 COMMANDS = {
     "demo": "pretrain, fine-tune and evaluate on digits in a few minutes on a CPU",
     "pretrain": "pretrain a denoiser (NIM, MAE or DMAE)",
     "finetune": "fine-tune a classifier on denoised, noisy or clean images",
     "evaluate": "attack and score a defense, and write a report",
-    "denoise": "show what a denoiser makes of a picture",
+    "denoise": "show what a denoiser makes of a photo",
     "data": "index, check, describe, show and pack a data set",
     "kernels": "build the GPU kernels without a GPU, count their machine code, hold it against budgets",
-    "bench": "check and time the kernels on this machine",
+    "bench": "check and time the kernels and the loaders on this machine",
     "doctor": "say what is usable on this machine, and why the rest is not",
+    "completion": "print a completion script for bash, zsh or fish",
 }
+# A name is suggested in place of a word if they have this share of their characters in common (difflib's ratio).
+SIMILAR = 0.5
+
+Command = Callable[..., None]
+
+
+def version() -> str:
+    """The installed version of Denim, such as "0.1.0"."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("denim-vision")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def commands_of(name: str) -> dict[str, Command]:
+    """The functions of a subcommand: {"": main}, or one for each command of a group such as `denim data`."""
+    module = importlib.import_module(f"denim.cli.{name}")
+    return (
+        {part: getattr(module, part) for part in module.COMMANDS} if hasattr(module, "COMMANDS") else {"": module.main}
+    )
+
+
+def options_of(command: Command) -> list[str]:
+    """The options of a subcommand, such as "--batch-size", in the order of its help; for a flag also "--no-flag"."""
+    import tyro
+
+    found: dict[str, object] = {}
+    for name, annotation in typing.get_type_hints(command, include_extras=True).items():
+        kind, *markers = typing.get_args(annotation) if hasattr(annotation, "__metadata__") else (annotation,)
+        if dataclasses.is_dataclass(kind):
+            fields = typing.get_type_hints(kind)
+            found |= {field.name: fields[field.name] for field in dataclasses.fields(kind)}
+        elif name != "return" and tyro.conf.Positional not in markers:
+            found[name] = kind
+    options = []
+    for name, kind in found.items():
+        option = name.replace("_", "-")
+        options += [f"--{option}", f"--no-{option}"] if kind is bool else [f"--{option}"]
+    return options
+
+
+def _suggestion(word: str, names: Sequence[str]) -> str:
+    """The end of a message, "; did you mean NAME?" with the name most like a word, or nothing."""
+    bare = {name.lstrip("-"): name for name in names}
+    near = difflib.get_close_matches(word.lstrip("-"), bare, n=1, cutoff=SIMILAR)
+    return f"; did you mean {bare[near[0]]}?" if near else ""
 
 
 def _choose(program: str, commands: Mapping[str, str], words: Sequence[str]) -> str:
-    """The first word, which has to be a command; else usage, and the end."""
+    """The first word, which must be a command; any other prints the usage and ends the process."""
     width = max(map(len, commands))
     lines = [f"  {name:<{width}}  {what}" for name, what in commands.items()]
-    help = f"{program} COMMAND --help lists its options."
+    help = f"`{program} COMMAND --help` lists the options of a command."
     usage = "\n".join((f"usage: {program} COMMAND [OPTIONS]", "", *lines, "", help))
+    if program == "denim":
+        usage += " `denim --version` prints the version."
     if not words or words[0] in ("-h", "--help"):
         print(usage)
         raise SystemExit(0 if words else 2)
     if words[0] not in commands:
-        print(f"{program}: unknown command {words[0]!r}\n\n{usage}", file=sys.stderr)
+        suggestion = _suggestion(words[0], list(commands))
+        print(f"{program}: unknown command {words[0]!r}{suggestion}\n\n{usage}", file=sys.stderr)
         raise SystemExit(2)
     return words[0]
 
 
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_unknown_options(program: str, command: Command, words: Sequence[str]) -> None:
+    options = options_of(command)
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        # A negative number is a value.
+        if option.startswith("-") and option not in (*options, "-h", "--help", "-") and not _is_number(word):
+            print(f"{program}: unknown option {option}{_suggestion(option, options)}", file=sys.stderr)
+            print(f"options of {program}: {' '.join(options)}", file=sys.stderr)
+            raise SystemExit(2)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one subcommand. A mistake of the user's ends in one line on stderr and status 2."""
+    """Run one subcommand.
+
+    Args:
+        arguments: the words after `denim`; by default those of the process.
+
+    Raises:
+        SystemExit: with status 2 for a mistake in the arguments, after a message on stderr; with status 0 after help.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    program = f"denim {_choose('denim', COMMANDS, words)}"
-    # Only the chosen command is imported, so that help and mistakes answer at once.
-    module, words = importlib.import_module(f"denim.cli.{words[0]}"), words[1:]
-    command = getattr(module, "main", None)
-    if command is None:  # a command of commands: COMMANDS again, and a function for each
-        name = _choose(program, module.COMMANDS, words)
-        program, command, words = f"{program} {name}", getattr(module, name), words[1:]
+    if words[:1] == ["--version"]:
+        print(f"denim {version()}")
+        return
+    name, words = _choose("denim", COMMANDS, words), words[1:]
+    commands, program = commands_of(name), f"denim {name}"
+    part = ""
+    if "" not in commands:
+        part, words = _choose(program, importlib.import_module(f"denim.cli.{name}").COMMANDS, words), words[1:]
+        program = f"{program} {part}"
+    _refuse_unknown_options(program, commands[part], words)
     import tyro
 
-    try:
-        tyro.cli(command, args=words, prog=program)
-    except SystemExit as stop:
-        if stop.code == 2:  # tyro has said what is wrong, but not what would be right
-            print(f"options of {program}: {' '.join(_options(command))}", file=sys.stderr)
-        raise
-
-
-def _options(command: Callable[..., None]) -> list[str]:
-    """The names of a command's options; those of a dataclass are its fields."""
-    names: list[str] = []
-    for name, annotation in typing.get_type_hints(command).items():
-        fields = dataclasses.fields(annotation) if dataclasses.is_dataclass(annotation) else []
-        names += [field.name for field in fields] or [name] * (name != "return")
-    return [f"--{name.replace('_', '-')}" for name in names]
+    tyro.cli(commands[part], args=words, prog=program)
 
 
 def run() -> None:
-    """Entry point: `main` without tracebacks for mistakes of the user's."""
+    """Entry point: `main`, with one line in place of a traceback for a mistake of the user."""
     try:
         main()
     except (ValueError, OSError) as error:

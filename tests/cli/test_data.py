@@ -112,6 +112,6 @@ def test_mistakes(tmp_path, capsys):
     denim("data", "check", tmp_path / "absent", status=2)
     assert "no data set" in capsys.readouterr().err
     denim("data", "check", tmp_path, "--splt", "x", status=2)
-    assert "options of denim data check: --folder --split --out --cache" in capsys.readouterr().err
+    assert "options of denim data check: --split --out --cache" in capsys.readouterr().err
     denim("data", "index", tmp_path, status=2)
     assert "is empty" in capsys.readouterr().err
