@@ -1,20 +1,24 @@
-"""`denim doctor`."""
+"""`denim doctor`.
+
+A process of its own looks at the parts of the installation. What a broken wheel does to that process (exceptions of any
+kind, a segmentation fault) becomes the row of that part in the table.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import os
 import platform
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from denim.kernels import attention_backends
-from denim.kernels.attention import load_xformers
-from denim.kernels.noise import noise_backend
-from denim.nim.data.dali_loader import problem as dali_problem
+Finding = tuple[bool, str]  # usable, and details or the reason why not
 
 
 def _installed(package: str) -> str | None:
@@ -27,12 +31,75 @@ def _installed(package: str) -> str | None:
 def _import_problem(module: str) -> str | None:
     try:
         importlib.import_module(module)
-    except Exception as error:  # a broken wheel raises anything, and saying what is this command's work
+    except Exception as error:  # a broken wheel raises anything
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _dali() -> tuple[bool, str]:
+def _python() -> Finding:
+    return True, platform.python_version()
+
+
+def _torch() -> Finding:
+    import torch
+
+    return True, f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _has_gpu() -> Finding:
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:  # torch warns where the driver does not fit
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            bf16 = "yes" if torch.cuda.is_bf16_supported() else "no"
+            return True, f"{torch.cuda.get_device_name(0)}, bf16 {bf16}"
+    notes = [
+        f"torch sees none (built for CUDA {torch.version.cuda or 'none'})",
+        *(str(note.message) for note in caught),
+    ]
+    return False, f"{'; '.join(notes)}; everything runs on the CPU"
+
+
+def _noise() -> Finding:
+    from denim.kernels.noise import noise_backend
+
+    backend = noise_backend()
+    if "DENIM_NOISE" in os.environ:
+        return True, f"{backend}: set by DENIM_NOISE"
+    return True, f"{backend}: " + (
+        "C++ compiler found" if backend == "compiled" else "no C++ compiler, which is slower"
+    )
+
+
+def _triton() -> Finding:
+    installed = _installed("triton")
+    if installed is None:
+        return False, "not installed: the torch references of the kernels run"
+    problem = _import_problem("triton")
+    if problem is not None:
+        return False, f"{installed} does not import: {problem}"
+    return (True, installed) if _has_gpu()[0] else (False, f"{installed}; no GPU")
+
+
+def _xformers(full: bool) -> Finding:
+    installed = _installed("xformers")
+    if installed is None:
+        return False, "not installed"
+    if not full and not _has_gpu()[0]:  # its import takes longer than all the rest, and nothing would use it
+        return False, f"{installed}; no GPU, so it is not imported (`denim doctor --full` imports it)"
+    from denim.kernels.attention import load_xformers
+
+    ops, message = load_xformers()
+    if ops is None:
+        return False, f"{installed}: {message}"
+    details = f"{installed}{'; ' + message if message else ''}"
+    return (True, details) if _has_gpu()[0] else (False, f"{details}; no GPU")
+
+
+@functools.cache
+def _dali() -> Finding:
     names = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
     installed = next((f"{name} {_installed(name)}" for name in names if _installed(name)), None)
     if installed is None:
@@ -41,62 +108,98 @@ def _dali() -> tuple[bool, str]:
     return problem is None, installed if problem is None else f"{installed} does not import: {problem}"
 
 
-def _triton(has_gpu: bool) -> tuple[bool, str]:
-    installed = _installed("triton")
-    if installed is None:
-        return False, "not installed: kernels run as their torch references"
-    problem = _import_problem("triton")
-    if problem is not None:
-        return False, f"{installed} does not import: {problem}"
-    return (
-        has_gpu,
-        installed if has_gpu else f"{installed}; no GPU, so its kernels run in the interpreter's tests alone",
-    )
+def _loader() -> Finding:
+    if _dali()[0]:
+        return True, "takes dali for files and shards (no rotation, shift, zoom, timm's RandAugment), else torch"
+    return True, "takes torch: DALI is not usable"
 
 
-def _xformers(has_gpu: bool) -> tuple[bool, str]:
-    installed = _installed("xformers")
-    if installed is None:
-        return False, "not installed"
-    ops, message = load_xformers()
-    if ops is None:
-        return False, f"{installed}: {message}"
-    note = f"{installed}{'; ' + message if message else ''}"
-    return has_gpu, note if has_gpu else f"{note}; no GPU"
+@functools.cache
+def _attention() -> dict[str, list[str]]:
+    import torch
 
+    from denim.kernels import attention_backends
 
-def main() -> None:
-    """Say what is usable on this machine, and why the rest is not."""
-    console = Console()
-    has_gpu = torch.cuda.is_available()
-    gpu = (
-        f"{torch.cuda.get_device_name(0)}, bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
-        if has_gpu
-        else f"torch sees none (built for CUDA {torch.version.cuda or 'none'}); everything runs on the CPU"
-    )
-    noise = noise_backend()
-    reason = "a C++ compiler is at hand" if noise == "compiled" else "no C++ compiler: slower, the same words"
-    if "DENIM_NOISE" in os.environ:
-        reason = "as DENIM_NOISE says"
-    rows = [
-        ("python", True, platform.python_version()),
-        ("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("GPU", has_gpu, gpu),
-        ("noise on the CPU", True, f"{noise}: {reason}"),
-        ("triton", *_triton(has_gpu)),
-        ("xformers", *_xformers(has_gpu)),
-        ("DALI", *_dali()),
-    ]
-    missing = dali_problem()
-    loaders = "takes dali for files and shards (no rotation, shift, zoom, RandAugment), else torch"
-    rows.append(("loader: auto", True, loaders if missing is None else f"takes torch: {missing}"))
+    gpu = _has_gpu()[0]
     # With gradients, as in training: a backend serves only if its backward pass does too.
-    sample = torch.empty(1, 2, 4, 64, device="cuda" if has_gpu else "cpu", dtype=torch.float16 if has_gpu else None)
-    refusals = attention_backends(*[sample.requires_grad_()] * 3)
-    chosen = next(name for name, reasons in refusals.items() if not reasons)
-    rows.append(("attention: auto", True, f"takes {chosen}; inside torch.compile sdpa"))
-    rows += [(f"attention: {name}", not reasons, "; ".join(reasons)) for name, reasons in refusals.items()]
-    table = Table("", "usable", "", title=f"denim {_installed('denim-vision') or '(not installed)'}", box=None)
-    for name, usable, note in rows:
-        table.add_row(name, "yes" if usable else "no", note)
-    console.print(table)
+    sample = torch.empty(1, 2, 4, 64, device="cuda" if gpu else "cpu", dtype=torch.float16 if gpu else None)
+    return attention_backends(*[sample.requires_grad_()] * 3)
+
+
+def _attention_choice() -> Finding:
+    chosen = next(name for name, reasons in _attention().items() if not reasons)
+    return True, f"takes {chosen}; inside torch.compile sdpa"
+
+
+def _attention_backend(name: str) -> Finding:
+    reasons = _attention()[name]
+    return not reasons, "; ".join(reasons)
+
+
+def _checks(full: bool) -> dict[str, Callable[[], Finding]]:
+    return {
+        "python": _python,
+        "torch": _torch,
+        "GPU": _has_gpu,
+        "noise on the CPU": _noise,
+        "triton": _triton,
+        "xformers": functools.partial(_xformers, full),
+        "DALI": _dali,
+        "loader: auto": _loader,
+        "attention: auto": _attention_choice,
+        **{f"attention: {name}": functools.partial(_attention_backend, name) for name in ("xformers", "sdpa", "math")},
+    }
+
+
+def _look(full: bool, names: list[str]) -> None:
+    """Write one line of JSON, [usable, details], to stdout for every check; everything else goes to stderr."""
+    with os.fdopen(os.dup(1), "w") as results:
+        os.dup2(2, 1)
+        for name in names:
+            try:
+                finding = _checks(full)[name]()
+            except Exception as error:
+                finding = False, f"{type(error).__name__}: {error}"
+            results.write(json.dumps(finding) + "\n")
+            results.flush()
+
+
+def _ending(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _findings(full: bool) -> dict[str, Finding]:
+    left = list(_checks(full))
+    findings: dict[str, Finding] = {}
+    while left:
+        command = [sys.executable, "-m", "denim.cli.doctor", json.dumps([full, left])]
+        done = subprocess.run(command, capture_output=True, errors="backslashreplace")
+        for line in done.stdout.splitlines():
+            usable, details = json.loads(line)
+            findings[left.pop(0)] = (usable, details)
+        if left:  # the process ended within this check: another one looks at the rest
+            said = done.stderr.strip().splitlines()
+            reason = f"the process that tried it ended with {_ending(done.returncode)}{': ' + said[-1] if said else ''}"
+            findings[left.pop(0)] = (False, reason)
+    return findings
+
+
+def main(full: bool = False) -> None:
+    """Say what is usable on this machine, and why the rest is not.
+
+    Args:
+        full: Also import what this machine has no use for (xformers without a GPU) to see whether it is intact.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from denim.cli import version
+
+    table = Table("", "usable", "", title=f"denim {version()}", box=None)
+    for name, (usable, details) in _findings(full).items():
+        table.add_row(name, "yes" if usable else "no", details)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    _look(*json.loads(sys.argv[1]))
