@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from denim.benchmarks import kernels as bench
 
 COMMANDS = {
-    "kernels": "time the fused operations against PyTorch, torch.compile and a naive kernel",
-    "data": "time the loaders on your own images, against torchvision and DALI's own reader",
+    "kernels": "time the fused operations beside PyTorch, torch.compile and a naive kernel",
+    "data": "time the loaders on your images beside torchvision and DALI's own reader",
 }
 
 
@@ -61,12 +61,13 @@ def kernels(
     torch.compile, and a kernel written naively; MB allocated at once, by it and by the chain.
 
     Args:
-        device: auto, cpu or cuda.
-        only: words; cases with one of them in their names are run.
-        batch: images of 224 x 224, of 32 x 32 sixteen times as many; by default 16 on a CPU and 256 on a GPU.
-        seconds: of timing per case.
-        compile: compare with torch.compile too.
-        json: a file for everything that was measured.
+        device: Device to measure on: auto (a GPU where there is one), cpu or cuda.
+        only: Words; only cases with one of them in their names are run. Without it, all are.
+        batch: Images of 224 x 224 per call, and sixteen times as many of 32 x 32; without it, 16 on a CPU and 256 on a
+            GPU.
+        seconds: Time to measure each case for, in seconds.
+        compile: Also time the chain of operations under torch.compile.
+        json: JSON file that gets everything that was measured.
     """
     from rich.console import Console
 
@@ -75,7 +76,7 @@ def kernels(
     from denim.nim.settings import pick_device
 
     console = Console()
-    if not console.is_terminal:  # a pipe has no width; rich would take 80 columns and cut
+    if not console.is_terminal:  # a pipe has no width: rich would take 80 columns and cut the table
         console = Console(width=160)
     where = pick_device(device)
     if json is not None and not json.parent.is_dir():
@@ -116,20 +117,21 @@ def data(
 ) -> None:
     """Load random crops of your images with every loader: images per second, and memory.
 
-    First DALI's pixels are held against Pillow's. Loaders take turns in one process, and the best turn counts. Memory
-    is that of a loader's processes together, at most, beyond what a process has that has made none.
+    The pixels of DALI and of Pillow are compared first. The loaders take turns in one process, and the best turn of
+    each counts. Memory is the peak of all processes of a loader together, less that of a process without a loader.
 
     Args:
-        folder: of images, class folders or shards; or of split folders with those.
-        split: "train", "test", ...
-        size: side of the crops in pixels.
-        batch_size: images of a batch.
-        workers: threads, or processes, that decode.
-        loaders: dali and torch (Denim's), torchvision, dali-reader (DALI's own), pillow (one process, no loader).
-        seconds: of a turn.
-        rounds: turns of each.
-        memory: measure it too.
-        cache: folder for the manifest, instead of the images' own or the user's cache.
+        folder: Folder of images, class folders or shards, or of split folders (train, test, ...) that hold those.
+        split: Split to load, such as train or test.
+        size: Side of the crops, in pixels.
+        batch_size: Images per batch.
+        workers: Threads (DALI) or processes (torch) that decode images.
+        loaders: Loaders to time: dali and torch are those of Denim, torchvision is its own pipeline, dali-reader is
+            DALI with its own reader, pillow decodes in one process.
+        seconds: Length of a turn, in seconds.
+        rounds: Turns of each loader.
+        memory: Also measure the memory.
+        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
     """
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""`denim data`: look at a data set before training on it, and put it into shards."""
+"""`denim data`: look at a data set before training on it, and pack it into shards."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from denim.nim.data import Source
 
 COMMANDS = {
-    "index": "decode every image once and keep the result; trainers do the same at their first use",
+    "index": "decode every image once and keep the result (training does so at the first use of a folder)",
     "check": "list every image that cannot be read, with the reason",
-    "stats": "count, classes, sizes, formats, and channel mean and std",
-    "preview": "a picture of what a model will see in training, clean and with noise",
-    "pack": "write WebDataset shards, which keep ids and labels",
+    "stats": "print the classes, sizes and formats of the images, and the mean and std of their channels",
+    "preview": "write a picture of what a model sees in training, clean and with noise",
+    "pack": "write the images as WebDataset shards that keep their ids and labels",
 }
 NAMES = ("digits", "cifar10", "cifar100")
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-COLUMNS, SHOWN, GAP = 8, 224, 8  # of a preview: images in a row, side of one (about) and distance in pixels
+COLUMNS, SHOWN, GAP = 8, 224, 8  # of a preview: images per row, their side (about) and their distance in pixels
 
 
 def index(folder: Annotated[Path, tyro.conf.Positional], split: str | None = None, cache: Path | None = None) -> None:
-    """Decode every image once and keep the result in a manifest, which trainers use.
+    """Decode every image once and keep the result in a manifest, which training uses.
 
     Args:
-        folder: of class folders, or of images; or of split folders with those.
-        split: "train", "test", ...; by default every split that there is.
-        cache: folder for the manifest, instead of the images' own or the user's cache.
+        folder: Folder of class folders or of images, or of split folders (train, test, ...) that hold those.
+        split: Split to index, such as train or test; without it, every split of the folder.
+        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
     """
     from denim.nim.data import open_manifest
 
@@ -56,13 +56,13 @@ def check(
     out: Path | None = None,
     cache: Path | None = None,
 ) -> None:
-    """List every image that cannot be read, with the reason. The exit status is 1 if there is any.
+    """List every image that cannot be read, with the reason. The exit status is 1 if there is one.
 
     Args:
-        folder: of class folders, or of images; or of split folders with those.
-        split: "train", "test", ...; by default every split that there is.
-        out: text file for the list, one image a line, a tab before the reason.
-        cache: folder for the manifest, instead of the images' own or the user's cache.
+        folder: Folder of class folders or of images, or of split folders (train, test, ...) that hold those.
+        split: Split to check, such as train or test; without it, every split of the folder.
+        out: Text file that also gets the list, one image per line, with a tab before the reason.
+        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
     """
     from denim.nim.data import open_manifest
     from denim.nim.files import atomic_write
@@ -89,15 +89,17 @@ def stats(
     seed: int = 0,
     cache: Path | None = None,
 ) -> None:
-    """Count, classes, sizes, formats, and channel mean and std, in the form in which presets take them.
+    """Print the classes, sizes and formats of the images, and the mean and std of their channels as presets take them.
+
+    Every image has the same weight in mean and std, whatever its size.
 
     Args:
-        folder: of class folders, or of images; or of split folders with those; or digits, cifar10, cifar100.
-        split: "train", "test", ...; by default every split that there is.
-        num_images: images that mean and std are taken over, drawn at random; 0 for all. Every image has the same
-            weight, whatever its size.
-        seed: of that draw.
-        cache: folder for the manifest, instead of the images' own or the user's cache.
+        folder: Folder of class folders or of images, or of split folders (train, test, ...) that hold those; or one of
+            digits, cifar10 and cifar100.
+        split: Split to describe, such as train or test; without it, every split of the folder.
+        num_images: Number of images, drawn at random, over which mean and std are taken; 0 takes all.
+        seed: Seed of that random choice.
+        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
     """
     from denim.nim.data import ManifestSource, open_manifest, open_source
 
@@ -127,19 +129,19 @@ def preview(
     """Write a picture of the first images that `denim pretrain` takes with the same seed, clean and with noise.
 
     Args:
-        folder: of class folders, or of images; or of split folders with those; or of shards; or digits, cifar10,
-            cifar100.
-        split: "train", "test", ...
-        sigma: noise level, 0-255 pixel levels.
-        size: side of what the model sees, in pixels.
-        count: number of images.
-        out: the picture, a PNG.
-        crop_scale: range of the crop's share of the image area; None for no crop.
-        flip: mirror left-right with probability 1/2.
-        channels: 1 or 3; by default those of the data.
-        seed: of the run.
-        epoch: of the run, from 0.
-        cache: folder for the manifest, instead of the images' own or the user's cache.
+        folder: Folder of class folders, of images or of shards, or of split folders (train, test, ...) that hold those;
+            or one of digits, cifar10 and cifar100.
+        split: Split to show, such as train or test.
+        sigma: Standard deviation of the noise, in 0-255 pixel levels.
+        size: Side of the crops that the model sees, in pixels.
+        count: Number of images in the picture.
+        out: File of the picture, a PNG.
+        crop_scale: Smallest and largest area of the random crops, as shares of the image; None takes no crops.
+        flip: Mirror each image left-right with probability 1/2.
+        channels: Channels that the images are converted to, 1 or 3; without it, those of the data.
+        seed: Seed of the run.
+        epoch: Epoch of the run, counted from 0.
+        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
     """
     import torch
 
@@ -158,7 +160,7 @@ def preview(
     seeds = derive_seeds(seed, Domain.TRAINING, batch.ids, epoch)
     noisy = add_noise(batch.images, torch.full((count,), sigma), seeds)
 
-    # What is outside [0, 1] a picture cannot show.
+    # A picture cannot show values outside [0, 1].
     noisy = (255 * noisy.movedim(1, -1).clamp(0, 1)).round().to(torch.uint8)
     titles = [source.classes[label] for label in batch.labels.tolist()]
     sheet = _sheet(
@@ -170,9 +172,9 @@ def preview(
 
 
 def _sheet(above: Tensor, below: Tensor, titles: Sequence[str], heading: str) -> Image.Image:
-    """Pairs of images, uint8 (B, H, W, C), one above the other with a title each, `COLUMNS` in a row.
+    """Pairs of images, uint8 (B, H, W, C), one above the other under a title, with `COLUMNS` pairs per row.
 
-    Every pixel becomes a square, small images large ones, so that nothing is resampled.
+    A pixel of a small image becomes a square of pixels; no image is resampled.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -206,15 +208,15 @@ def pack(
     max_bad: float = 0.01,
     cache: Path | None = None,
 ) -> None:
-    """Write WebDataset shards. Training on them is training on the folder: same order, crops and noise.
+    """Write WebDataset shards. Training on them takes the same order, crops and noise as training on the folder.
 
     Args:
-        folder: of class folders, or of images; or of split folders with those; or of shards.
-        out: a new folder for the shards, or for split folders of shards.
-        split: "train", "test", ...; by default every split that there is.
-        shard_size: length of a shard, like 256MB, 1GB or 64000 (bytes).
-        max_bad: the share of images, at most, that may be bad. They are left out.
-        cache: folder for the manifest, instead of the images' own or the user's cache.
+        folder: Folder of class folders, of images or of shards, or of split folders (train, test, ...) that hold those.
+        out: New folder for the shards, or for split folders of shards.
+        split: Split to pack, such as train or test; without it, every split of the folder.
+        shard_size: Length of a shard: a number of bytes, or of kB, MB or GB such as 256MB.
+        max_bad: Largest share of images that may be unreadable; they are left out, and above it nothing is written.
+        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
     """
     from denim.nim.data import ManifestSource, open_manifest
     from denim.nim.data.shards import pack as pack_shards
@@ -242,7 +244,7 @@ def pack(
 
 
 def _splits(folder: Path, split: str | None) -> list[str]:
-    """What to open. Where nothing is asked for and there are no split folders, any name opens the whole."""
+    """The splits to open: the one asked for, or all; for a folder without split folders a name that opens it whole."""
     from denim.nim.data.sources import splits
 
     if split is not None:
@@ -276,9 +278,9 @@ def _describe(source: Source, formats: dict[str, int], num_images: int, seed: in
 
 
 def channel_moments(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every channel over all pixels, every image with the same weight, in [0, 1] units.
+    """Mean and standard deviation of every channel over all pixels, in [0, 1] units, rounded to four digits.
 
-    Four digits, as published ones have.
+    Every image has the same weight, whatever its size.
     """
     import numpy as np
 

@@ -22,7 +22,7 @@ WIDE = {"int / mul / float / special / conv / mem / other", "kB moved / least"}
 
 
 def _accesses(accesses: Mapping[str, int]) -> str:
-    """Widths in bytes, the widest first: what a thread's code holds."""
+    """Memory accesses in the code of a thread as "COUNTxWIDTH", widths in bytes, the widest first."""
     return " ".join(f"{n}x{width}" for width, n in sorted(accesses.items(), key=lambda item: -int(item[0]))) or "-"
 
 
@@ -94,7 +94,7 @@ def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str
 
 
 def _insert(path: Path, text: str) -> None:
-    """Put the generated part into a page between its marks, and leave its prose as it is."""
+    """Replace the text between the marks of a page, and nothing else."""
     from denim.nim.files import atomic_write
 
     page = path.read_text() if path.exists() else f"# Kernels\n\n{BEGIN}\n{END}\n"
@@ -114,19 +114,19 @@ def main(
     baselines: bool = True,
     workers: int | None = None,
 ) -> None:
-    """Build every kernel for GPUs that need not be here, count its machine code, and hold it against the budgets.
+    """Build every kernel for GPUs that need not be in this machine, and compare its machine code with the budgets.
 
     Everything is static: registers, instructions and bytes, and the times that these allow at best. Nothing is run.
 
     Args:
-        only: kernels by name, or by how their names begin; all by default.
-        targets: of sm_80, sm_90, sm_100 and gfx942; by default all that this Triton can build for.
-        json: write the whole report here.
-        page: write the tables into this Markdown page, between its marks.
-        update_budgets: make today's numbers the budgets (benchmarks/machine_code/budgets.json).
-        baselines: also count what a user would run without these kernels: torch.compile's kernels, the naive kernel and
-            eager PyTorch. For sm_90, and not with --only.
-        workers: processes; by default as many as there are processors.
+        only: Names of kernels, or beginnings of names; without it, all kernels are built.
+        targets: GPU architectures, such as sm_90 or gfx942; without it, all that this Triton can build for.
+        json: JSON file that gets the whole report.
+        page: Markdown page that gets the tables, between its marks.
+        update_budgets: Write the numbers of this build as the new budgets (benchmarks/machine_code/budgets.json).
+        baselines: Also count what a user would run without these kernels, for sm_90: the kernels of torch.compile, a
+            naive kernel, and eager PyTorch. Not done with --only.
+        workers: Processes that build; without it, one per processor.
     """
     try:
         from denim.benchmarks.machine_code import budgets as budget_file
