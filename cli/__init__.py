@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -49,9 +50,12 @@ def version() -> str:
 def commands_of(name: str) -> dict[str, Command]:
     """The functions of a subcommand: {"": main}, or one for each command of a group such as `denim data`."""
     module = importlib.import_module(f"denim.cli.{name}")
-    return (
-        {part: getattr(module, part) for part in module.COMMANDS} if hasattr(module, "COMMANDS") else {"": module.main}
-    )
+    parts = {part: part for part in getattr(module, "COMMANDS", ())} or {"": "main"}
+    commands = {part: getattr(module, function) for part, function in parts.items()}
+    for command in commands.values():
+        # In the docstring of a function, tyro takes the end of a line for a line break of the help text.
+        command.__doc__ = re.sub(r"\n {12}(?=\S)", " ", command.__doc__ or "")
+    return commands
 
 
 def options_of(command: Command) -> list[str]:

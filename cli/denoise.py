@@ -20,16 +20,17 @@ def main(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Write a picture: a photo as the denoiser sees it, with noise, and rebuilt, at every noise level.
+    """Write a picture of a photo at every noise level: clean, with noise, and denoised.
 
     Args:
-        photo: an image file; its shorter side is resized to the denoiser's size, and its centre cut out.
-        sigma: noise levels, 0-255 pixel levels.
-        denoiser: folder of a pretrained denoiser; by default the one that `denim demo` made.
-        out: the picture; by default PHOTO-denoised.png in the current folder.
-        statistics: input or noisy; without effect for a raw target.
-        seed: of the noise.
-        device: auto, or a torch device.
+        photo: Image file; its shorter side is resized to the image size of the denoiser, and its centre is cut out.
+        sigma: Noise levels, standard deviations in 0-255 pixel levels.
+        denoiser: Folder of the denoiser.
+        out: File of the picture, a PNG; without it, PHOTO-denoised.png in the current folder.
+        statistics: Image that gives the patch means and standard deviations of the reconstruction: input or noisy. A
+            denoiser with target raw needs none.
+        seed: Seed of the noise.
+        device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
     """
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -29,32 +29,34 @@ def main(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Attack and score a defense at many noise levels; write table, curve and gallery.
+    """Attack and score a defense at many noise levels, and write a table, a curve and a gallery.
 
-    Run again with the same options, it goes on where it stopped.
+    The same command with the same options goes on where an earlier one stopped.
 
     Args:
-        classifier: folder of the fine-tuned classifier.
-        denoiser: folder of the denoiser; without one, noise alone is the defense.
-        out: folder of the evaluation.
-        data: "digits", "cifar10", "cifar100" or a folder of images.
-        split: of the data.
-        num_images: size of the fixed random subset that is evaluated; 0 for all.
-        sigmas: noise levels, 0-255 pixel levels.
-        frozen: level whose noise is also evaluated fixed and known to the attacker; None for none.
-        mask_ratios: for degrade=mask: the shares of hidden patches, in place of sigmas.
-        degrade: noise, mask or both.
-        statistics: input or noisy; without effect for a raw target.
-        clean_classifier: folder of an ordinary classifier, as a reference row.
-        attacks: such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray.
-        score_draws: fresh draws per image for the score.
-        max_batch: images per pass; lower it if memory runs out.
-        examples: images in the gallery.
-        loader: dali, torch, or auto for the first of these that can serve.
-        workers: processes (torch) or threads (DALI) that decode images.
-        max_bad: largest share of images that may turn out unreadable; they are not counted, above it the run stops.
-        seed: of the evaluation.
-        device: auto, or a torch device.
+        classifier: Folder of the fine-tuned classifier.
+        denoiser: Folder of the denoiser; without it, the defense is noise alone.
+        out: Folder that gets the evaluation.
+        data: Images to evaluate on: digits, cifar10, cifar100 or a folder.
+        split: Split of the data, such as train or test.
+        num_images: Number of images, a random choice that depends on the seed alone; 0 takes all.
+        sigmas: Noise levels of the defense, standard deviations in 0-255 pixel levels.
+        frozen: Noise level, in 0-255 pixel levels, that is also evaluated with noise that is fixed and known to the
+            attacker; None leaves that row out.
+        mask_ratios: Shares of hidden patches that are evaluated in place of sigmas with --degrade mask.
+        degrade: How images are degraded before the denoiser: noise, mask or both.
+        statistics: Image that gives the patch means and standard deviations of a reconstruction: input or noisy. A
+            denoiser with target raw needs none.
+        clean_classifier: Folder of a classifier that was trained on clean images, for a reference row without defense.
+        attacks: Attacks, such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray.
+        score_draws: Fresh draws of noise per image for the score.
+        max_batch: Images per forward pass; a smaller number takes less memory.
+        examples: Images in the gallery.
+        loader: Loader of the images: dali, torch, or auto for the first of these that can serve.
+        workers: Processes (torch) or threads (DALI) that decode images.
+        max_bad: Largest share of images that may be unreadable; they are not counted, and above it the command stops.
+        seed: Seed of the evaluation.
+        device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
     """
     from rich.console import Console
 

@@ -22,30 +22,30 @@ class TrainConfig:
     """Settings that pretraining and fine-tuning share.
 
     Attributes:
-        out: folder of the run.
-        data: "digits", "cifar10", "cifar100" or a folder of images.
-        epochs: passes over the training images.
-        warmup_epochs: of these, epochs of linear warm-up; then a cosine to min_lr, set at every update.
-        batch_size: images per update; learning rates scale linearly with it.
-        accumulate: parts into which a batch is cut, whose gradients are summed.
-        base_lr: learning rate for a batch of 256.
-        min_lr: learning rate at the end.
-        weight_decay: of AdamW; none on biases and 1-d parameters.
-        betas: of AdamW.
-        crop_scale: area of random crops as a share of the image; None for no crops.
-        flip: mirror half of the images.
-        degrees: random rotation up to this many degrees.
-        translate: random shift up to this share of the side.
-        zoom: random change of size up to this share.
-        loader: "dali", "torch", or "auto" for the first of these that can serve.
-        workers: processes (torch) or threads (DALI) that decode images.
-        max_bad: largest share of images that may turn out unreadable; others stand in for them, above it the run stops.
-        seed: of the run.
-        device: "auto", or a torch device.
-        precision: "auto" (bf16 where the device has it), "bf16" or "fp32".
-        resume: continue the run in `out`.
-        checkpoint_every: updates between checkpoints; None for once per epoch.
-        log_every: updates between lines of metrics.
+        out: Folder of the run.
+        data: Training images: digits, cifar10, cifar100 or a folder.
+        epochs: Passes over the training images.
+        warmup_epochs: Epochs of linear warm-up at the start; a cosine to min_lr follows, set at every update.
+        batch_size: Images per update; learning rates scale linearly with it.
+        accumulate: Parts that a batch is cut into to save memory; their gradients are summed.
+        base_lr: Learning rate for a batch of 256 images.
+        min_lr: Learning rate at the end, for this batch size.
+        weight_decay: Weight decay of AdamW; biases and other 1-d parameters have none.
+        betas: Coefficients of the two running averages of AdamW.
+        crop_scale: Smallest and largest area of the random crops, as shares of the image; None takes no crops.
+        flip: Mirror each image left-right with probability 1/2.
+        degrees: Largest angle of the random rotation, in degrees.
+        translate: Largest random shift, as a share of the side.
+        zoom: Largest random change of size, as a share of the size.
+        loader: Loader of the images: dali, torch, or auto for the first of these that can serve.
+        workers: Processes (torch) or threads (DALI) that decode images.
+        max_bad: Largest share of images that may be unreadable; others take their places, and above it the run stops.
+        seed: Seed of the run.
+        device: Device to train on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
+        precision: Precision of the forward pass: bf16, fp32, or auto for bf16 where the device has it.
+        resume: Continue the run in `out`.
+        checkpoint_every: Updates between checkpoints; None saves one after every epoch.
+        log_every: Updates between lines of metrics.
     """
 
     out: Path
@@ -104,14 +104,15 @@ class PretrainConfig(TrainConfig):
     """Settings of pretraining; the defaults are the published recipe (You et al. 2023, appendix; He et al. 2022).
 
     Attributes:
-        preset: micro, tiny, small, base, large or huge.
-        objective: nim, mae or dmae.
-        target: "norm" (each patch normalised by its own mean and variance) or "raw".
-        sigma: noise levels: `70`, `gamma:25,3`, `uniform:0,30`; by default the published ones of the objective.
-        mask_ratio: share of hidden patches, for mae and dmae.
-        img_size: side in pixels; by default the preset's.
-        patch_size: side of a patch; by default the preset's.
-        channels: 1 or 3; by default those of the data.
+        preset: Size of the model: micro, tiny, small, base, large or huge.
+        objective: What is learnt: nim (remove noise), mae (fill in hidden patches) or dmae (both).
+        target: Target of the loss: norm (each patch normalised by its own mean and variance) or raw pixels.
+        sigma: Noise levels in 0-255 pixel levels, such as 70, gamma:25,3 or uniform:0,30; without it, those that were
+            published for the objective.
+        mask_ratio: Share of hidden patches, for mae and dmae.
+        img_size: Side of the images in pixels; without it, that of the preset.
+        patch_size: Side of the patches in pixels; without it, that of the preset.
+        channels: Channels that the images are converted to, 1 or 3; without it, those of the data.
     """
 
     preset: str = "base"
@@ -146,20 +147,22 @@ class FinetuneConfig(TrainConfig):
     """Settings of fine-tuning; the defaults are the published recipe for ViT-B (You et al. 2023; He et al. 2022).
 
     Attributes:
-        denoiser: folder of the pretrained autoencoder: its encoder starts the classifier, and it rebuilds the
-            training images where `trained_on` is "denoised". It stays frozen.
-        trained_on: the images: "denoised", "noisy" (not denoised) or "clean".
-        sigma: noise levels of the training images: `70`, `gamma:25,3`, `uniform:0,30`.
-        degrade: "noise", "mask" or "both": how images are degraded before the denoiser.
-        mask_ratio: share of hidden patches, for "mask" and "both".
-        statistics: "input" or "noisy": see `reconstruct`; without effect for a raw target.
-        layer_decay: learning rate of a layer relative to the one above it.
-        drop_path: rate of stochastic depth.
-        auto_augment: RandAugment: timm's policy (loader torch), DALI's own such as "dali-rand-m9-n2" (loader dali;
-            `TrainView` says what differs), or None.
-        erasing: probability of random erasing.
-        mixup, cutmix: their alpha; 0 for none.
-        smoothing: label smoothing.
+        denoiser: Folder of the pretrained denoiser, which stays frozen. The classifier starts from its encoder, and it
+            denoises the training images with trained_on denoised.
+        trained_on: Training images: denoised, noisy (not denoised) or clean.
+        sigma: Noise levels of the training images in 0-255 pixel levels, such as 70, gamma:25,3 or uniform:0,30.
+        degrade: How images are degraded before the denoiser: noise, mask or both.
+        mask_ratio: Share of hidden patches, for degrade mask and both.
+        statistics: Image that gives the patch means and standard deviations of a reconstruction: input or noisy. A
+            denoiser with target raw needs none.
+        layer_decay: Learning rate of a layer relative to the layer above it.
+        drop_path: Largest rate of stochastic depth, that of the last block.
+        auto_augment: Policy of RandAugment: that of timm (loader torch), that of DALI such as dali-rand-m9-n2 (loader
+            dali; for the differences see `TrainView`), or None.
+        erasing: Probability of random erasing.
+        mixup: Parameter alpha of mixup; 0 turns it off.
+        cutmix: Parameter alpha of cutmix; 0 turns it off.
+        smoothing: Label smoothing.
     """
 
     denoiser: Path

@@ -1,6 +1,7 @@
 """What the command answers before it works: help, version, completion, and the nearest name for a misspelt one."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -59,14 +60,30 @@ def bash_script():
     ).stdout
 
 
-def test_options_of_every_command_are_those_that_tyro_takes(bash_script):
+@pytest.fixture(scope="module")
+def taken(bash_script):
+    """{command: {flags of an option: its help}} as tyro parses them."""
     spec = ast.literal_eval(re.search(r"^COMPLETION_SPEC = (.*)$", bash_script, re.MULTILINE)[1])
+    found = {}
     for command in COMMANDS:
+        node = functools.reduce(lambda node, name: node["subcommands"][name], command.split(), spec)
+        found[command] = {tuple(option["flags"]): option["description"] for option in node["options"]}
+        found[command].pop(("-h", "--help"))
+    return found
+
+
+def test_options_of_every_command_are_those_that_tyro_takes(taken):
+    for command, options in taken.items():
         name, _, part = command.partition(" ")
-        node = spec["subcommands"][name]
-        node = node["subcommands"][part] if part else node
-        taken = {flag for option in node["options"] for flag in option["flags"]} - {"-h", "--help"}
-        assert {flag for flag in taken if flag.startswith("-")} == set(cli.options_of(cli.commands_of(name)[part]))
+        flags = {flag for flags in options for flag in flags if flag.startswith("-")}
+        assert flags == set(cli.options_of(cli.commands_of(name)[part])), command
+
+
+def test_every_option_has_a_sentence(taken):
+    for command, options in taken.items():
+        for flags, text in options.items():
+            sentence = text.rpartition(" • ")[2]  # behind the kind of value
+            assert re.match(r"[A-Z].*\.( \(default.*\)| \(required\))?$", sentence), (command, flags, text)
 
 
 @pytest.mark.parametrize(
