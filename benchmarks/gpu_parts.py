@@ -200,10 +200,10 @@ def instructions(device: str, sizes: str) -> Iterator[Row]:
     if device != "cuda":
         return
     from denim.benchmarks.instructions_triton import instruction_errors, normals_errors
-    from denim.kernels.noise_triton import instruction_set
+    from denim.kernels.dispatch import gpu_of
 
     where, count = torch.device(device), SIZES[sizes].words
-    kind = instruction_set(where)
+    kind = gpu_of(where).instructions
     worst = instruction_errors(where, kind, count=count)
     # What the bound of the contract assumes: PTX ISA, sections on lg2, sin and cos.
     limits = {"lg2": 2.0**-22, "cos": 2.0**-20.5, "sin": 2.0**-20.5}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from denim.kernels.dispatch import register
 from denim.kernels.noise import Stream, uniform_noise
 from denim.kernels.patches import compute_dtype, sample_chunks
 
@@ -32,26 +31,11 @@ def _reference(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tens
     return moved
 
 
-_attack_step = torch.library.custom_op("denim::attack_step", _reference, mutates_args=())
-
-
-@_attack_step.register_kernel("cuda")
-def _(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
-    """Triton kernel. The reference serves float64, and platforms that have no Triton."""
-    if importlib.util.find_spec("triton") is not None:
-        # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
-        from denim.kernels import attack_step_triton as kernel
-        from denim.kernels.memory_triton import warp_size
-
-        if all(tensor.dtype in kernel.DTYPES for tensor in (pixels, origin, gradient)):
-            size = warp_size(pixels.device)
-            return kernel.launch(pixels, origin, gradient, step_size, epsilon, warp_size=size)
-    return _reference(pixels, origin, gradient, step_size, epsilon)
-
-
-@_attack_step.register_fake
-def _(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
+def _fake(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
     return pixels.new_empty(pixels.shape)
+
+
+_attack_step = register("attack_step", _reference, _fake, triton="attack_step_triton")
 
 
 def _start_reference(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
@@ -62,24 +46,11 @@ def _start_reference(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
     return moved.clamp(0, 1).to(pixels.dtype).contiguous()
 
 
-_attack_start = torch.library.custom_op("denim::attack_start", _start_reference, mutates_args=())
-
-
-@_attack_start.register_kernel("cuda")
-def _(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
-    """Triton kernel. The reference serves float64, and platforms that have no Triton."""
-    if importlib.util.find_spec("triton") is not None:
-        from denim.kernels import attack_step_triton as kernel
-        from denim.kernels.memory_triton import warp_size
-
-        if pixels.dtype in kernel.DTYPES:
-            return kernel.launch_start(pixels, seeds, epsilon, warp_size=warp_size(pixels.device))
-    return _start_reference(pixels, seeds, epsilon)
-
-
-@_attack_start.register_fake
-def _(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
+def _start_fake(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
     return pixels.new_empty(pixels.shape)
+
+
+_attack_start = register("attack_start", _start_reference, _start_fake, triton="attack_step_triton", part="_start")
 
 
 def _check(pixels: Tensor, others: dict[str, Tensor], sizes: dict[str, float | Tensor]) -> list[Tensor]:

@@ -11,12 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from denim.kernels.dispatch import GPU
 from denim.kernels.memory_triton import chunks, on_device
 from denim.kernels.noise import Stream
 from denim.kernels.noise_triton import philox
 from denim.kernels.tuning import run_tuned
 
-__all__ = ["CONFIGURATIONS", "DTYPES", "attack_start_kernel", "attack_step_kernel", "launch", "launch_start"]
+__all__ = [
+    "CONFIGURATIONS",
+    "attack_start_kernel",
+    "attack_step_kernel",
+    "launch",
+    "launch_start",
+    "serves",
+    "serves_start",
+]
 
 # Of pixels, origin and gradient; sizes may be float64 too.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -118,6 +127,11 @@ def attack_start_kernel(
     tl.store(out + start + place, chunks(moved.to(out.dtype.element_ty), CHUNK), mask=inside)
 
 
+def serves(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> bool:
+    """Whether `launch` takes these arguments of `attack_step`. The reference serves float64."""
+    return all(tensor.dtype in DTYPES for tensor in (pixels, origin, gradient))
+
+
 def launch(
     pixels: Tensor,
     origin: Tensor,
@@ -125,7 +139,7 @@ def launch(
     step_size: Tensor,
     epsilon: Tensor,
     *,
-    warp_size: int,
+    gpu: GPU,
     configurations: Sequence[tuple[int, int]] = CONFIGURATIONS,
 ) -> Tensor:
     """Run the kernel on arguments that `attack_step` has checked.
@@ -136,7 +150,7 @@ def launch(
         gradient: same shape, one of `DTYPES`.
         step_size: () or (B,), floating.
         epsilon: () or (B,), floating.
-        warp_size: lanes of a warp of the GPU.
+        gpu: what the kernel is built for.
         configurations: (threads of a program, elements of a thread), powers of two, to choose from. The result depends
             on neither.
 
@@ -166,7 +180,7 @@ def launch(
             step_size.stride(0),
             epsilon.stride(0),
             BLOCK=threads * run_length,
-            num_warps=threads // warp_size,
+            num_warps=threads // gpu.warp_size,
         )
 
     key = ("attack_step", pixels.dtype, origin.dtype, gradient.dtype)
@@ -175,14 +189,19 @@ def launch(
     return out
 
 
-def launch_start(pixels: Tensor, seeds: Tensor, epsilon: Tensor, *, warp_size: int) -> Tensor:
+def serves_start(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> bool:
+    """Whether `launch_start` takes these arguments of `attack_start`. The reference serves float64."""
+    return pixels.dtype in DTYPES
+
+
+def launch_start(pixels: Tensor, seeds: Tensor, epsilon: Tensor, *, gpu: GPU) -> Tensor:
     """Run the kernel on arguments that `attack_start` has checked.
 
     Args:
         pixels: (B, ...), one of `DTYPES`, any strides.
         seeds: int64 (B,).
         epsilon: () or (B,), floating.
-        warp_size: lanes of a warp of the GPU. The result does not depend on it.
+        gpu: what the kernel is built for. The result does not depend on it.
 
     Returns:
         The first iterate, in the shape and dtype of `pixels`, contiguous. Equal to the reference exactly.
@@ -207,7 +226,7 @@ def launch_start(pixels: Tensor, seeds: Tensor, epsilon: Tensor, *, warp_size: i
             STREAM=int(Stream.START),
             ROWS=THREADS,
             COLS=RUN,
-            num_warps=THREADS // warp_size,
+            num_warps=THREADS // gpu.warp_size,
             # A fused multiply-add would round once where the reference rounds twice.
             enable_fp_fusion=False,
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
+from denim.kernels.dispatch import register
 from denim.kernels.patches import (
     VARIANCE_EPS,
     channel_vector,
@@ -130,39 +130,7 @@ def _reference(
     return decoded.reshape(*outer_shape, *shape)
 
 
-_decode_patches = torch.library.custom_op("denim::decode_patches", _reference, mutates_args=())
-
-
-@_decode_patches.register_kernel("cuda")
-def _(
-    prediction: Tensor,
-    source: Tensor | None,
-    sigma: Tensor | None,
-    height: int,
-    width: int,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    statistics: str,
-    normal_mean: Sequence[float],
-    normal_std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Triton kernel. The reference serves float64, very large patches, and platforms that have no Triton."""
-    given = (prediction, source, sigma, height, width, patch_size, mean, std, statistics)
-    output = (normal_mean, normal_std, dtype)
-    if importlib.util.find_spec("triton") is not None:
-        # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
-        from denim.kernels import decode_patches_triton as kernel
-        from denim.kernels.memory_triton import warp_size
-
-        if kernel.serves(prediction, source, patch_size, len(mean), dtype):
-            return kernel.launch(*given, *output, warp_size=warp_size(prediction.device))
-    return _reference(*given, *output)
-
-
-@_decode_patches.register_fake
-def _(
+def _fake(
     prediction: Tensor,
     source: Tensor | None,
     sigma: Tensor | None,
@@ -184,7 +152,7 @@ def _has_gradient(source: Tensor | None, need_source: bool) -> TypeGuard[Tensor]
     return need_source and source is not None and source.is_floating_point()
 
 
-def _reference_backward(
+def _backward_reference(
     grad: Tensor,
     prediction: Tensor,
     source: Tensor | None,
@@ -241,38 +209,7 @@ def _reference_backward(
     return to_predictions.reshape(prediction.shape), to_source
 
 
-_decode_patches_backward = torch.library.custom_op(
-    "denim::decode_patches_backward", _reference_backward, mutates_args=()
-)
-
-
-@_decode_patches_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    prediction: Tensor,
-    source: Tensor | None,
-    sigma: Tensor | None,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    statistics: str,
-    normal_std: Sequence[float],
-    need_source: bool,
-) -> tuple[Tensor, Tensor]:
-    """Triton kernel, for what the forward kernel serves."""
-    given = (grad, prediction, source, sigma, patch_size, mean, std, statistics, normal_std)
-    if importlib.util.find_spec("triton") is not None:
-        from denim.kernels import decode_patches_triton as kernel
-        from denim.kernels.memory_triton import warp_size
-
-        if kernel.serves(prediction, source, patch_size, len(mean), grad.dtype):
-            need_source = _has_gradient(source, need_source)
-            return kernel.launch_backward(*given, need_source, warp_size=warp_size(prediction.device))
-    return _reference_backward(*given, need_source)
-
-
-@_decode_patches_backward.register_fake
-def _(
+def _backward_fake(
     grad: Tensor,
     prediction: Tensor,
     source: Tensor | None,
@@ -290,6 +227,11 @@ def _(
     return to_prediction, source.new_empty(source.shape)
 
 
+_decode_patches_backward = register(
+    "decode_patches_backward", _backward_reference, _backward_fake, triton="decode_patches_triton", part="_backward"
+)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own signature
     prediction, source, sigma, _, _, *ctx.rest, _, ctx.normal_std, _ = inputs
     ctx.save_for_backward(prediction, source, sigma)
@@ -304,7 +246,14 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch's own signatu
     return to_prediction, to_source if need_source else None, *(None,) * 10
 
 
-_decode_patches.register_autograd(_backward, setup_context=_setup_context)
+_decode_patches = register(
+    "decode_patches",
+    _reference,
+    _fake,
+    triton="decode_patches_triton",
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 def decode_patches(

@@ -19,10 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from denim.kernels.dispatch import GPU
 from denim.kernels.memory_triton import load_planes, load_run, on_device, store_planes, store_run
 from denim.kernels.patches import VARIANCE_EPS
 
-__all__ = ["DTYPES", "decode_backward_kernel", "decode_kernel", "launch", "launch_backward", "serves", "tile"]
+__all__ = [
+    "decode_backward_kernel",
+    "decode_kernel",
+    "launch",
+    "launch_backward",
+    "serves",
+    "serves_backward",
+    "tile",
+]
 
 # Of prediction and source; images may be uint8 too.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -307,8 +316,8 @@ def tile(patch_size: int, channels: int, dtype: torch.dtype, *, images: bool = T
     return {"RUN": run, "PATCHES": max(1, THREADS // runs), "RUNS": runs}
 
 
-def serves(prediction: Tensor, source: Tensor | None, patch_size: int, channels: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take these arguments of `decode_patches`; `dtype` is that of its result."""
+def _serves(prediction: Tensor, source: Tensor | None, patch_size: int, channels: int, dtype: torch.dtype) -> bool:
+    """Both passes; `dtype` is that of the forward pass's result. The reference serves what the kernels do not."""
     # Runs of whole patches, without images, are longer, fewer, and within the same bounds.
     sizes = tile(patch_size, channels, prediction.dtype)
     return (
@@ -349,6 +358,24 @@ def _arguments(
     return prediction.contiguous(), source, sigma, constants, (patches, outer, length)
 
 
+def serves(
+    prediction: Tensor,
+    source: Tensor | None,
+    sigma: Tensor | None,
+    height: int,
+    width: int,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    statistics: str,
+    normal_mean: Sequence[float],
+    normal_std: Sequence[float],
+    dtype: torch.dtype,
+) -> bool:
+    """Whether `launch` takes these arguments of `decode_patches`."""
+    return _serves(prediction, source, patch_size, len(mean), dtype)
+
+
 def launch(
     prediction: Tensor,
     source: Tensor | None,
@@ -363,7 +390,7 @@ def launch(
     normal_std: Sequence[float] = (),
     dtype: torch.dtype = torch.float32,
     *,
-    warp_size: int,
+    gpu: GPU,
 ) -> Tensor:
     """Run the forward kernel on arguments that `decode_patches` has checked and `serves` accepts.
 
@@ -380,7 +407,7 @@ def launch(
         normal_mean: per channel, of the classifier whose patches are wanted; empty for pixels.
         normal_std: likewise.
         dtype: of the result, one of `DTYPES`.
-        warp_size: lanes of a warp of the GPU.
+        gpu: what the kernel is built for.
 
     Returns:
         Pixels (..., C, H, W) or patches (..., L, D), contiguous.
@@ -412,9 +439,25 @@ def launch(
             STATISTICS=statistics,
             NORMALIZE=normalize,
             **sizes,
-            num_warps=sizes["PATCHES"] * sizes["RUNS"] // warp_size,
+            num_warps=sizes["PATCHES"] * sizes["RUNS"] // gpu.warp_size,
         )
     return out
+
+
+def serves_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    source: Tensor | None,
+    sigma: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    statistics: str,
+    normal_std: Sequence[float],
+    need_source: bool,
+) -> bool:
+    """Whether `launch_backward` takes these arguments of the operator."""
+    return _serves(prediction, source, patch_size, len(mean), grad.dtype)
 
 
 def launch_backward(
@@ -429,7 +472,7 @@ def launch_backward(
     normal_std: Sequence[float] = (),
     need_source: bool = True,
     *,
-    warp_size: int,
+    gpu: GPU,
 ) -> tuple[Tensor, Tensor]:
     """Run the backward kernel. Arguments as for `launch`, and the gradient of what it returned, one of `DTYPES`.
 
@@ -474,6 +517,6 @@ def launch_backward(
             NORMALIZE=normalize,
             NEED_SOURCE=need_source,
             **sizes,
-            num_warps=sizes["PATCHES"] * sizes["RUNS"] // warp_size,
+            num_warps=sizes["PATCHES"] * sizes["RUNS"] // gpu.warp_size,
         )
     return to_prediction, to_source

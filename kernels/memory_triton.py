@@ -18,7 +18,6 @@ __all__ = [
     "per_channel",
     "store_planes",
     "store_run",
-    "warp_size",
 ]
 
 
@@ -119,11 +118,6 @@ def store_planes(pointer, position, plane, inside, elements, RUN: tl.constexpr, 
         for pixel in tl.static_range(RUN):
             planar = planar + (elements[pixel * CHANNELS + c],)
         store_run(pointer + c * plane, position, inside, planar, RUN)
-
-
-def warp_size(device: torch.device) -> int:
-    """Threads of a warp."""
-    return int(torch.cuda.get_device_properties(device).warp_size)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

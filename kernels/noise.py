@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from denim.kernels.dispatch import register
+
 __all__ = [
     "Domain",
     "Stream",
+    "check_seeds",
     "derive_seeds",
     "draw_seeds",
     "noise_backend",
@@ -195,8 +198,7 @@ def _compiled_group_normals() -> Callable[[Tensor, int], Words]:
     return compiled
 
 
-@torch.library.custom_op("denim::normal_noise", mutates_args=())
-def _normal_noise(seeds: Tensor, count: int) -> Tensor:
+def _reference(seeds: Tensor, count: int) -> Tensor:
     flat = seeds.reshape(-1)
     if flat.numel() == 0 or count == 0:
         return torch.empty((*seeds.shape, count), dtype=torch.float32, device=seeds.device)
@@ -209,12 +211,19 @@ def _normal_noise(seeds: Tensor, count: int) -> Tensor:
     return noise.contiguous().view(*seeds.shape, count)
 
 
-@_normal_noise.register_fake
-def _(seeds: Tensor, count: int) -> Tensor:
+def _fake(seeds: Tensor, count: int) -> Tensor:
     return seeds.new_empty((*seeds.shape, count), dtype=torch.float32)
 
 
-def _check_seeds(seeds: Tensor) -> None:
+_normal_noise = register("normal_noise", _reference, _fake)
+
+
+def check_seeds(seeds: Tensor) -> None:
+    """Check the dtype of seeds.
+
+    Raises:
+        TypeError: seeds are not int64.
+    """
     if seeds.dtype != torch.int64:
         raise TypeError(f"seeds must be int64, got {seeds.dtype}; derive them with denim.kernels.derive_seeds")
 
@@ -233,7 +242,7 @@ def normal_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         TypeError: seeds are not int64.
     """
-    _check_seeds(seeds)
+    check_seeds(seeds)
     noise: Tensor = _normal_noise(seeds, math.prod(shape))
     return noise.reshape(*seeds.shape, *shape)
 
@@ -244,7 +253,7 @@ def noise_words(seeds: Tensor, count: int, stream: Stream = Stream.NOISE) -> Ten
     Raises:
         TypeError: seeds are not int64.
     """
-    _check_seeds(seeds)
+    check_seeds(seeds)
     words = torch.stack(_group_words(seeds.reshape(-1), (count + 3) // 4, stream), dim=-1)
     return words.flatten(1)[:, :count].reshape(*seeds.shape, count)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from denim.kernels.noise import _check_seeds, normal_noise
+from denim.kernels.dispatch import register
+from denim.kernels.noise import check_seeds, normal_noise
 from denim.kernels.patches import (
     channel_vector,
     check_images,
@@ -52,33 +52,7 @@ def _reference(
     return out.reshape(*sigma.shape[:-1], *seeds.shape[:-1], batch, *shape)
 
 
-_noise_patchify = torch.library.custom_op("denim::noise_patchify", _reference, mutates_args=())
-
-
-@_noise_patchify.register_kernel("cuda")
-def _(
-    images: Tensor,
-    sigma: Tensor,
-    seeds: Tensor,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Triton kernel. The reference serves what it does not take, and platforms that have no Triton."""
-    if importlib.util.find_spec("triton") is not None:
-        # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
-        from denim.kernels import noise_patchify_triton as kernel
-        from denim.kernels.noise_triton import instruction_set
-
-        if kernel.serves(images, len(mean), patch_size, dtype):
-            instructions = instruction_set(images.device)
-            return kernel.launch(images, sigma, seeds, patch_size, mean, std, dtype, instructions=instructions)
-    return _reference(images, sigma, seeds, patch_size, mean, std, dtype)
-
-
-@_noise_patchify.register_fake
-def _(
+def _fake(
     images: Tensor,
     sigma: Tensor,
     seeds: Tensor,
@@ -107,27 +81,15 @@ def _backward_reference(
     return pixels
 
 
-_noise_patchify_backward = torch.library.custom_op(
-    "denim::noise_patchify_backward", _backward_reference, mutates_args=()
-)
-
-
-@_noise_patchify_backward.register_kernel("cuda")
-def _(grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """As for the forward pass."""
-    if importlib.util.find_spec("triton") is not None:
-        from denim.kernels import noise_patchify_triton as kernel
-        from denim.kernels.memory_triton import warp_size
-
-        if kernel.serves_backward(grad, len(std), patch_size, dtype):
-            warp = warp_size(grad.device)
-            return kernel.launch_backward(grad, height, width, patch_size, std, dtype, warp_size=warp)
-    return _backward_reference(grad, height, width, patch_size, std, dtype)
-
-
-@_noise_patchify_backward.register_fake
-def _(grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype) -> Tensor:
+def _backward_fake(
+    grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
     return grad.new_empty((grad.shape[-3], len(std), height, width), dtype=dtype)
+
+
+_noise_patchify_backward = register(
+    "noise_patchify_backward", _backward_reference, _backward_fake, triton="noise_patchify_triton", part="_backward"
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own signature
@@ -144,7 +106,14 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch's own signatu
     return pixels, None, None, None, None, None, None
 
 
-_noise_patchify.register_autograd(_backward, setup_context=_setup_context)
+_noise_patchify = register(
+    "noise_patchify",
+    _reference,
+    _fake,
+    triton="noise_patchify_triton",
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 def noise_patchify(
@@ -188,7 +157,7 @@ def noise_patchify(
     Source: You et al. 2023 (arXiv 2302.01056), section 3: the input of noisy image modeling.
     """
     check_images(images, patch_size=patch_size, mean=mean, std=std)
-    _check_seeds(seeds)
+    check_seeds(seeds)
     batch = images.shape[0]
     for name, tensor, outer in (("sigma", sigma, "S"), ("seeds", seeds, "R")):
         if tensor.dim() not in (1, 2) or tensor.shape[-1] != batch:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from denim.kernels.dispatch import GPU
 from denim.kernels.memory_triton import chunks, load_run, on_device, per_channel, store_planes
 from denim.kernels.noise_triton import normals, philox
 from denim.kernels.tuning import run_tuned
@@ -247,9 +248,17 @@ def _programs(batch: int, elements: int, patch_size: int, channels: int, threads
     return batch * -(-rows // threads) * periods
 
 
-def serves(images: Tensor, channels: int, patch_size: int, dtype: torch.dtype) -> bool:
-    """Whether `launch` takes these arguments of `noise_patchify`."""
-    batch, elements = images.shape[0], images.shape[1:].numel()
+def serves(
+    images: Tensor,
+    sigma: Tensor,
+    seeds: Tensor,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> bool:
+    """Whether `launch` takes these arguments of `noise_patchify`. The reference serves all others."""
+    batch, elements, channels = images.shape[0], images.shape[1:].numel(), len(mean)
     return (
         images.dtype in (*DTYPES, torch.uint8)
         and dtype in DTYPES
@@ -268,7 +277,7 @@ def launch(
     std: Sequence[float],
     dtype: torch.dtype,
     *,
-    instructions: str,
+    gpu: GPU,
     configurations: Sequence[int] = CONFIGURATIONS,
 ) -> Tensor:
     """Run the forward kernel on arguments that `noise_patchify` has checked and `serves` accepts.
@@ -281,7 +290,7 @@ def launch(
         mean: per channel.
         std: per channel.
         dtype: of the patches, one of `DTYPES`.
-        instructions: "ptx", "gcn" or "plain".
+        gpu: what the kernel is built for.
         configurations: threads of a program, powers of two, to choose from. The result does not depend on them.
 
     Returns:
@@ -319,9 +328,9 @@ def launch(
             PLANAR=planar,
             SWEEP=levels * draws > 1,
             ROWS=threads,
-            INSTRUCTIONS=instructions,
+            INSTRUCTIONS=gpu.instructions,
             **tile(patch_size, channels),
-            num_warps=max(1, threads // (64 if instructions == "gcn" else 32)),
+            num_warps=max(1, threads // gpu.warp_size),
         )
 
     key = ("noise_patchify", patch_size, channels, planar, images.dtype, dtype, levels > 1, draws > 1)
@@ -342,9 +351,11 @@ def run_length(patch_size: int, channels: int, grad: torch.dtype, dtype: torch.d
     return run
 
 
-def serves_backward(grad: Tensor, channels: int, patch_size: int, dtype: torch.dtype) -> bool:
-    """Whether `launch_backward` takes these arguments of the operator."""
-    elements = grad.shape[-2:].numel()
+def serves_backward(
+    grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype
+) -> bool:
+    """Whether `launch_backward` takes these arguments of the operator. The reference serves all others."""
+    elements, channels = height * width * len(std), len(std)
     if grad.dtype not in DTYPES or dtype not in DTYPES or channels > MAX_RUN or elements >= MAX_ELEMENTS:
         return False
     runs = elements // channels // run_length(patch_size, channels, grad.dtype, dtype)
@@ -359,7 +370,7 @@ def launch_backward(
     std: Sequence[float],
     dtype: torch.dtype,
     *,
-    warp_size: int,
+    gpu: GPU,
     configurations: Sequence[int] = CONFIGURATIONS,
 ) -> Tensor:
     """Run the backward kernel on arguments that `serves_backward` accepts.
@@ -371,7 +382,7 @@ def launch_backward(
         patch_size: side P of a square patch.
         std: per channel.
         dtype: of the pixels, one of `DTYPES`.
-        warp_size: lanes of a warp of the GPU.
+        gpu: what the kernel is built for.
         configurations: as in `launch`.
 
     Returns:
@@ -397,7 +408,7 @@ def launch_backward(
             CHANNELS=channels,
             RUN=pixels_of_run,
             BLOCK=threads,
-            num_warps=max(1, threads // warp_size),
+            num_warps=max(1, threads // gpu.warp_size),
         )
 
     key = ("noise_patchify_backward", patch_size, channels, grad.dtype, dtype, outer > 1)

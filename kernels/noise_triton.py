@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
-__all__ = ["instruction_set", "normals", "philox"]
+__all__ = ["normals", "philox"]
 
 
 @triton.jit
@@ -100,10 +99,3 @@ def normals(first, second, INSTRUCTIONS: tl.constexpr):
     radius = tl.sqrt(squared)
     angle = _signed(second)
     return radius * _cos(angle, INSTRUCTIONS), radius * _sin(angle, INSTRUCTIONS)
-
-
-def instruction_set(device: torch.device) -> str:
-    """The kernel's INSTRUCTIONS for a GPU. "gcn" is written for AMD's CDNA, which is told by its 64 lanes."""
-    if torch.version.hip is None:
-        return "ptx"
-    return "gcn" if torch.cuda.get_device_properties(device).warp_size == 64 else "plain"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from denim.kernels.dispatch import register
 from denim.kernels.patches import (
     VARIANCE_EPS,
     check_images,
@@ -67,42 +67,7 @@ def _reference(
     return (per_patch * mask).sum() / mask.sum()
 
 
-_patch_loss = torch.library.custom_op("denim::patch_loss", _reference, mutates_args=())
-
-
-def _triton_serves(prediction: Tensor, images: Tensor, patch_size: int, channels: int) -> bool:
-    """The reference serves float64 and rarer dtypes, huge patches, and platforms that have no Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    # Imported at the first use: a CPU run needs no Triton, and importing Triton looks for a driver.
-    from denim.kernels import patch_loss_triton as kernel
-
-    served = prediction.dtype in kernel.DTYPES and images.dtype in (torch.uint8, *kernel.DTYPES)
-    return served and kernel.tile(patch_size, channels) is not None
-
-
-@_patch_loss.register_kernel("cuda")
-def _(
-    prediction: Tensor,
-    images: Tensor,
-    mask: Tensor | None,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    norm_pix: bool,
-) -> Tensor:
-    """Triton kernels, where they serve."""
-    if not _triton_serves(prediction, images, patch_size, len(mean)):
-        return _reference(prediction, images, mask, patch_size, mean, std, norm_pix)
-    from denim.kernels import patch_loss_triton as kernel
-    from denim.kernels.memory_triton import warp_size
-
-    size = warp_size(prediction.device)
-    return kernel.launch_forward(prediction, images, mask, patch_size, mean, std, norm_pix, warp_size=size)
-
-
-@_patch_loss.register_fake
-def _(
+def _fake(
     prediction: Tensor,
     images: Tensor,
     mask: Tensor | None,
@@ -133,32 +98,7 @@ def _backward_reference(
     return to_prediction
 
 
-_patch_loss_backward = torch.library.custom_op("denim::patch_loss_backward", _backward_reference, mutates_args=())
-
-
-@_patch_loss_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    prediction: Tensor,
-    images: Tensor,
-    mask: Tensor | None,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    norm_pix: bool,
-) -> Tensor:
-    """Triton kernel, where it serves."""
-    if not _triton_serves(prediction, images, patch_size, len(mean)):
-        return _backward_reference(grad, prediction, images, mask, patch_size, mean, std, norm_pix)
-    from denim.kernels import patch_loss_triton as kernel
-    from denim.kernels.memory_triton import warp_size
-
-    size = warp_size(prediction.device)
-    return kernel.launch_backward(grad, prediction, images, mask, patch_size, mean, std, norm_pix, warp_size=size)
-
-
-@_patch_loss_backward.register_fake
-def _(
+def _backward_fake(
     grad: Tensor,
     prediction: Tensor,
     images: Tensor,
@@ -171,6 +111,11 @@ def _(
     return prediction.new_empty(prediction.shape)
 
 
+_patch_loss_backward = register(
+    "patch_loss_backward", _backward_reference, _backward_fake, triton="patch_loss_triton", part="_backward"
+)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]  # torch's own signature
     prediction, images, mask, *ctx.rest = inputs
     ctx.save_for_backward(prediction, images, mask)
@@ -181,7 +126,9 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch's own signatu
     return _patch_loss_backward(grad, prediction, images, mask, *ctx.rest), None, None, None, None, None, None
 
 
-_patch_loss.register_autograd(_backward, setup_context=_setup_context)
+_patch_loss = register(
+    "patch_loss", _reference, _fake, triton="patch_loss_triton", backward=_backward, setup_context=_setup_context
+)
 
 
 def patch_loss(

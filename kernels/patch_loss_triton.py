@@ -17,20 +17,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from denim.kernels.dispatch import GPU
 from denim.kernels.memory_triton import chunks, on_device, per_channel
 from denim.kernels.patches import VARIANCE_EPS
 
 __all__ = [
-    "DTYPES",
+    "launch",
     "launch_backward",
-    "launch_forward",
     "loss_kernel",
     "partials_kernel",
     "prediction_grad_kernel",
+    "serves",
+    "serves_backward",
     "tile",
 ]
 
-# Of predictions and of float pixels. The reference serves the others.
+# Of predictions and of pixels; images may be uint8 too.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 EPS = tl.constexpr(VARIANCE_EPS)
@@ -316,7 +318,7 @@ def _arguments(
     mean: Sequence[float],
     std: Sequence[float],
     norm_pix: bool,
-    warp_size: int,
+    gpu: GPU,
     block_runs: int,
 ) -> tuple[Tensor, Tensor, int, dict[str, object]]:
     """Prediction and images as both passes read them, the number of programs, and the kernels' arguments by name."""
@@ -333,7 +335,7 @@ def _arguments(
     patches = max(1, block_runs // sizes["RUNS"])
     # Where a warp holds whole patches, each thread takes one run. A larger patch gets as few warps as its elements
     # allow, since sums across warps go through shared memory.
-    shared = 1 if sizes["RUNS"] <= warp_size else max(1, 48 // (sizes["SEGMENTS"] * sizes["COLS"]))
+    shared = 1 if sizes["RUNS"] <= gpu.warp_size else max(1, 48 // (sizes["SEGMENTS"] * sizes["COLS"]))
     unit = 255 if images.dtype == torch.uint8 else 1
     return (
         prediction,
@@ -350,13 +352,27 @@ def _arguments(
             "NORM_PIX": norm_pix,
             "PLANAR": planar,
             "PATCHES": patches,
-            "num_warps": max(1, patches * sizes["RUNS"] // (warp_size * 2 ** int(math.log2(shared)))),
+            "num_warps": max(1, patches * sizes["RUNS"] // (gpu.warp_size * 2 ** int(math.log2(shared)))),
             **sizes,
         },
     )
 
 
-def launch_forward(
+def serves(
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+) -> bool:
+    """Whether `launch` takes these arguments of `patch_loss`. The reference serves all others."""
+    dtypes_fit = prediction.dtype in DTYPES and images.dtype in (torch.uint8, *DTYPES)
+    return dtypes_fit and tile(patch_size, len(mean)) is not None
+
+
+def launch(
     prediction: Tensor,
     images: Tensor,
     mask: Tensor | None,
@@ -365,7 +381,7 @@ def launch_forward(
     std: Sequence[float],
     norm_pix: bool,
     *,
-    warp_size: int,
+    gpu: GPU,
     block_runs: int = 128,
 ) -> Tensor:
     """Run the two stages on arguments that `patch_loss` has checked.
@@ -378,7 +394,7 @@ def launch_forward(
         mean: per channel.
         std: per channel.
         norm_pix: normalise each patch by its own statistics.
-        warp_size: threads of a warp.
+        gpu: what the kernels are built for.
         block_runs: runs (`tile`) per program, a power of two, in whole patches and at least one. The result depends
             on it by rounding alone.
 
@@ -386,7 +402,7 @@ def launch_forward(
         The loss, a float32 scalar. Nothing waits for the device.
     """
     prediction, images, programs, arguments = _arguments(
-        prediction, images, patch_size, mean, std, norm_pix, warp_size, block_runs
+        prediction, images, patch_size, mean, std, norm_pix, gpu, block_runs
     )
     partials = torch.empty(programs, dtype=torch.float32, device=prediction.device)
     loss = torch.empty((), dtype=torch.float32, device=prediction.device)
@@ -399,6 +415,20 @@ def launch_forward(
     return loss
 
 
+def serves_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    images: Tensor,
+    mask: Tensor | None,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    norm_pix: bool,
+) -> bool:
+    """Whether `launch_backward` takes these arguments of the operator: as for `serves`."""
+    return serves(prediction, images, mask, patch_size, mean, std, norm_pix)
+
+
 def launch_backward(
     grad: Tensor,
     prediction: Tensor,
@@ -409,20 +439,20 @@ def launch_backward(
     std: Sequence[float],
     norm_pix: bool,
     *,
-    warp_size: int,
+    gpu: GPU,
     block_runs: int = 128,
 ) -> Tensor:
     """Run the gradient's kernel on arguments that `patch_loss` has checked.
 
     Args:
         grad: upstream gradient, a floating scalar on the device.
-        prediction: and all others as for `launch_forward`.
+        prediction: and all others as for `launch`.
 
     Returns:
         Gradient of the prediction, (B, L, D), contiguous, in the prediction's dtype. It does not depend on the block.
     """
     prediction, images, programs, arguments = _arguments(
-        prediction, images, patch_size, mean, std, norm_pix, warp_size, block_runs
+        prediction, images, patch_size, mean, std, norm_pix, gpu, block_runs
     )
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     selected = None if mask is None else mask.sum()

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from denim.kernels import attack_step_triton, decode_patches_triton, noise_patchify_triton, patch_loss_triton
+from denim.kernels.dispatch import GPU
 
 __all__ = ["CASES", "Case", "Work"]
 
@@ -61,6 +62,10 @@ class Case(NamedTuple):
     def name(self) -> str:
         """What `--only` and the budgets call it."""
         return f"{self.operation}, {self.configuration}"
+
+
+def _gpu(target: GPUTarget) -> GPU:
+    return GPU("ptx" if target.backend == "cuda" else "gcn", target.warp_size)
 
 
 def _empty(
@@ -111,9 +116,8 @@ def _noise(
     images = _images(pixels, channels)
     sigma, seeds = _empty(levels, BATCH), _empty(draws, BATCH, dtype=torch.int64)
     mean, std = _statistics(channels)
-    instructions = "ptx" if gpu.backend == "cuda" else "gcn"
     given = (images, sigma, seeds, patch, mean, std, dtype)
-    out = noise_patchify_triton.launch(*given, instructions=instructions, configurations=(threads,))
+    out = noise_patchify_triton.launch(*given, gpu=_gpu(gpu), configurations=(threads,))
     # A loop over one level or one draw is none in machine code.
     loops = tuple(trips for trips in (draws, levels) if trips > 1)
     return _work(out.numel(), [(images, 1), (sigma, 1), (seeds, 1)], [out], loops)
@@ -131,7 +135,7 @@ def _noise_backward(
 ) -> Work:
     upstream = _empty(leads, BATCH, (SIDE // patch) ** 2, patch * patch * channels, dtype=grad)
     given = (upstream, SIDE, SIDE, patch, _statistics(channels)[1], dtype)
-    out = noise_patchify_triton.launch_backward(*given, warp_size=gpu.warp_size, configurations=(threads,))
+    out = noise_patchify_triton.launch_backward(*given, gpu=_gpu(gpu), configurations=(threads,))
     return _work(out.numel(), [(upstream, 1)], [out], (leads,) if leads > 1 else ())
 
 
@@ -153,9 +157,9 @@ def _loss(
     given = (prediction, images, mask, patch, mean, std, norm_pix)
     reads = [(prediction, 1), (images, 1), (mask, 1)]
     if part == "backward":
-        out = patch_loss_triton.launch_backward(_empty(), *given, warp_size=gpu.warp_size)
+        out = patch_loss_triton.launch_backward(_empty(), *given, gpu=_gpu(gpu))
         return _work(prediction.numel(), reads, [out])
-    patch_loss_triton.launch_forward(*given, warp_size=gpu.warp_size)
+    patch_loss_triton.launch(*given, gpu=_gpu(gpu))
     cut = patch_loss_triton.tile(patch, channels)
     assert cut is not None
     partials = BATCH * math.ceil(length / max(1, 128 // cut["RUNS"]))
@@ -201,12 +205,12 @@ def _decode(
             normal_mean,
             normal_std,
             dtype if patches else FP32,
-            warp_size=gpu.warp_size,
+            gpu=_gpu(gpu),
         )
         return _work(out.numel(), [(prediction, 1), (source, leads), (sigma, 1)], [out])
     grad = torch.empty_like(prediction) if patches else _empty(leads, BATCH, channels, SIDE, SIDE)
     outputs = decode_patches_triton.launch_backward(
-        grad, prediction, source, sigma, patch, mean, std, statistics, normal_std, not fixed, warp_size=gpu.warp_size
+        grad, prediction, source, sigma, patch, mean, std, statistics, normal_std, not fixed, gpu=_gpu(gpu)
     )
     # Gradients reach the source through its values alone: bytes have none, but still give the statistics.
     return _work(
@@ -228,13 +232,13 @@ def _attack(
     pixels, origin = (_empty(BATCH, elements, dtype=dtype) for _ in range(2))
     slope, size = _empty(BATCH, elements, dtype=gradient), _empty(BATCH)
     given = (pixels, origin, slope, size, size)
-    out = attack_step_triton.launch(*given, warp_size=gpu.warp_size, configurations=(cut,))
+    out = attack_step_triton.launch(*given, gpu=_gpu(gpu), configurations=(cut,))
     return _work(out.numel(), [(pixels, 1), (origin, 1), (slope, 1), (size, 2)], [out])
 
 
 def _attack_start(dtype: torch.dtype = FP32, elements: int = 3 * SIDE * SIDE, *, gpu: GPUTarget) -> Work:
     pixels, seeds, epsilon = _empty(BATCH, elements, dtype=dtype), _empty(BATCH, dtype=torch.int64), _empty(BATCH)
-    out = attack_step_triton.launch_start(pixels, seeds, epsilon, warp_size=gpu.warp_size)
+    out = attack_step_triton.launch_start(pixels, seeds, epsilon, gpu=_gpu(gpu))
     return _work(out.numel(), [(pixels, 1), (seeds, 1), (epsilon, 1)], [out])
 
 

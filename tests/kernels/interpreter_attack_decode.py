@@ -9,15 +9,15 @@ OUTPUTS one of {"launch": {name: result}, "dispatch": {name: (result, number of 
 import math
 import os
 import sys
-import types
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from last_program import LastProgram, reserved
 
-from denim.kernels import attack_step_triton, decode_patches_triton
+from denim.kernels import attack_step_triton, decode_patches_triton, dispatch
 
+GPU = dispatch.GPU("plain", 32)
 GUARD = 256
 LAUNCHES = {
     "attack_step": (attack_step_triton, "launch"),
@@ -41,7 +41,7 @@ def launched(function: str, arguments: tuple, options: dict | None = None):
     empty = torch.empty
     torch.empty = poisoned
     try:
-        result = getattr(module, name)(*arguments, warp_size=32, **(options or {}))
+        result = getattr(module, name)(*arguments, gpu=GPU, **(options or {}))
     finally:
         torch.empty = empty
     for memory in allocations:
@@ -61,7 +61,7 @@ def dispatched(function: str, arguments: tuple):
         return launch(*args, **kwargs)
 
     setattr(module, name, counted)
-    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(warp_size=32)
+    dispatch.gpu_of = lambda device: GPU
     operator = torch.library.get_kernel(f"denim::{function}", "CUDA")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     try:
@@ -85,7 +85,7 @@ def end_of_huge(function: str, kernel: str, shape: tuple, ends: list, others: tu
     torch.empty = ending
     setattr(module, kernel, LastProgram(whole))
     try:
-        return getattr(module, name)(*tensors, *others, warp_size=32).view(-1)[-count:].clone()
+        return getattr(module, name)(*tensors, *others, gpu=GPU).view(-1)[-count:].clone()
     finally:
         torch.empty = empty
         setattr(module, kernel, whole)

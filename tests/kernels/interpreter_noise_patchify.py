@@ -6,7 +6,6 @@ torch files; what they hold is in `test_noise_patchify_triton.py`.
 
 import os
 import sys
-import types
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -15,8 +14,8 @@ import triton
 import triton.language as tl
 from last_program import LastProgram, reserved
 
+from denim.kernels import dispatch, noise_triton
 from denim.kernels import noise_patchify_triton as kernel
-from denim.kernels import noise_triton
 
 
 @triton.jit
@@ -45,9 +44,10 @@ def normals_kernel(words, out, N: tl.constexpr):
     tl.store(out + N + i, sine)
 
 
+GPU = dispatch.GPU("plain", 32)
 LAUNCHES = {
-    "noise_patchify": lambda **case: kernel.launch(**case, instructions="plain"),
-    "noise_patchify_backward": lambda **case: kernel.launch_backward(**case, warp_size=32),
+    "noise_patchify": lambda **case: kernel.launch(**case, gpu=GPU),
+    "noise_patchify_backward": lambda **case: kernel.launch_backward(**case, gpu=GPU),
 }
 
 
@@ -71,8 +71,7 @@ def dispatched(function: str, case: dict) -> tuple[torch.Tensor, int]:
         return launch(*args, **kwargs)
 
     setattr(kernel, name, counted)
-    noise_triton.instruction_set = lambda device: "plain"
-    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(warp_size=32)
+    dispatch.gpu_of = lambda device: GPU
     operator = torch.library.get_kernel(f"denim::{function}", "CUDA")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     try:

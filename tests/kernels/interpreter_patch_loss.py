@@ -6,25 +6,25 @@ torch files; what they hold is in `test_patch_loss_triton.py`.
 
 import os
 import sys
-import types
 import warnings
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
+from denim.kernels import dispatch
 from denim.kernels import patch_loss_triton as kernel
 
-WARP_SIZE = 32
+GPU = dispatch.GPU("plain", 32)
 # A mask that selects nothing is 0 / 0 by contract, and NaN goes on as NaN. Overflow stays an error.
 warnings.filterwarnings("ignore", "invalid value|divide by zero", RuntimeWarning)
 
 
 def launched(case: dict) -> list[torch.Tensor]:
     """Loss and gradient."""
-    grad, block = case["grad"], {"warp_size": WARP_SIZE} | case.get("block", {})
+    grad, block = case["grad"], {"gpu": GPU} | case.get("block", {})
     return [
-        kernel.launch_forward(*case["inputs"], **block),
+        kernel.launch(*case["inputs"], **block),
         kernel.launch_backward(grad, *case["inputs"], **block),
     ]
 
@@ -32,7 +32,7 @@ def launched(case: dict) -> list[torch.Tensor]:
 def dispatched(case: dict) -> tuple[list[torch.Tensor], int]:
     """What the operators' CUDA kernels answer, and how often they launched Triton."""
     launches = []
-    originals = kernel.launch_forward, kernel.launch_backward
+    originals = kernel.launch, kernel.launch_backward
 
     def counting(launch):
         def counted(*args, **kwargs):
@@ -41,15 +41,15 @@ def dispatched(case: dict) -> tuple[list[torch.Tensor], int]:
 
         return counted
 
-    kernel.launch_forward, kernel.launch_backward = map(counting, originals)
-    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(warp_size=WARP_SIZE)
+    kernel.launch, kernel.launch_backward = map(counting, originals)
+    dispatch.gpu_of = lambda device: GPU
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     try:
         loss = torch.library.get_kernel("denim::patch_loss", "CUDA").call_boxed(keys, *case["inputs"])
         backward = torch.library.get_kernel("denim::patch_loss_backward", "CUDA")
         return [loss, backward.call_boxed(keys, case["grad"], *case["inputs"])], len(launches)
     finally:
-        kernel.launch_forward, kernel.launch_backward = originals
+        kernel.launch, kernel.launch_backward = originals
 
 
 def main(inputs: str, outputs: str) -> None:

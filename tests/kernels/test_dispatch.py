@@ -1,0 +1,97 @@
+"""Which implementation of an operator serves a call, and what importing the operators costs."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from denim.kernels import attack_step, dispatch
+
+AMD = dispatch.GPU("gcn", 64)
+PIXELS = torch.full((2, 3), 0.5)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Puts a launcher of `attack_step` in Triton's place, which serves float32; the list of what it is called with."""
+    calls = []
+
+    def launch(pixels, *others, gpu):
+        calls.append((len(others), gpu))
+        return torch.full_like(pixels, 7)
+
+    module = SimpleNamespace(serves=lambda pixels, *others: pixels.dtype == torch.float32, launch=launch)
+    monkeypatch.setattr(dispatch, "_triton_module", lambda name: module)
+    return calls
+
+
+def step(pixels=PIXELS):
+    return attack_step(pixels, pixels, torch.ones_like(pixels), step_size=0.125, epsilon=0.25)
+
+
+def test_cpu_tensors_take_the_way_of_cuda_tensors_inside_triton_on_cpu_alone(launched):
+    assert step().unique().tolist() == [0.625]
+    for gpu in (AMD, dispatch.GPU("ptx", 32)):
+        with dispatch.triton_on_cpu(gpu):
+            assert step().unique().tolist() == [7]
+            assert torch.compile(step, backend="aot_eager", fullgraph=True)(PIXELS).unique().tolist() == [7]
+            assert step(PIXELS.double()).unique().tolist() == [0.625]  # what the launcher does not serve
+        assert launched == [(4, gpu), (4, gpu)]
+        launched.clear()
+        assert step().unique().tolist() == [0.625]
+    with pytest.raises(RuntimeError, match="stops"), dispatch.triton_on_cpu(AMD):
+        raise RuntimeError("stops")
+    assert step().unique().tolist() == [0.625]
+    assert launched == []
+
+
+def test_without_triton_the_reference_serves(monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_module", lambda name: None)
+    with dispatch.triton_on_cpu(AMD):
+        assert step().unique().tolist() == [0.625]
+    with pytest.raises(ModuleNotFoundError, match="Triton is not installed"):
+        dispatch.launcher("attack_step")
+
+
+def test_launchers_take_the_arguments_of_their_operators():
+    pytest.importorskip("triton")
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("denim::")}
+    with_triton = sorted(name for name in names if name in dispatch._OPERATORS)
+    assert set(names) - set(with_triton) == {"normal_noise"}
+    for name in with_triton:
+        arguments = [argument.name for argument in getattr(torch.ops.denim, name).default._schema.arguments]
+        serves, launch = dispatch.launcher(name)
+        assert list(inspect.signature(serves).parameters) == arguments
+        parameters = inspect.signature(launch).parameters
+        assert [key for key, value in parameters.items() if value.kind is value.POSITIONAL_OR_KEYWORD] == arguments
+        assert parameters["gpu"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+@pytest.mark.parametrize(
+    ("hip", "warp_size", "expected"),
+    [(None, 32, ("ptx", 32)), ("6.3", 64, ("gcn", 64)), ("6.3", 32, ("plain", 32))],
+    ids=["NVIDIA", "CDNA", "RDNA"],
+)
+def test_instruction_set_of_a_gpu(monkeypatch, hip, warp_size, expected):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(warp_size=warp_size))
+    assert dispatch.gpu_of.__wrapped__(torch.device("cuda", 0)) == expected
+
+
+@pytest.mark.parametrize("triton", ["present", "absent"])
+def test_import_is_silent_and_loads_nothing_beyond_torch(triton):
+    program = "import sys; "
+    if triton == "absent":
+        program += "sys.modules['triton'] = None; "
+    program += (
+        "import torch; before = set(sys.modules); import denim.kernels; "
+        "loaded = {name for name in set(sys.modules) - before if not name.startswith('denim')}; "
+        "assert not loaded, loaded; assert sys.modules.get('triton') is None, 'imported Triton'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
