@@ -167,6 +167,25 @@ def noise_backend() -> str:
     return "compiled" if any(shutil.which(name) for name in compilers if name) else "eager"
 
 
+def _compilation_notice() -> object:
+    """A pass of inductor's that changes nothing and says that a compilation has begun.
+
+    Inductor runs its passes only where its cache on disk has no code, which is the slow case.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # loads inductor, which a GPU run never needs
+
+    class Notice(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            logging.getLogger("denim").warning(
+                "denim: compiling the noise kernel for this CPU, once per machine and release of torch (10 to 30 s)"
+            )
+
+        def uuid(self) -> str:  # part of the cache's key
+            return "denim notice"
+
+    return Notice()
+
+
 @functools.cache
 def _compiled_group_normals() -> Callable[[Tensor, int], Words]:
     # Compiled once, for every later call. Dynamo's guards would compile again under no_grad, autocast, inference mode
@@ -175,7 +194,11 @@ def _compiled_group_normals() -> Callable[[Tensor, int], Words]:
     # so no guard is kept, and threads are counted when it runs (a forked loader worker has one).
     # Four outputs instead of one interleaved tensor: inductor keeps them in one vectorised loop, and stacking
     # afterwards is cheaper than its strided stores (1.7 against 6 ns per element).
-    options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp.dynamic_threads": True}
+    options: dict[str, Any] = {
+        "guard_filter_fn": lambda guards: [False] * len(guards),
+        "cpp.dynamic_threads": True,
+        "post_grad_custom_pre_pass": _compilation_notice(),
+    }
     compiled: Callable[[Tensor, int], Words] = torch.compile(_group_normals, dynamic=True, options=options)
     # torch warns at its first compilation where a CUDA toolkit is installed and no GPU is: not about this code.
     logger = logging.getLogger("torch.utils.cpp_extension")

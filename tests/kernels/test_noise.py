@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from denim.kernels import Domain, Stream, derive_seeds, draw_seeds, noise_words, normal_noise, uniform_noise
+from denim.kernels import noise as module
 from denim.kernels.noise import noise_backend, normals_from_words, philox
 
 WORD = 0xFFFFFFFF
@@ -356,6 +358,28 @@ def test_caller_state_does_not_change_the_draw():
         torch.set_num_threads(threads)
     assert torch.equal(normal_noise(torch.arange(25), (100,))[:6], noise)  # as many rows as groups
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_compilation_says_so_and_code_from_the_cache_does_not(monkeypatch, caplog):
+    if noise_backend() != "compiled":
+        pytest.skip("no C++ compiler: noise is drawn eagerly here")
+
+    def stand_in(seeds, groups):  # the generator itself takes half a minute to compile
+        row = seeds[:, None] + torch.arange(groups)
+        return row, row + 1, row + 2, row + 3
+
+    notices = []
+    with torch._inductor.utils.fresh_cache():
+        for _ in range(2):
+            caplog.clear()
+            # Another code object each time: torch.compile keeps what it made of a code object in memory.
+            copy = types.FunctionType(stand_in.__code__.replace(), globals())
+            monkeypatch.setattr(module, "_group_normals", copy)
+            module._compiled_group_normals.__wrapped__()
+            notices.append([record.getMessage() for record in caplog.records if record.name == "denim"])
+    (message,), nothing = notices
+    assert message.startswith("denim: compiling the noise")
+    assert nothing == []
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), ()])
