@@ -1,4 +1,8 @@
-"""Fused operations on tensors: noise, patches, losses, attack steps. Knows nothing of models, data or attacks."""
+"""Fused operations on tensors: noise, patches, losses, attack steps, attention.
+
+Importing this package registers the operators `torch.ops.denim.*`. It loads nothing but torch: Triton and xformers are
+imported at the first call that needs them.
+"""
 
 from denim.kernels.attack_step import attack_start, attack_step
 from denim.kernels.attention import attention, attention_backends

@@ -18,13 +18,13 @@ def _column(size: Tensor, pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _reference(pixels: Tensor, origin: Tensor, gradient: Tensor, step_size: Tensor, epsilon: Tensor) -> Tensor:
-    """Torch reference, and the CPU kernel."""
+    """Reference in torch; also the CPU kernel."""
     dtype = torch.promote_types(compute_dtype(pixels), compute_dtype(origin))
     step, radius = _column(step_size, pixels, dtype), _column(epsilon, pixels, dtype)
     moved = pixels.new_empty(pixels.shape)
     for chunk in sample_chunks(len(pixels), pixels.shape[1:].numel(), pixels.device):
         slope, centre, size = gradient[chunk], origin[chunk], radius[chunk]
-        # torch.sign turns NaN into 0, which would hide a broken gradient. Clamped to 0, NaN alone is not 0.
+        # torch.sign(NaN) is 0, which would hide a broken gradient. clamp(0, 0) is NaN for NaN and 0 for all others.
         direction = slope.sign().add_(slope.clamp(0, 0)).to(dtype)
         stepped = torch.addcmul(pixels[chunk].to(dtype), step[chunk], direction)
         moved[chunk] = torch.clamp(stepped, centre - size, centre + size).clamp_(0, 1)
@@ -39,7 +39,7 @@ _attack_step = register("attack_step", _reference, _fake, triton="attack_step_tr
 
 
 def _start_reference(pixels: Tensor, seeds: Tensor, epsilon: Tensor) -> Tensor:
-    """Torch reference, and the CPU kernel."""
+    """Reference in torch; also the CPU kernel."""
     dtype = compute_dtype(pixels)
     noise = uniform_noise(seeds, pixels.shape[1:], Stream.START).to(dtype)
     moved = pixels.to(dtype) + _column(epsilon, pixels, dtype) * (2 * noise - 1)
@@ -54,7 +54,7 @@ _attack_start = register("attack_start", _start_reference, _start_fake, triton="
 
 
 def _check(pixels: Tensor, others: dict[str, Tensor], sizes: dict[str, float | Tensor]) -> list[Tensor]:
-    """Check what both operations take; return the sizes as tensors () or (B,) beside the pixels."""
+    """Check the arguments of both operations; return the sizes as tensors () or (B,) on the device of the pixels."""
     if pixels.dim() == 0:
         raise ValueError("pixels must have shape (B, ...), got ()")
     tensors = {}
@@ -62,7 +62,7 @@ def _check(pixels: Tensor, others: dict[str, Tensor], sizes: dict[str, float | T
         if isinstance(value, Tensor):
             size = value.to(pixels.device) if value.dim() == 0 else value
         else:
-            # Filled on the device: a copy from the host would wait for it, and cannot be captured into a graph.
+            # torch.full runs on the device. A copy from the host would synchronise, and CUDA graphs cannot capture it.
             size = torch.full((), value, dtype=compute_dtype(pixels), device=pixels.device)
         if tuple(size.shape) not in ((), (pixels.shape[0],)):
             raise ValueError(f"{name} must be a scalar or ({pixels.shape[0]},), got {tuple(size.shape)}")
@@ -91,8 +91,8 @@ def attack_step(
     Args:
         pixels: (B, ...) float in [0, 1], the present iterate.
         origin: same shape, the clean image.
-        gradient: same shape, of the loss to be raised; NaN stays NaN, and is never turned into a step.
-        step_size: float or (B,), in [0, 1] units; negative steps lower the loss.
+        gradient: same shape, of the loss that the attack maximises. Where it is NaN, the result is NaN.
+        step_size: float or (B,), in [0, 1] units; a negative step size minimises the loss.
         epsilon: float or (B,), radius in [0, 1] units.
 
     Returns:
@@ -118,13 +118,13 @@ def attack_start(pixels: Tensor, seeds: Tensor, *, epsilon: float | Tensor) -> T
         noise = uniform_noise(seeds, pixels.shape[1:], Stream.START)
         moved = (pixels + epsilon * (2 * noise - 1)).clamp(0, 1)
 
-    A pure function of the seed, the position and the pixel: the same, bit for bit, on every device. Computed in
-    float32, float64 for float64 pixels, and rounded once.
+    The result is a pure function of seed, position and pixel, with the same bits on every device. It is computed in
+    float32 (float64 for float64 pixels) and rounded once to the dtype of the pixels.
 
     Args:
         pixels: (B, ...) float in [0, 1], the clean image.
-        seeds: int64 (B,), one per sample. Positions count through a sample in the order of its shape, whatever its
-            strides.
+        seeds: int64 (B,), one per sample. Positions count through a sample in row-major order of its shape; its strides
+            do not matter.
         epsilon: float or (B,), radius in [0, 1] units.
 
     Returns:

@@ -27,16 +27,18 @@ __all__ = [
     "serves_start",
 ]
 
-# Of pixels, origin and gradient; sizes may be float64 too.
+# Of pixels, origin and gradient. Step size and epsilon may be float64 too.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Per thread: one 16-byte access of a 2-byte type, two of float32; for the start two groups of the generator.
+# Elements of a thread: one 16-byte access of a 2-byte dtype, two of float32; in `attack_start` also two groups of four
+# words of the generator.
 RUN = 8
 THREADS = 128
-# Of `attack_step`: threads of a program, elements of a thread.
+# Of `attack_step`: (threads of a program, elements of a thread).
 CONFIGURATIONS = ((THREADS, RUN), (2 * THREADS, RUN), (4 * THREADS, RUN))
 
 
-# A batch or a stride of another size compiles nothing anew; divisibility of `elements` decides the width of accesses.
+# Other batch sizes and strides use the same compiled kernel. `elements` is specialised: accesses are wide where it is a
+# multiple of 16.
 @triton.jit(do_not_specialize=["tiles", "step_stride", "epsilon_stride"])
 def attack_step_kernel(
     pixels,
@@ -52,7 +54,7 @@ def attack_step_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK consecutive elements of one sample, which has `elements` of them in `tiles` programs."""
-    # Everything that can be large is a scalar; per element there is a 32-bit offset alone.
+    # Offsets that can exceed 32 bits are 64-bit scalars; each element adds a 32-bit offset to them.
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
     first = (program % tiles).to(tl.int64) * BLOCK
@@ -64,11 +66,11 @@ def attack_step_kernel(
     x = tl.load(pixels + start + offset, mask=inside).to(tl.float32)
     centre = tl.load(origin + start + offset, mask=inside).to(tl.float32)
     slope = tl.load(gradient + start + offset, mask=inside).to(tl.float32)
-    # What is neither above nor below zero is its own sign: zero, and NaN, which must not look like a step of zero.
+    # Zero and NaN stay what they are: a NaN must not look like a step of zero.
     sign = tl.where(slope > 0, 1.0, tl.where(slope < 0, -1.0, slope))
     moved = tl.maximum(x + step * sign, centre - radius, propagate_nan=tl.PropagateNan.ALL)
     moved = tl.minimum(moved, centre + radius, propagate_nan=tl.PropagateNan.ALL)
-    # Last, so that an origin a little outside of [0, 1] moves no pixel out of it.
+    # The clamp to [0, 1] comes last: an origin slightly outside of [0, 1] must not pull pixels outside.
     moved = tl.maximum(moved, 0.0, propagate_nan=tl.PropagateNan.ALL)
     moved = tl.minimum(moved, 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + start + offset, moved.to(out.dtype.element_ty), mask=inside)
@@ -78,8 +80,8 @@ def attack_step_kernel(
 def _symmetric(word):
     """2 u - 1 for the uniform u of `uniform_noise`, which rounds (word + 1/2) / 2^32 to float32 once, and below 1.
 
-    No float64 is needed: both halves of the word are exact in float32, so that a fused multiply-add rounds their sum
-    once. A product by a power of two is exact, and so the second one rounds like the subtraction of 1 from 2 u.
+    This needs no float64: both halves of the word are exact in float32, so a fused multiply-add rounds their sum once.
+    The second multiply-add scales by a power of two, which is exact, so it rounds like the subtraction 2 u - 1.
     """
     high = (word >> 16).to(tl.int32).to(tl.float32)
     low = (word & 0xFFFF).to(tl.int32).to(tl.float32) + 0.5
@@ -114,7 +116,7 @@ def attack_start_kernel(
     seed = tl.load(seeds + sample * seed_stride)
     values = tl.load(pixels + start + place, mask=inside)
     x = tl.reshape(tl.permute(values, (1, 0, 2)), (ROWS, COLS)).to(tl.float32)
-    # Groups of four positions. `first` is a multiple of the tile, so the sum of low words does not overflow.
+    # Indices of groups of four positions. `first` is a multiple of the tile, so the sum of low words does not overflow.
     local = tl.arange(0, COLS // 4)[:, None] + tl.arange(0, ROWS)[None, :] * (COLS // 4)
     low = (first // 4).to(tl.uint32) + local.to(tl.uint32)
     high = tl.full(local.shape, 0, tl.uint32) + (first // 4 >> 32).to(tl.uint32)
@@ -227,7 +229,7 @@ def launch_start(pixels: Tensor, seeds: Tensor, epsilon: Tensor, *, gpu: GPU) ->
             ROWS=THREADS,
             COLS=RUN,
             num_warps=THREADS // gpu.warp_size,
-            # A fused multiply-add would round once where the reference rounds twice.
+            # The reference rounds the product and the sum; a fused multiply-add would round only once.
             enable_fp_fusion=False,
         )
     return out

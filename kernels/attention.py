@@ -1,4 +1,4 @@
-"""Attention backends, each of which says why it would not serve a call."""
+"""Attention with several backends. Each backend answers, for a call, how it runs it or why it does not."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 
 __all__ = ["attention", "attention_backends", "check_backend"]
 
-# How a backend would run a call, or the reasons why it would not.
+# A function that runs a call, or the reasons why the backend does not serve it.
 Answer = Callable[[Tensor, Tensor, Tensor], Tensor] | list[str]
 
 
 @functools.cache
 def load_xformers() -> tuple[ModuleType | None, str]:
-    """xformers' operators and what their import logged, or None and the reason. Imported on first use.
+    """`xformers.ops` and what its import logged, or None and the reason. xformers is imported at the first call.
 
-    Beside a torch that xformers was not built for, the import logs that its own extension did not load; its attention
-    then runs on the kernels inside torch. That message belongs to `denim doctor`, not to every user's terminal.
+    With a torch that xformers was not built for, the import logs that its own extension did not load; its attention
+    then runs on kernels inside torch. `denim doctor` shows that message; other commands do not print it.
     """
     messages: list[str] = []
 
@@ -37,12 +37,12 @@ def load_xformers() -> tuple[ModuleType | None, str]:
     logger.addHandler(handler)
     try:
         ops = importlib.import_module("xformers.ops")
-    except (ImportError, OSError, RuntimeError) as error:  # a wheel for another CUDA raises any of these
+    except (ImportError, OSError, RuntimeError) as error:  # wheels for another CUDA raise each of these
         return None, f"xformers cannot be imported: {error}"
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
-    # From 2026 on the name can vanish although the package is there.
+    # Releases from 2026 on may not have this function.
     if not hasattr(ops, "memory_efficient_attention"):
         return None, "this xformers has no memory_efficient_attention"
     return ops, " ".join(messages)
@@ -59,8 +59,8 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Answer:
     inputs = ops.fmha.Inputs(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     refusals = []
-    # Forward and backward kernels are chosen here, in xformers' own order, and handed over, so that what runs is what
-    # was asked. Its lists of all operators also have some that it never takes by itself.
+    # The forward and backward operators are chosen here, in xformers' own order, and passed to the call, so that the
+    # operators that were asked are those that run. xformers' list of all operators also has some that it never selects.
     for name in ("flash3", "flash", "cutlass", "ck"):
         family = getattr(ops.fmha, name, None)
         if family is None:
@@ -75,7 +75,7 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Answer:
 
 
 def _run_xformers(ops: ModuleType, pair: tuple[object, object], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    # xformers has (B, N, heads, head_dim): transposed views of packed qkv go in as they are.
+    # xformers takes (B, N, heads, head_dim). It reads transposed views of a packed qkv tensor without a copy.
     out: Tensor = ops.memory_efficient_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), op=pair
     )
@@ -87,7 +87,7 @@ def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ value
 
 
-# In the order in which "auto" tries them.
+# "auto" tries them in this order.
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Answer]] = {
     "xformers": _xformers,
     "sdpa": lambda query, key, value: F.scaled_dot_product_attention,
@@ -121,7 +121,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def attention_backends(query: Tensor, key: Tensor, value: Tensor) -> dict[str, list[str]]:
-    """Every backend in the order in which "auto" tries them, with the reasons why it would not serve this call.
+    """The reasons why each backend would not serve a call, in the order in which "auto" tries the backends.
 
     Args:
         query: (B, heads, N, head_dim).

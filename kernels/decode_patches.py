@@ -1,4 +1,4 @@
-"""`decode_patches`: predicted patches -> un-normalise by the chosen statistics -> clamp -> pixels, or patches again."""
+"""`decode_patches`: prediction -> un-normalise by the chosen statistics -> clamp -> pixels or classifier patches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OUTPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class _Statistics(NamedTuple):
-    """Per-patch mean and standard deviation (..., L, 1), and what their gradient needs."""
+    """Mean and standard deviation of every patch (..., L, 1), and what their gradient needs."""
 
     centred: Tensor  # patches minus their mean
     mean: Tensor
@@ -43,8 +43,8 @@ def _patch_statistics(patches: Tensor, sigma: Tensor | None, std: Sequence[float
         # The noise added this much variance to a patch in normalised space.
         inverse = channel_vector(std, centred).reciprocal().square().mean()
         added = (sigma.to(dtype) / 255).square()[..., None, None] * inverse
-        # What is left after taking it away is often negative. The floor is smooth, so that no gradient is zeroed, and
-        # as wide as the statistical error of the difference: the sd of a sample variance of D normals.
+        # The difference is often negative. A smooth floor keeps it positive and its gradient non-zero. The width of the
+        # floor is the sampling error of the difference: the standard deviation of a sample variance of D normals.
         excess = variance - added
         floor = added.square() * (2.0 / (centred.shape[-1] - 1)) + VARIANCE_EPS**2
         root = torch.sqrt(excess.square() + 4 * floor)
@@ -114,7 +114,7 @@ def _reference(
     normal_std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Torch reference, and the CPU kernel. Pixels where `normal_mean` and `normal_std` are empty, patches otherwise."""
+    """Reference in torch; also the CPU kernel. Pixels where `normal_mean` and `normal_std` are empty, else patches."""
     working, repeat = _working_dtype(prediction, source), patch_size * patch_size
     outer_shape = prediction.shape[:-3]
     shape = prediction.shape[-3:] if normal_std else (prediction.shape[-3], len(mean), height, width)
@@ -164,9 +164,10 @@ def _backward_reference(
     normal_std: Sequence[float],
     need_source: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for prediction and source, from that of the pixels, or of patches where `normal_std` is not empty.
+    """Gradients of prediction and source; `grad` is that of the pixels, or of patches if `normal_std` is not empty.
 
-    The clamp mask is recomputed, not stored. The source's gradient is empty where none is needed, and for bytes.
+    The mask of the clamp is recomputed, not stored. The source's gradient is an empty tensor where none is needed, and
+    for uint8 images.
     """
     dtype, repeat = _working_dtype(prediction, source), patch_size * patch_size
     outer_shape, size = prediction.shape[:-3], prediction.shape[-1]
@@ -187,7 +188,7 @@ def _backward_reference(
         upstream = upstreams[:, chunk].to(dtype)
         if not normal_std:
             upstream = patchify(upstream.movedim(-3, -1).flatten(0, 1), patch_size).view(pixels.shape)
-        # Selected, not multiplied: a saturated pixel passes nothing of an infinite gradient either.
+        # `where` instead of a product: the gradient of a saturated pixel is 0 even if it arrives as infinity.
         upstream = torch.where(pixels.clamp(0, 1) == pixels, upstream, 0).mul_(scale)
         to_predictions[:, chunk] = upstream if stats is None else upstream * stats.deviation
         if stats is None or not wanted:
@@ -269,22 +270,23 @@ def decode_patches(
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Pixels in [0, 1] from a decoder's prediction, or the patches of a classifier that is to look at them.
+    """Pixels in [0, 1] from a decoder's prediction, or the same pixels as a classifier's normalised patches.
 
     Equivalent PyTorch, with t the patches that the statistics come from::
 
         patches = prediction                                                    # statistics=None: raw target
         patches = prediction * (t.var(-1) + 1e-6).sqrt() + t.mean(-1)           # "input": t = clean patches of source
         patches = prediction * (v + 1e-6).sqrt() + t.mean(-1)                   # "noisy": t = source, noisy patches
-            d = t.var(-1) - n,  n = (sigma / 255) ** 2 * mean(1 / std ** 2)     # what the noise added, taken away
+            d = t.var(-1) - n,  n = (sigma / 255) ** 2 * mean(1 / std ** 2)     # minus the variance of the noise
             v = (d + (d ** 2 + 4 * f ** 2).sqrt()) / 2                          # smooth floor
             f ** 2 = n ** 2 * 2 / (D - 1) + 1e-12                               # its width: the sampling error of n
         pixels = (patches * std + mean).clamp(0, 1)
         return unpatchify(pixels).to(dtype)                                     # normalize=None
         return ((pixels - classifier_mean) / classifier_std).to(dtype)          # normalize: still patches
 
-    "input" is what the published defense does; it hands two noise-free numbers per patch of the un-noised, possibly
-    attacked image to the classifier. "noisy" is a diagnostic. A raw target needs no statistics and leaks nothing.
+    The published defense uses "input". Through it the classifier receives two noise-free numbers per patch of the
+    un-noised and possibly attacked image. "noisy" is a diagnostic. A raw target needs no statistics, so nothing of the
+    un-noised image reaches the classifier.
 
     Args:
         prediction: (..., B, L, D), floating; any dimensions may stand before the batch (levels, draws).
@@ -296,19 +298,21 @@ def decode_patches(
         source: for "input" the images, uint8 (B, H, W, C) or float (B, C, H, W), B as in the
             prediction; for "noisy" the noisy patches, in the shape of the prediction.
         sigma: for "noisy" the noise level in 0-255 pixel levels, broadcastable to prediction.shape[:-2].
-
-        normalize: per-channel (mean, std) in [0, 1] units of a classifier, for patches instead of pixels: normalised
-            by them, and in (row, column, channel) order, they are what its patch embedding takes as a linear layer.
+        normalize: per-channel (mean, std) of a classifier in [0, 1] units. With it the result is patches, normalised by
+            these, in (row, column, channel) order: the input of the classifier's patch embedding as a linear layer.
         dtype: of the result: float32, bfloat16, float16 or float64; by default float32, float64 where an input is.
 
     Returns:
-        Pixels (..., C, H, W), or patches (..., L, D) with `normalize`. Differentiable in prediction and source; the
-        gradient of the clamp is 1 on [0, 1], both ends included, and 0 outside (at the ends torch.clamp has 1 or 0,
-        depending on its release). No double backward.
+        Pixels (..., C, H, W), or patches (..., L, D) with `normalize`. Differentiable in prediction and source. The
+        gradient of the clamp is 1 on [0, 1], both ends included, and 0 outside (at the ends, that of torch.clamp is 1
+        or 0, depending on torch's release). No double backward.
 
     Raises:
         TypeError: a wrong dtype.
         ValueError: wrong shapes or devices, an unknown choice of statistics, a source or sigma missing or unused.
+
+    Source: He et al. 2022 (MAE), section 4.1, whose normalisation of the target is undone here; You et al. 2023 (NIM),
+    whose defense undoes it with the statistics of the input.
     """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     if statistics not in STATISTICS:

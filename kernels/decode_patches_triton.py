@@ -2,11 +2,11 @@
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
 """Triton kernels of `decode_patches`, forward and backward.
 
-A thread owns one run: a few neighbouring pixels of one row of one patch, all channels. A run is contiguous in patch
-vectors and in NHWC memory, and in each plane of NCHW memory; where no image is read or written it may go on into the
-patch's next rows. It is moved in wide pieces and taken apart into one tensor
-of shape (threads,) per element, so channels and positions are known when the kernel is built, and the change between
-(pixel, channel) and planes is a renaming of registers: nothing goes through shared memory but the sums over a patch.
+A thread has one run: neighbouring pixels of one row of one patch, with all their channels. A run is contiguous in patch
+vectors, in NHWC memory and in each plane of NCHW memory. (Where a kernel neither reads nor writes an image, a run may
+span several rows of the patch.) It is loaded in wide pieces and split into one tensor of shape (threads,) per element.
+The channel and position of each of these tensors are known at compile time, so the change between (pixel, channel)
+order and planes only renames registers. Shared memory is used for the sums over a patch alone.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__ = [
     "tile",
 ]
 
-# Of prediction and source; images may be uint8 too.
+# Of prediction and source. Images may be uint8 too.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 THREADS = 128
-# The largest program that every GPU starts.
+# Threads of the largest program that every GPU can start.
 MAX_THREADS = 1024
-# Elements of a run; every one is a register or two.
+# Elements of a run; each takes one or two registers.
 MAX_RUN = 64
 
 _FLOOR: tl.constexpr = tl.constexpr(VARIANCE_EPS)
@@ -46,16 +46,16 @@ _FLOOR: tl.constexpr = tl.constexpr(VARIANCE_EPS)
 
 @triton.jit
 def _over_patch(value, PATCHES: tl.constexpr, RUNS: tl.constexpr):
-    """Sum over the threads of each patch, for every one of them."""
+    """Sum over the threads of each patch, returned to all of these threads."""
     total = tl.sum(tl.reshape(value, (PATCHES, RUNS)), axis=1, keep_dims=True)
     return tl.reshape(tl.broadcast_to(total, (PATCHES, RUNS)), (PATCHES * RUNS,))
 
 
 @triton.jit
 def _place(program, patches, length, columns, PATCH: tl.constexpr, RUN: tl.constexpr, PATCHES: tl.constexpr, RUNS):
-    """Where this thread's run is: patch, image, position in runs within a patch and within a plane; and if it is.
+    """Of each thread's run: patch, image, index within the patch and within a plane (in runs), and whether it exists.
 
-    A run of more than a row (see `tile`) has no position in a plane; what stands for it is not used.
+    A run of several rows (see `tile`) has no index in a plane; callers do not use the value that is returned.
     """
     ACROSS: tl.constexpr = max(1, PATCH // RUN)
     thread = tl.arange(0, PATCHES * RUNS)
@@ -87,7 +87,7 @@ def _statistics(
     PATCHES: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """`_patch_statistics` of the reference: the centred run, mean, deviation and slope per thread."""
+    """As `_patch_statistics` of the reference: each thread's centred run, and its patch's mean, deviation and slope."""
     patch, image, run, in_plane, inside = place
     WIDTH: tl.constexpr = RUN * CHANNELS
     SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
@@ -104,7 +104,7 @@ def _statistics(
             moved = values[e] * (inverse_std[e % CHANNELS] * UNIT) + shift[e % CHANNELS]
             normal = normal + (moved,)
         values = normal
-    # Threads beyond the patch's runs have loaded zeros, which normalisation has moved.
+    # Threads without a run have loaded zeros, which normalisation has changed: `where` keeps them out of the sums.
     total = values[0]
     for e in tl.static_range(1, WIDTH):
         total += values[e]
@@ -129,12 +129,12 @@ def _statistics(
 
 @triton.jit
 def _unclamped(value, std, centre, mean, deviation, STATISTICS: tl.constexpr):
-    # Both passes come through here, so the backward pass clamps what the forward pass clamped.
+    # Forward and backward share this function, so that both find the same pixels saturated.
     patch = value if STATISTICS == "raw" else value * deviation + mean
     return patch * std + centre
 
 
-# Images of another size use the same compiled kernel. `outer` == 1 (training) is specialised: it has no loop.
+# All image and batch sizes use the same compiled kernel. `outer` == 1 (training) is compiled separately.
 @triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["outer"])
 def decode_kernel(
     prediction,
@@ -160,12 +160,12 @@ def decode_kernel(
     PATCHES: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """One program: PATCHES patches, a run per thread. The programs that share a source patch follow one another.
+    """One program: PATCHES patches, a run per thread. Programs that read the same source patch have consecutive ids.
 
     `patches` counts patches of the source; each of them belongs to `outer` patches of the prediction, one for each
-    level and draw (the dimensions before the batch, flattened). An image has `length` patches,
-    `columns` of them in a row. `centre` is the mean per channel and `shift` is -mean / std, `normal_scale` and
-    `normal_shift` are 1 / std and -mean / std of the classifier: with NORMALIZE the result is patches.
+    level and draw (the dimensions before the batch, flattened). An image has `length` patches, `columns` of them in a
+    row. Per channel, `centre` is the mean and `shift` is -mean / std; `normal_scale` and `normal_shift` are 1 / std and
+    -mean / std of the classifier. With NORMALIZE the result is patches.
     """
     WIDTH: tl.constexpr = RUN * CHANNELS
     IN_PATCH: tl.constexpr = PATCH * PATCH // RUN
@@ -236,7 +236,7 @@ def decode_backward_kernel(
     PATCHES: tl.constexpr,
     RUNS: tl.constexpr,
 ):
-    """One program: PATCHES patches of the source and, one after another, all that they serve in the prediction.
+    """One program: PATCHES patches of the source and, one after another, all patches of the prediction that use them.
 
     So one program adds up a source patch's gradient over `outer`, always in the same order.
     Arguments as in `decode_kernel`; `gain` is the derivative of an unsaturated output by the patch, per channel.
@@ -279,7 +279,7 @@ def decode_backward_kernel(
         result = ()
         for e in tl.static_range(WIDTH):
             pixel = _unclamped(values[e], std[e % CHANNELS], centre[e % CHANNELS], mean, deviation, STATISTICS)
-            # Selected, not multiplied: a saturated pixel passes nothing of an infinite gradient either.
+            # `where` instead of a product: the gradient of a saturated pixel is 0 even if it arrives as infinity.
             passed = tl.where((pixel >= 0) & (pixel <= 1), upstream[e], 0.0) * gain[e % CHANNELS]
             if NEED_SOURCE:
                 to_mean += passed
@@ -305,9 +305,9 @@ def decode_backward_kernel(
 def tile(patch_size: int, channels: int, dtype: torch.dtype, *, images: bool = True) -> dict[str, int]:
     """The tile of a program, as the kernels' RUN (pixels of a thread), PATCHES (of a program) and RUNS (of a patch).
 
-    A run is as many pixels as one access of `dtype` takes, so that its channels are 16 bytes each, where that divides
-    a patch row; where no `images` are read or written, and so rows end nowhere, where it divides the patch. `serves`
-    says whether that many elements fit a thread, and that many runs a program.
+    A run has as many pixels as 16 bytes of `dtype` hold, so that the accesses to each plane are wide; fewer where this
+    number does not divide a patch row. Where no `images` are read or written, it need only divide the whole patch.
+    `serves` checks that the elements of a run fit a thread, and the runs of a patch a program.
     """
     run = math.gcd(patch_size if images else patch_size**2, 16 // dtype.itemsize)
     while run > 1 and run * channels > MAX_RUN:
@@ -318,7 +318,7 @@ def tile(patch_size: int, channels: int, dtype: torch.dtype, *, images: bool = T
 
 def _serves(prediction: Tensor, source: Tensor | None, patch_size: int, channels: int, dtype: torch.dtype) -> bool:
     """Both passes; `dtype` is that of the forward pass's result. The reference serves what the kernels do not."""
-    # Runs of whole patches, without images, are longer, fewer, and within the same bounds.
+    # Without images, runs are longer and fewer, but stay within the same bounds.
     sizes = tile(patch_size, channels, prediction.dtype)
     return (
         prediction.dtype in DTYPES
@@ -326,7 +326,7 @@ def _serves(prediction: Tensor, source: Tensor | None, patch_size: int, channels
         and (source is None or source.dtype in (*DTYPES, torch.uint8))
         and sizes["RUN"] * channels <= MAX_RUN
         and sizes["RUNS"] <= MAX_THREADS
-        # Patches are counted in 32 bits, as programs are; offsets have 64.
+        # Patches and programs are counted in 32 bits. Offsets are 64 bits wide.
         and prediction.shape[:-1].numel() < 2**31
     )
 
@@ -339,7 +339,7 @@ def _arguments(
     std: Sequence[float],
     statistics: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[object, ...], tuple[int, int, int]]:
-    """Contiguous prediction, source and sigma, the constants of the statistics, and `patches`, `outer` and `length`."""
+    """Contiguous prediction, source and sigma; the constants of the statistics; `patches`, `outer` and `length`."""
     patches, length = prediction.shape[:-1].numel(), prediction.shape[-2]
     outer = 1
     if statistics == "input" and source is not None:
@@ -477,8 +477,8 @@ def launch_backward(
     """Run the backward kernel. Arguments as for `launch`, and the gradient of what it returned, one of `DTYPES`.
 
     Returns:
-        Gradients for prediction and source in their shapes and dtypes, contiguous. That for the source is empty unless
-        `need_source` says that it is wanted and the source is floating point.
+        Gradients of prediction and source in their shapes and dtypes, contiguous. That of the source is empty unless
+        `need_source` is true and the source is floating point.
     """
     channels, normalize = len(mean), len(normal_std) > 0
     to_prediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
@@ -487,10 +487,10 @@ def launch_backward(
     else:
         to_source, need_source = prediction.new_empty(0), False
     if prediction.numel() == 0:
-        return to_prediction, to_source.zero_()  # images that serve no prediction
+        return to_prediction, to_source.zero_()  # no prediction uses the images
     if statistics == "input" and source is not None:
         width = source.shape[2 if source.dtype == torch.uint8 else 3]
-    else:  # with `normalize` there is no image, and this stands for a width that nothing depends on
+    else:  # with `normalize` there is no image, and the kernel does not use the width
         width = grad.shape[-1]
     images = statistics == "input" or not normalize
     sizes = tile(patch_size, channels, prediction.dtype, images=images)

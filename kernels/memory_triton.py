@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, misc"
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
-"""How the Triton kernels move memory: wide accesses of which each thread keeps its own elements, and launching."""
+"""Memory accesses of the Triton kernels: wide loads and stores whose elements stay in the thread that moves them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 @triton.jit
 def per_channel(values, channel, CHANNELS: tl.constexpr):
-    """Element by element `values[channel]`, by selection: a tuple has no index that varies."""
+    """`values[channel]` for every element, by selection: Triton indexes tuples by constants only."""
     chosen = values[0]
     for c in tl.static_range(1, CHANNELS):
         chosen = tl.where(channel == c, values[c], chosen)
@@ -34,9 +34,10 @@ def per_channel(values, channel, CHANNELS: tl.constexpr):
 def chunks(block, SIZE: tl.constexpr):
     """(rows, columns) to (chunks, rows, SIZE).
 
-    Rows stand next to the chunk, so Triton's layout of a load or store gives every chunk of a row to one thread. The
-    generator's groups stand before rows likewise. A thread so keeps its run of positions from the load to the store,
-    channels are known per register, and nothing goes through shared memory.
+    Triton assigns elements to threads along the last dimensions first: the SIZE elements of a chunk to one thread, the
+    rows to different threads, and then the other chunks of a row to the thread that has its first. The words of the
+    generator are arranged in the same way. A thread thus keeps its positions from the load to the store: the channel of
+    every register is a constant, and shared memory is not used.
     """
     return tl.permute(tl.reshape(block, (block.shape[0], block.shape[1] // SIZE, SIZE)), (1, 0, 2))
 
@@ -55,14 +56,14 @@ def _log2(size):
 @triton.jit
 def load_run(pointer, position, inside, COUNT: tl.constexpr):
     """COUNT contiguous elements per thread from `pointer + position * COUNT` on: a tuple of float32 (threads,)."""
-    # Pieces of at most 16 bytes, which cut the run evenly.
+    # The run is loaded in pieces of equal size, of at most 16 bytes.
     WIDEST: tl.constexpr = 128 // pointer.dtype.element_ty.primitive_bitwidth
     SIZE: tl.constexpr = _piece(COUNT, WIDEST)
     elements = ()
     for piece in tl.static_range(COUNT // SIZE):
         place = position[:, None] * COUNT + (piece * SIZE + tl.arange(0, SIZE)[None, :])
         values = tl.load(pointer + place, mask=tl.broadcast_to(inside[:, None], place.shape), other=0)
-        # Halved until each part is one column: part i holds the elements whose low bits are i.
+        # Columns are split into even and odd ones until each part is one column. Column i ends up in part i.
         parts = (values,)
         for level in tl.static_range(_log2(SIZE)):
             even = ()
@@ -100,7 +101,7 @@ def store_run(pointer, position, inside, elements, COUNT: tl.constexpr):
 
 @triton.jit
 def load_planes(pointer, position, plane, inside, RUN: tl.constexpr, CHANNELS: tl.constexpr):
-    """As `load_run`, RUN pixels from planes of `plane` pixels: a tuple in (pixel, channel) order."""
+    """RUN pixels per thread from planes of `plane` pixels, as `load_run`: a tuple in (pixel, channel) order."""
     planar = ()
     for c in tl.static_range(CHANNELS):
         planar = planar + load_run(pointer + c * plane, position, inside, RUN)
@@ -121,5 +122,5 @@ def store_planes(pointer, position, plane, inside, elements, RUN: tl.constexpr, 
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Makes `device` the current device while a kernel is launched: Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -2,9 +2,9 @@
 
 Nothing else enters: not sigma, the batch, the patch size, a block size, the rank, the device, nor whether levels and
 draws are looped or batched. The generator is Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1,
-2, 3", SC 2011); its key is the seed, its counter says which group of four positions is meant and what the words are
-for. This module is the torch twin of the arithmetic that the GPU kernels run: words agree bit for bit, normals within
-1e-5 of the float64 definition.
+2, 3", SC 2011); its key is the seed, and its counter holds the number of a group of four positions and the use
+of the words (`Stream`). This module is the torch version of the arithmetic in the GPU kernels: the words have the same
+bits, and normals are within 1e-5 of the float64 definition.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Stream(IntEnum):
-    """What the words of a seed are used for: counter word 2. Streams of one seed are independent."""
+    """Use of the words of a seed, in word 2 of the counter. The streams of a seed are independent of each other."""
 
     NOISE = 0
     SEED = 1
@@ -58,7 +58,7 @@ class Stream(IntEnum):
 
 
 class Domain(IntEnum):
-    """What a seed is derived for, so that no two stages of an experiment ever share a draw."""
+    """Stage of an experiment that a seed is derived for. Seeds of different domains give different draws."""
 
     TRAINING = 0
     DEFENSE = 1
@@ -84,8 +84,8 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     Returns:
         Four int64 tensors that hold uint32 values.
 
-    Torch has no unsigned 32 x 32 -> 64 bit product on all backends. The int64 product wraps modulo 2^64, whose bits
-    are those of the unsigned product, so shifting and masking gives both halves exactly.
+    torch has no unsigned 32 x 32 -> 64 bit product on all backends. The int64 product wraps modulo 2^64 and has the
+    bits of the unsigned product, so a shift and a mask give both halves exactly.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -129,9 +129,9 @@ def normals_from_words(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         Two float32 tensors: r cos(a) and r sin(a) with r = sqrt(-2 ln u), u = (first + 1/2) / 2^32 and
         a = 2 pi * int32(second) / 2^32 (Box and Muller 1958).
 
-    u itself would round to 1 near its upper end, and an approximate logarithm is useless there, so the arithmetic
-    works on h, which is u below one half and u - 1 above it. Close to u = 1 the series of -2 ln(1 + h) replaces the
-    logarithm. The largest magnitude is sqrt(66 ln 2) = 6.764; the result is never NaN.
+    Near 1, u itself would round to 1, and the error of an approximate logarithm would be larger than its value. The
+    arithmetic therefore uses h, which is u below one half and u - 1 above. Close to u = 1 the series of -2 ln(1 + h)
+    replaces the logarithm. The largest magnitude is sqrt(66 ln 2) = 6.764, and the result is never NaN.
     """
     h = _signed(first) * 2.0**-32 + 2.0**-33
     u = torch.where(h > 0, h, 1 + h)
@@ -151,9 +151,9 @@ def _group_normals(seeds: Tensor, groups: int) -> Words:
 def noise_backend() -> str:
     """How noise is drawn on the CPU: "compiled" or "eager".
 
-    Compiled by torch where a C++ compiler is at hand, eager elsewhere; `DENIM_NOISE=eager|compiled` decides otherwise.
-    The words are the same either way. Normals may differ in the last bit (the two use different vector libraries for
-    log2, sin and cos), which is why the choice is made once, by rule, and never by the size of a call.
+    "compiled" (by torch) where a C++ compiler is found, "eager" elsewhere; `DENIM_NOISE=eager|compiled` overrides this.
+    The words are the same in both. Normals can differ in the last bit, because log2, sin and cos come from different
+    vector libraries. The choice is therefore made once per process and does not depend on the size of a call.
 
     Raises:
         ValueError: DENIM_NOISE holds anything else.
@@ -188,31 +188,33 @@ def _compilation_notice() -> object:
 
 @functools.cache
 def _compiled_group_normals() -> Callable[[Tensor, int], Words]:
-    # Compiled once, for every later call. Dynamo's guards would compile again under no_grad, autocast, inference mode
-    # or another number of threads, and after eight times fall back to eager without a word: other last bits in the
-    # middle of a run. The caller settles all that the code depends on (contiguous int64 rows, sizes of at least two),
-    # so no guard is kept, and threads are counted when it runs (a forked loader worker has one).
-    # Four outputs instead of one interleaved tensor: inductor keeps them in one vectorised loop, and stacking
-    # afterwards is cheaper than its strided stores (1.7 against 6 ns per element).
+    # One compilation serves every later call. With its guards, dynamo would compile again under no_grad, autocast,
+    # inference mode or another number of threads, and after eight compilations use eager code without a message: other
+    # last bits in the middle of a run. The caller fixes everything that the code depends on (contiguous int64 rows,
+    # sizes of at least two), so all guards are dropped. The number of threads is read at run time: a forked worker has
+    # one. The function has four outputs instead of an interleaved one, since inductor then makes one vectorised loop,
+    # and stacking them afterwards is cheaper than its strided stores (1.7 instead of 6 ns per element).
     options: dict[str, Any] = {
         "guard_filter_fn": lambda guards: [False] * len(guards),
         "cpp.dynamic_threads": True,
         "post_grad_custom_pre_pass": _compilation_notice(),
     }
     compiled: Callable[[Tensor, int], Words] = torch.compile(_group_normals, dynamic=True, options=options)
-    # torch warns at its first compilation where a CUDA toolkit is installed and no GPU is: not about this code.
+    # torch warns at its first compilation if a CUDA toolkit is installed without a GPU. That does not concern this
+    # code.
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        # Sizes that differ: equal ones would share a symbol, and the code would hold for square calls alone.
+        # The two sizes differ on purpose: torch.compile gives equal sizes one symbol, and would assume them always
+        # equal.
         compiled(torch.arange(3, dtype=torch.int64, device="cpu"), 5)
-    except Exception as error:  # a compiler without headers or libraries fails in as many ways as there are compilers
+    except Exception as error:  # compilers fail with many kinds of errors, for example where headers are missing
         if os.environ.get("DENIM_NOISE") == "compiled":
             raise
         warnings.warn(
             f"noise is drawn eagerly, which is slower: torch could not compile it ({type(error).__name__}: {error}); "
-            "DENIM_NOISE=eager says so without this warning",
+            "DENIM_NOISE=eager chooses this without a warning",
             stacklevel=3,
         )
         return _group_normals
@@ -225,7 +227,7 @@ def _reference(seeds: Tensor, count: int) -> Tensor:
     flat = seeds.reshape(-1)
     if flat.numel() == 0 or count == 0:
         return torch.empty((*seeds.shape, count), dtype=torch.float32, device=seeds.device)
-    # Sizes of at least two: dynamo specialises on one.
+    # Both sizes are at least two, because dynamo specialises on a size of one.
     groups = max(2, (count + 3) // 4)
     rows = (flat if flat.numel() > 1 else flat.expand(2)).contiguous()
     compiled = seeds.device.type == "cpu" and noise_backend() == "compiled"
@@ -252,7 +254,7 @@ def check_seeds(seeds: Tensor) -> None:
 
 
 def normal_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
-    """The noise itself: standard normals, a pure function of (seed, flat position).
+    """Standard normals, a pure function of (seed, flat position): the noise of `noise_patchify`.
 
     Args:
         seeds: int64, any shape; one per sample and draw.
@@ -271,7 +273,15 @@ def normal_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def noise_words(seeds: Tensor, count: int, stream: Stream = Stream.NOISE) -> Tensor:
-    """The first `count` words of a stream for every seed: int64 holding uint32 values, seeds.shape + (count,).
+    """The first words of a stream for every seed.
+
+    Args:
+        seeds: int64, any shape.
+        count: number of words per seed.
+        stream: use of the words.
+
+    Returns:
+        int64 tensor that holds uint32 values, of shape `seeds.shape + (count,)`, on the device of the seeds.
 
     Raises:
         TypeError: seeds are not int64.
@@ -282,13 +292,21 @@ def noise_words(seeds: Tensor, count: int, stream: Stream = Stream.NOISE) -> Ten
 
 
 def uniform_noise(seeds: Tensor, shape: Sequence[int], stream: Stream) -> Tensor:
-    """Uniforms in (0, 1), (word + 1/2) / 2^32 in float64 rounded to float32: seeds.shape + shape.
+    """Uniforms in (0, 1): (word + 1/2) / 2^32, computed in float64 and rounded to float32.
+
+    Args:
+        seeds: int64, any shape.
+        shape: shape of one sample. Positions count through it in row-major order.
+        stream: use of the words.
+
+    Returns:
+        float32 tensor of shape `seeds.shape + shape` on the device of the seeds.
 
     Raises:
         TypeError: seeds are not int64.
     """
     words = noise_words(seeds, math.prod(shape), stream)
-    # Clamped below one: float32 has no value between 1 - 2^-24 and 1.
+    # The largest values would round to 1. The largest float32 below 1 is 1 - 2^-24.
     uniform = ((words.to(torch.float64) + 0.5) * 2.0**-32).to(torch.float32).clamp(max=1 - 2.0**-24)
     return uniform.reshape(*seeds.shape, *shape)
 
@@ -298,21 +316,21 @@ def _as_int64(value: int | Tensor, like: Tensor) -> Tensor:
         if value.dtype != torch.int64:
             raise TypeError(f"seed parts must be int64 tensors or ints, got {value.dtype}")
         return value
-    # Filled on the device: a copy from the host would wait, and could not be captured into a CUDA graph.
+    # torch.full runs on the device. A copy from the host would synchronise, and CUDA graphs cannot capture it.
     return torch.full((), value, dtype=torch.int64, device=like.device)
 
 
 def derive_seeds(
     run_seed: int | Tensor, domain: Domain, samples: Tensor, step: int | Tensor = 0, draw: int | Tensor = 0
 ) -> Tensor:
-    """Seeds for samples, computed on their device: the one hash by which Denim derives seeds.
+    """Seeds for samples, computed on their device. Every seed in Denim is derived by this hash.
 
     Two chained Philox calls: k = philox(counter=(sample low, sample high, SEED, domain), key=run seed), then the seed
     is words 0 and 1 of philox(counter=(step low, step high, SEED, draw), key=(k0, k1)).
 
     Args:
         run_seed: the seed of the run, int or int64 tensor.
-        domain: what the draws are for; seeds of different domains never meet.
+        domain: stage of the experiment.
         samples: int64 sample ids, any shape.
         step: epoch or step, int or int64 tensor that broadcasts with samples.
         draw: number of the draw, below 2^32, int or int64 tensor that broadcasts with samples.
@@ -336,6 +354,20 @@ def derive_seeds(
 
 
 def draw_seeds(run_seed: int | Tensor, domain: Domain, samples: Tensor, draws: int, step: int | Tensor = 0) -> Tensor:
-    """Seeds (draws, B) of draws 0 .. draws-1 for samples (B,): `derive_seeds` over an added leading dimension."""
+    """Seeds of several draws: `derive_seeds` with draw = 0 .. draws-1 in a new first dimension.
+
+    Args:
+        run_seed: the seed of the run, int or int64 tensor.
+        domain: stage of the experiment.
+        samples: int64 sample ids (B,).
+        draws: number of draws.
+        step: epoch or step, int or int64 tensor.
+
+    Returns:
+        int64 tensor (draws, B).
+
+    Raises:
+        TypeError: a tensor is not int64.
+    """
     draw = torch.arange(draws, dtype=torch.int64, device=samples.device)[:, None]
     return derive_seeds(run_seed, domain, samples[None, :], step, draw)

@@ -34,16 +34,16 @@ def _reference(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Torch reference, and the CPU kernel."""
+    """Reference in torch; also the CPU kernel."""
     height, width = check_images(images, patch_size=patch_size, mean=mean, std=std)
     batch, image_size = len(images), (height, width, len(mean))
     levels = sigma.reshape(sigma.shape[:-1].numel(), 1, batch, 1, 1).to(compute_dtype(images)) / 255
     draws = seeds.reshape(seeds.shape[:-1].numel(), batch)
-    # Noise is added in pixel space; dividing by std moves it to normalised space with the image.
+    # The noise is defined in pixel space; division by std takes it to normalised space.
     scale = channel_vector([1 / value for value in std], images, patch_size * patch_size)
     shape = (height * width // patch_size**2, len(scale))
     out = images.new_empty((len(levels), len(draws), batch, *shape), dtype=dtype)
-    # Of two samples at least: the generator makes two where it is asked for one.
+    # At least two samples at a time: the generator computes two rows even if one is asked for.
     for chunk in sample_chunks(batch, math.prod(image_size) * len(draws), images.device, least=2):
         clean = normalized_patches(images[chunk], patch_size=patch_size, mean=mean, std=std)
         noise = patchify(normal_noise(draws[:, chunk].flatten(), image_size), patch_size)
@@ -70,7 +70,7 @@ def _fake(
 def _backward_reference(
     grad: Tensor, height: int, width: int, patch_size: int, std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
-    """Gradient for float pixels (B, C, H, W). The noise does not depend on them, so nothing is drawn again."""
+    """Gradient of float pixels (B, C, H, W). The noise does not depend on the pixels, so backward draws none."""
     outer = grad.reshape(grad.shape[:-3].numel(), *grad.shape[-3:])
     working = torch.promote_types(compute_dtype(grad), dtype)
     pixels = grad.new_empty((outer.shape[1], len(std), height, width), dtype=dtype)
@@ -134,8 +134,9 @@ def noise_patchify(
         noisy = ((images - mean) / std) + sigma / 255 * noise / std      # not clipped
         patches = noisy as (B, L, P * P * C) in (row, column, channel) order
 
-    The result has the outer product of levels and draws in front. Levels share their draws (common random numbers),
-    so differences along a trade-off curve are sharp; for independent levels call once per level with other seeds.
+    Levels and draws form an outer product, in the first dimensions of the result. All levels use the same draws (common
+    random numbers), which makes differences between levels precise. For independent levels, call once per level with
+    other seeds.
 
     Args:
         images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1].

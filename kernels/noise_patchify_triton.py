@@ -29,23 +29,23 @@ __all__ = [
     "tile",
 ]
 
-# Of images, patches and their gradients; images may be uint8 too.
+# Of images, patches and their gradients. Images may be uint8 too.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Per-channel constants are kernel arguments, and elements select among them.
+# The constants of every channel are kernel arguments, among which each element selects.
 MAX_CHANNELS = 64
-# Elements of a run in the backward pass; every one is a register or two.
+# Elements of a run in the backward pass; each takes one or two registers.
 MAX_RUN = 64
-# Elements of an image: offsets within one are 32 bits wide, and the last program reaches beyond its end.
+# Elements of an image: offsets within it are 32 bits wide, and those of the last program go beyond its end.
 MAX_ELEMENTS = 2**30
-# Programs of a launch: CUDA's limit.
+# Programs of a launch (CUDA's limit).
 MAX_PROGRAMS = 2**31 - 1
-# Threads of a program. What a thread does, and so the result, is the same in each.
+# Threads of a program. The work of a thread, and so the result, is the same for each of them.
 CONFIGURATIONS = (128, 64, 256)
 
 
 @triton.jit
 def _target(patch_row, columns, PATCH: tl.constexpr, WIDTH: tl.constexpr):
-    """Where patch rows, counted over an image, begin in its patches."""
+    """Offset in an image's patches of each patch row. Patch rows are numbered in raster order of the image."""
     row = patch_row.to(tl.uint32)
     y = row // columns
     x = row - y * columns
@@ -54,7 +54,7 @@ def _target(patch_row, columns, PATCH: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _target_line(line, columns, PATCH: tl.constexpr):
-    """The inverse: where lines of patches, counted over an image's patches, lie among its patch rows."""
+    """The inverse of `_target`: number of the patch row that is line `line` of the image's patches."""
     index = line.to(tl.uint32)
     patch = index // PATCH
     y = patch // columns
@@ -62,8 +62,8 @@ def _target_line(line, columns, PATCH: tl.constexpr):
     return ((y * PATCH + index % PATCH) * columns + x).to(tl.int32)
 
 
-# One level and one draw, as in training, are a kernel of their own (no loops); other sizes compile nothing anew, but
-# for whether an image is a multiple of 16 elements.
+# One level with one draw (training) is compiled separately, without loops. All other numbers of levels and draws, batch
+# sizes and image sizes use the same compiled kernel, except that images of a multiple of 16 elements have their own.
 @triton.jit(do_not_specialize=["batch", "patch_columns"], do_not_specialize_on_alignment=["levels", "draws"])
 def noise_patchify_kernel(
     images,
@@ -96,12 +96,12 @@ def noise_patchify_kernel(
     # Consecutive positions lie in patch rows of WIDTH elements, which are contiguous in NHWC memory and in patches.
     WIDTH: tl.constexpr = PATCH * CHANNELS
     RUN: tl.constexpr = COLS * SEGMENTS
-    # Values move in chunks of 16 bytes. Planes have none, so there a chunk is one value; and stores must not straddle
-    # patch rows.
+    # Values are moved in chunks of 16 bytes. Neighbouring positions are not neighbours in planes, so there a chunk is
+    # one value. A store must not straddle patch rows.
     LOAD: tl.constexpr = 1 if PLANAR else min(COLS, 128 // images.dtype.element_ty.primitive_bitwidth)
     WIDEST: tl.constexpr = min(COLS, 128 // out.dtype.element_ty.primitive_bitwidth)
     STORE: tl.constexpr = WIDEST if ALIGNED else min(WIDEST, WIDTH & -WIDTH)
-    # All that can be large is a scalar and 64 bits wide; per element there is a 32-bit offset alone.
+    # Offsets that can exceed 32 bits are 64-bit scalars; each element adds a 32-bit offset to them.
     count = tl.cast(count, tl.int32)
     size = count.to(tl.int64)
     samples = batch.to(tl.int64)
@@ -121,15 +121,15 @@ def noise_patchify_kernel(
         position = row * RUN
     column = tl.arange(0, COLS)
     image = images + sample * size
-    # With one of each, loaded here and not once per segment.
+    # Without a sweep, seed and level are loaded here, once, instead of once per segment.
     only_seed = tl.load(seeds + sample)
     only_amount = tl.load(sigma + sample).to(tl.float32)
 
-    # Segments outside, so that one segment's pixels alone live through the loops.
+    # The loop over segments is outermost, so only one segment's pixels take registers during the loops inside.
     for segment in tl.static_range(SEGMENTS):
         start = position + segment * COLS
         if RUN % CHANNELS == 0:
-            # Every register has a channel known at compile time.
+            # The channel of every register is known at compile time.
             channel = (segment * COLS + column)[None, :] % CHANNELS
         else:
             channel = (start[:, None] + column[None, :]) % CHANNELS
@@ -173,7 +173,7 @@ def noise_patchify_kernel(
                 destination += draws * samples * size
 
 
-# As above. `outer` == 1 (one level, one draw) is specialised: it has no loop.
+# `outer` == 1 (one level with one draw) is compiled separately, without a loop.
 @triton.jit(do_not_specialize=["batch", "length", "columns"], do_not_specialize_on_alignment=["outer"])
 def noise_patchify_backward_kernel(
     grad,
@@ -217,7 +217,7 @@ def noise_patchify_backward_kernel(
     scaled = ()
     for e in tl.static_range(WIDTH):
         scaled = scaled + (total[e] * inverse_std[e % CHANNELS],)
-    # Runs of a patch row are neighbours in its line of the image.
+    # The runs of a patch row follow one another in the image.
     line = run // ACROSS
     target = _target_line(line, columns.to(tl.uint32), PATCH) * ACROSS + run % ACROSS
     store_planes(pixels + sample * size, target, plane, inside, scaled, RUN, CHANNELS)
@@ -226,9 +226,10 @@ def noise_patchify_backward_kernel(
 def tile(patch_size: int, channels: int) -> dict[str, int | bool]:
     """How an image is divided into runs of consecutive positions: the kernel's ALIGNED, SEGMENTS and COLS.
 
-    A run is SEGMENTS segments of COLS positions, whole groups of four of the generator and one period of the channels
-    (but where that is too long to unroll: then every element looks for its own channel). Aligned runs divide a patch
-    row. Where groups straddle patch rows (P * C not a multiple of four), each piece of a run computes its own place.
+    A run is SEGMENTS segments of COLS positions. COLS is a multiple of four, a group of the generator. A run is a whole
+    number of periods of the channels; where such a run is too long to unroll, SEGMENTS is 1 and every element computes
+    its channel. ALIGNED runs divide a patch row. They exist where P * C is a multiple of four; elsewhere groups
+    straddle patch rows, and every store computes its own offset.
     """
     width = patch_size * channels
     columns = math.gcd(16, width)
@@ -342,8 +343,8 @@ def launch(
 def run_length(patch_size: int, channels: int, grad: torch.dtype, dtype: torch.dtype) -> int:
     """Pixels of a thread in the backward pass.
 
-    As many as one access of the narrower type takes, so that 16 bytes of every channel are stored, where that divides
-    a patch row and their elements fit a thread.
+    As many as 16 bytes of the narrower dtype hold, so that the accesses to each plane are wide; fewer where this number
+    does not divide a patch row, or where the elements of all channels would be more than `MAX_RUN`.
     """
     run = math.gcd(patch_size, 16 // min(grad.itemsize, dtype.itemsize))
     while run > 1 and run * channels > MAX_RUN:
@@ -386,7 +387,7 @@ def launch_backward(
         configurations: as in `launch`.
 
     Returns:
-        Gradient (B, C, H, W) for the pixels, contiguous: summed over (...) one after the other in float32.
+        Gradient (B, C, H, W) of the pixels, contiguous: the float32 sum over (...) in its order, then scaled.
     """
     channels, batch, length = len(std), grad.shape[-3], grad.shape[-2]
     pixels = torch.empty((batch, channels, height, width), dtype=dtype, device=grad.device)

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
-"""The noise contract on the GPU; its torch twin is `denim.kernels.noise`.
+"""The noise contract as Triton functions; `denim.kernels.noise` is the same in torch.
 
-One source serves three instruction sets, chosen explicitly: "ptx" (NVIDIA), "gcn" (AMD) and "plain" (Triton's own
-mathematics, which the interpreter can run). Only `_log2`, `_cos` and `_sin` know of them; `tl.sqrt` is one instruction
-already. `tl.target_info` cannot choose: it says "not CUDA" when a kernel is built on a machine without a driver.
+The functions take the instruction set as an argument: "ptx" (NVIDIA), "gcn" (AMD) or "plain" (Triton's own mathematics,
+which the interpreter can run). Only `_log2`, `_cos` and `_sin` depend on it; `tl.sqrt` is one instruction everywhere.
+`tl.target_info` cannot replace the argument: without a driver it answers "not CUDA" while building for a CUDA target.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["normals", "philox"]
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox-4x32-10 on uint32 counters and keys (Salmon et al. 2011): four uint32 words.
 
-    The product is a 64-bit one because that is a single machine instruction; a high and a low product are two.
+    The 64-bit product is one machine instruction; separate products for the high and the low half would be two.
     """
     for _ in tl.static_range(10):
         even = c0.to(tl.uint64) * 0xD2511F53
@@ -45,9 +45,9 @@ def _gcn(assembly: tl.constexpr, x):
     return tl.inline_asm_elementwise(assembly, "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
-# PTX: the flush-to-zero forms are one instruction, the others add range checks; no argument here is ever subnormal.
-# GCN: CDNA 3 demands one wait state between a transcendental and the use of its result. The compiler adds it to its
-# own instructions, but does not look into inline assembly.
+# PTX: the flush-to-zero forms are one instruction, while the others add range checks. No argument here is subnormal.
+# GCN: CDNA 3 needs one wait state between a transcendental instruction and the use of its result. The compiler inserts
+# it after its own instructions, but not into inline assembly.
 @triton.jit
 def _log2(x, INSTRUCTIONS: tl.constexpr):
     if INSTRUCTIONS == "ptx":
@@ -90,11 +90,11 @@ def _signed(word):
 
 @triton.jit
 def normals(first, second, INSTRUCTIONS: tl.constexpr):
-    """Two standard normals from two uint32 words in the contract's pinned arithmetic (`normals_from_words`)."""
+    """Two standard normals from two uint32 words: the arithmetic of `denim.kernels.noise.normals_from_words`."""
     h = _signed(first) * 2.0**-32 + 2.0**-33
     u = tl.where(h > 0, h, 1 + h)
     series = h * (h * (-2.0 / 3.0 * h + 1.0) - 2.0)
-    # h is never zero; "not above zero" takes up the comparison made for u.
+    # h is never zero, so ~(h > 0) means h < 0. It reuses the comparison that u needs.
     squared = tl.where((h > -(2.0**-6)) & ~(h > 0), series, -2.0 * math.log(2.0) * _log2(u, INSTRUCTIONS))
     radius = tl.sqrt(squared)
     angle = _signed(second)

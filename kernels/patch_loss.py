@@ -1,4 +1,4 @@
-"""`patch_loss`: the reconstruction loss of masked and noisy image modeling, with no target tensor kept."""
+"""`patch_loss`: the reconstruction loss of masked and noisy image modeling. It never stores the target."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["patch_loss", "patch_target"]
 def patch_target(
     images: Tensor, *, patch_size: int, mean: Sequence[float], std: Sequence[float], norm_pix: bool
 ) -> Tensor:
-    """What the decoder should predict: clean patches (B, L, D) in normalised space.
+    """Target of the decoder: clean patches (B, L, D) in normalised space.
 
     With `norm_pix` each patch is normalised by its own mean and unbiased variance, (t - mean) / sqrt(var + 1e-6)
     (He et al. 2022, section 4.1). float32, float64 for float64 images. Raises what `check_images` raises.
@@ -38,9 +38,9 @@ def patch_target(
 def _errors(
     prediction: Tensor, images: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], norm_pix: bool
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(samples, prediction - target) for a few samples at a time, so that no whole target ever exists."""
+    """(slice of samples, prediction - target) for a few samples at a time, so the whole target never exists."""
     for chunk in sample_chunks(len(prediction), prediction.shape[1:].numel(), prediction.device):
-        # No name holds the target, which would live on while the next one is made.
+        # The target has no name, which would keep it alive while the next one is computed.
         yield (
             chunk,
             prediction[chunk]
@@ -57,7 +57,7 @@ def _reference(
     std: Sequence[float],
     norm_pix: bool,
 ) -> Tensor:
-    """Torch reference, and the CPU kernel."""
+    """Reference in torch; also the CPU kernel."""
     dtype = torch.promote_types(compute_dtype(images), compute_dtype(prediction))
     per_patch = prediction.new_empty(prediction.shape[:2], dtype=dtype)
     for chunk, error in _errors(prediction, images, patch_size, mean, std, norm_pix):
@@ -89,7 +89,7 @@ def _backward_reference(
     std: Sequence[float],
     norm_pix: bool,
 ) -> Tensor:
-    """Torch reference, and the CPU kernel. The target is recomputed, so that forward saves nothing but its inputs."""
+    """Reference in torch; also the CPU kernel. It recomputes the target, so forward saves only its inputs."""
     scale = grad * 2.0 / prediction.shape[-1]
     scale = scale / prediction.shape[:2].numel() if mask is None else (scale / mask.sum() * mask)[..., None]
     to_prediction = prediction.new_empty(prediction.shape)

@@ -2,9 +2,9 @@
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
 """Triton kernels of `patch_loss`: the loss in two ordered stages, and its gradient.
 
-A patch stays in registers from the load of its pixels to the squared error, so that mean and variance are two passes
-over registers and no target is written. There is no atomic operation and one launch configuration for each shape:
-results are the same bits in every run.
+The pixels of a patch stay in registers from their load to the squared error. Mean and variance are two passes over
+registers, and the target is never written. There are no atomic operations, and each shape has one launch configuration,
+so the result has the same bits in every run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 EPS = tl.constexpr(VARIANCE_EPS)
-# Elements of a patch that one thread keeps in registers: beyond this, registers cost more occupancy than work saved.
+# Elements of a patch in the registers of one thread. Longer runs cost more occupancy than they save work.
 MAX_RUN = 64
-# Elements of a patch, with padding, that a program of 16 warps can keep.
+# Elements of a padded patch that fit the registers of a program: 16 warps of 32 threads with 48 elements each.
 MAX_PATCH = 16 * 32 * 48
 PARTIALS = 1024
 
@@ -46,7 +46,8 @@ PARTIALS = 1024
 @triton.jit
 def _patch_sum(values, PATCHES: tl.constexpr):
     """Sum over each patch: (rows, columns) to (PATCHES,)."""
-    # Columns first, within a thread: one reshape to (PATCHES, rows * columns) would send all through shared memory.
+    # Columns are summed first, within a thread. Reshaping to (PATCHES, rows * columns) would move all values through
+    # shared memory.
     return tl.sum(tl.reshape(tl.sum(values, axis=1), (PATCHES, values.shape[0] // PATCHES)), axis=1)
 
 
@@ -59,14 +60,14 @@ def _to_rows(values, RUNS: tl.constexpr):
 
 @triton.jit
 def _load(base, offsets, inside, SIZE: tl.constexpr):
-    # Offsets are reshaped and not pointers, which the AMD backend refuses.
+    # Offsets are reshaped, not pointers: the AMD backend does not compile reshaped pointers.
     values = tl.load(base + chunks(offsets, SIZE), mask=chunks(inside, SIZE))
     return tl.reshape(tl.permute(values, (1, 0, 2)), inside.shape)
 
 
 @triton.jit
 def _place(tile_index, length, COUNT: tl.constexpr, PATCHES: tl.constexpr, RUNS: tl.constexpr, COLS: tl.constexpr):
-    """Of each row: its patch in the sample, its run in the patch, and whether both exist (for every column)."""
+    """For each row its patch in the sample and its run in the patch; for each element whether both exist."""
     row = tl.arange(0, PATCHES * RUNS).to(tl.uint32)
     patch = tile_index * PATCHES + row // RUNS
     run = row % RUNS
@@ -97,9 +98,11 @@ def _errors(
 ):
     """Prediction minus target in float32: SEGMENTS blocks (rows, COLS), zero in runs that pad a patch.
 
-    `prediction` and `images` point to the sample. Patches beyond the last hold anything, and mix with no other.
+    `prediction` and `images` point to the sample. Patches beyond the last hold arbitrary values, which do not enter any
+    other patch.
     """
-    # Values move in chunks of 16 bytes. Planes have none, so there a chunk is one value.
+    # Values are moved in chunks of 16 bytes. Neighbouring elements of a patch are not neighbours in planes, so there a
+    # chunk is one value.
     PIXELS: tl.constexpr = 1 if PLANAR else min(COLS, 128 // images.dtype.element_ty.primitive_bitwidth)
     VALUES: tl.constexpr = min(COLS, 128 // prediction.dtype.element_ty.primitive_bitwidth)
     WIDTH: tl.constexpr = PATCH * CHANNELS
@@ -219,7 +222,7 @@ def partials_kernel(
 
 @triton.jit(do_not_specialize=["programs", "patches"])
 def loss_kernel(partials, selected, loss, programs, patches, BLOCK: tl.constexpr):
-    """Second stage, one program: partial losses are added in a fixed order and divided by the count of patches."""
+    """Second stage, one program: adds partial losses in a fixed order and divides by the number of patches."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, programs, BLOCK):
         index = start + tl.arange(0, BLOCK)
@@ -329,12 +332,12 @@ def _arguments(
     # Pixels in channels_last memory are read like bytes; only true planes need their own addresses.
     planar = images.dtype != torch.uint8 and not nhwc.is_contiguous()
     batch, length, size = prediction.shape
-    # A decoder's output without its class token is a view with longer samples. It is read where it lies.
+    # A decoder's output without its class token is a view whose samples lie further apart. It is read without a copy.
     if prediction.stride()[1:] != (size, 1) or prediction.stride(0) % size:
         prediction = prediction.contiguous()
     patches = max(1, block_runs // sizes["RUNS"])
-    # Where a warp holds whole patches, each thread takes one run. A larger patch gets as few warps as its elements
-    # allow, since sums across warps go through shared memory.
+    # A patch of at most one warp's runs has one run per thread. A larger patch gets as few warps as its elements allow,
+    # because sums across warps go through shared memory.
     shared = 1 if sizes["RUNS"] <= gpu.warp_size else max(1, 48 // (sizes["SEGMENTS"] * sizes["COLS"]))
     unit = 255 if images.dtype == torch.uint8 else 1
     return (
@@ -395,11 +398,11 @@ def launch(
         std: per channel.
         norm_pix: normalise each patch by its own statistics.
         gpu: what the kernels are built for.
-        block_runs: runs (`tile`) per program, a power of two, in whole patches and at least one. The result depends
-            on it by rounding alone.
+        block_runs: runs (`tile`) per program, a power of two; programs hold whole patches, at least one. The result
+            depends on it only by rounding.
 
     Returns:
-        The loss, a float32 scalar. Nothing waits for the device.
+        The loss, a float32 scalar on the device. The call does not wait for it.
     """
     prediction, images, programs, arguments = _arguments(
         prediction, images, patch_size, mean, std, norm_pix, gpu, block_runs
@@ -449,7 +452,8 @@ def launch_backward(
         prediction: and all others as for `launch`.
 
     Returns:
-        Gradient of the prediction, (B, L, D), contiguous, in the prediction's dtype. It does not depend on the block.
+        Gradient of the prediction, (B, L, D), contiguous, in the prediction's dtype. It does not depend on
+        `block_runs`.
     """
     prediction, images, programs, arguments = _arguments(
         prediction, images, patch_size, mean, std, norm_pix, gpu, block_runs

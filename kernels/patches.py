@@ -1,7 +1,6 @@
 """Patches, the layout of every operation: (B, L, D) in patch vector order (row, column, channel).
 
-Both layouts of images are read here and nowhere else: uint8 (B, H, W, C) as decoders deliver it, and float pixels
-(B, C, H, W) in [0, 1].
+Images come in two layouts: uint8 (B, H, W, C), as decoders deliver them, and float pixels (B, C, H, W) in [0, 1].
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from torch import Tensor
 
 __all__ = ["check_images", "check_pixels", "normalized_patches", "patchify", "unpatchify"]
 
-# Elements that a CPU works on at a time: few enough for their intermediate results to stay in a core's cache, enough
-# for PyTorch's cost per operation not to count.
+# Elements that a CPU processes at a time: few enough that intermediate results stay in a core's cache, and enough that
+# the overhead of PyTorch's operations is small.
 CHUNK = 2**17
 # Added to the variance of a patch inside the root, as in the published code of MAE and NIM.
 VARIANCE_EPS = 1e-6
 
 
 def check_images(images: Tensor, *, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> tuple[int, int]:
-    """Check shape, dtype and statistics of a batch of images, never its values; return (height, width).
+    """Check shape, dtype and statistics of a batch of images; return (height, width).
 
-    Values are not looked at: that would synchronise the device, read the image twice and break compiled graphs.
-    `check_pixels` does it at the eager boundaries.
+    Values are not checked here: that would synchronise the device, read the image twice and break compiled graphs.
+    `check_pixels` checks them where a caller runs eagerly.
 
     Raises:
         TypeError: dtype is neither uint8 nor floating.
@@ -55,7 +54,7 @@ def check_images(images: Tensor, *, patch_size: int, mean: Sequence[float], std:
 
 
 def check_pixels(pixels: Tensor) -> None:
-    """Check the values of float pixels: finite and in [0, 1] within 1e-4. Synchronises; for eager boundaries only.
+    """Check that float pixels are finite and in [0, 1] within 1e-4. Waits for the device; not for compiled code.
 
     Raises:
         TypeError: pixels are not floating point.
@@ -77,8 +76,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     """(B, H, W, C) to patches (B, L, D), D = patch_size^2 * C in (row, column, channel) order."""
     batch, height, width, channels = images.shape
     rows, columns = height // patch_size, width // patch_size
-    # Patch rows are moved whole. Planes become NHWC first, on the way: two copies in long runs are faster than one
-    # that fetches every channel from afar.
+    # Whole patch rows are copied. `reshape` first copies a permuted NCHW image to NHWC: two copies of long contiguous
+    # pieces are faster than one copy of single elements.
     tiles = images.reshape(batch, rows, patch_size, columns, patch_size * channels).transpose(2, 3)
     return tiles.reshape(batch, rows * columns, patch_size * patch_size * channels)
 
@@ -93,10 +92,9 @@ def unpatchify(patches: Tensor, img_size: tuple[int, int], patch_size: int) -> T
 
 
 def sample_chunks(batch: int, elements: int, device: torch.device, least: int = 1) -> Iterator[slice]:
-    """Slices of a batch, of some `CHUNK` elements each but of `least` samples; on a GPU the batch in one.
+    """Slices of a batch: of about `CHUNK` elements, and at least `least` samples, on a CPU; the whole batch elsewhere.
 
-    On a CPU a chain of operations is faster, and keeps no intermediate result of the size of the batch, when it goes
-    through the batch a few samples at a time.
+    On a CPU a chain of operations is faster on a few samples at a time, and its intermediate results are small.
     """
     step = max(least, CHUNK // max(1, elements)) if device.type == "cpu" else max(1, batch)
     for start in range(0, batch, step):
@@ -104,9 +102,10 @@ def sample_chunks(batch: int, elements: int, device: torch.device, least: int = 
 
 
 def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches (..., L, D) less their own mean; that mean and the unbiased variance, (..., L, 1).
+    """Patches (..., L, D) minus their mean, that mean, and the unbiased variance; the latter two (..., L, 1).
 
-    Two passes, as in the definition: `torch.var_mean` takes one, 30 times slower on a CPU.
+    The variance takes a second pass over the centred values. `torch.var_mean` needs one pass, but is 30 times slower on
+    a CPU.
     """
     centre = patches.mean(dim=-1, keepdim=True)
     centred = patches - centre
@@ -115,17 +114,17 @@ def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64 inputs, so that gradients can be checked in it; float32 for everything else."""
+    """Dtype of intermediate results: float64 for float64 inputs (gradient checks), float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def channel_vector(values: Sequence[float], like: Tensor, repeat: int = 1) -> Tensor:
-    """Per-channel constants as a tensor beside `like`, repeated to run along a patch vector."""
+    """Per-channel constants as a tensor on the device of `like`, `repeat` times one after another (a patch vector)."""
     dtype = compute_dtype(like)
     if like.device.type == "cpu":
         vector = torch.tensor(list(values), dtype=dtype, device=like.device)
     else:
-        # Filled on the device: a copy from the host would wait for it, and cannot be captured into a CUDA graph.
+        # torch.full runs on the device. A copy from the host would synchronise, and CUDA graphs cannot capture it.
         vector = torch.cat([torch.full((1,), value, dtype=dtype, device=like.device) for value in values])
     return vector.repeat(repeat) if repeat > 1 else vector
 

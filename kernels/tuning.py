@@ -1,11 +1,11 @@
-"""Which configuration a Triton kernel runs in: the first of a short list, or the one measured to be fastest.
+"""Chooses the launch configuration of a Triton kernel: the first of a short list, or the one measured to be fastest.
 
-Only kernels whose result cannot depend on the configuration have a list: `noise_patchify` and its backward,
-and `attack_step`. The sums of `patch_loss` and the statistics of `decode_patches` group their terms by the
-configuration, so those kernels run in the same one everywhere, and two runs of a job agree bit for bit.
+Only kernels whose result does not depend on the configuration have a list: `noise_patchify`, its backward pass and
+`attack_step`. In `patch_loss` and `decode_patches` the configuration decides in which order terms are added, so these
+kernels have one configuration, and two runs of a job agree bit for bit.
 
-`DENIM_AUTOTUNE=1`, the default, measures at the first call of each kernel, device and size; `DENIM_AUTOTUNE=0` takes
-the first configuration, which is the one that the ahead-of-time report favours, and never measures.
+`DENIM_AUTOTUNE=1` (default) measures at the first call of each kernel, device and size. `DENIM_AUTOTUNE=0` never
+measures and takes the first configuration, which is also the one that the budgets of the machine code are about.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHOSEN: dict[Hashable, int] = {}
 
 @functools.cache
 def autotune() -> bool:
-    """Whether configurations are measured. Looked up once per process, at the first launch.
+    """Whether configurations are measured. The environment is read once per process, at the first launch.
 
     Raises:
         ValueError: DENIM_AUTOTUNE is neither 0 nor 1.
@@ -38,7 +38,7 @@ def autotune() -> bool:
 
 
 def _milliseconds(run: Callable[[], None]) -> float:
-    """Median time on the current device. Every repetition finds its cache cold, as in a training step."""
+    """Median time on the current device. The L2 cache is cleared before each repetition, as it would be in training."""
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=5, rep=20, return_mode="median"))
@@ -53,20 +53,20 @@ def run_tuned(
     *,
     milliseconds: Callable[[Callable[[], None]], float] = _milliseconds,
 ) -> None:
-    """Launch a kernel once, in the chosen configuration; the first time, choose it.
+    """Launch a kernel once, in its chosen configuration; choose the configuration at the first call.
 
-    Measuring launches every configuration many times and waits for the device, so a call whose stream is being
-    captured into a CUDA graph does not measure: warm up before the capture, as graphs need anyway. CPU tensors
-    (Triton's interpreter, builds ahead of time) take the first configuration.
+    Choosing launches every configuration many times and waits for the device. A call whose stream is being captured
+    into a CUDA graph therefore does not choose, and runs the first configuration unless a warm-up call has chosen
+    before. CPU and meta tensors (Triton's interpreter, ahead-of-time builds) take the first configuration.
 
     Args:
-        key: kernel and all that its speed depends on but the size. Calls that share it share a choice.
-        elements: size of the work. Calls of the same power of two share a choice, so that a last, smaller batch does
-            not measure anew.
-        configurations: the first is the default. The result must not depend on which one runs, nor on how often.
+        key: the kernel and everything that its speed depends on, except the size. Calls with equal keys use one choice.
+        elements: size of the work. Calls between the same two powers of two use one choice, so most smaller last
+            batches do not measure again.
+        configurations: the first is the default. The result must not depend on which one runs, or on how often.
         launch: takes a configuration and launches the kernel on the current device.
         device: of the tensors.
-        milliseconds: times a function.
+        milliseconds: measures the time of a function.
 
     Raises:
         ValueError: DENIM_AUTOTUNE is neither 0 nor 1.

@@ -29,7 +29,7 @@ allocations = []
 
 
 def poisoned(shape, *, dtype=torch.float32, device="cpu"):
-    """`torch.empty` in the midst of NaN: what a kernel forgets to write shows, and what it writes beside it too."""
+    """`torch.empty` filled with NaN, with NaN before and behind: missing writes and writes outside can be found."""
     size = math.prod(shape)
     memory = torch.full((size + 2 * GUARD,), float("nan"), dtype=dtype, device=device)
     allocations.append(memory)
@@ -71,7 +71,7 @@ def dispatched(function: str, arguments: tuple):
 
 
 def end_of_huge(function: str, kernel: str, shape: tuple, ends: list, others: tuple) -> torch.Tensor:
-    """Of tensors of a huge shape, each given by its last elements, the last elements of the result."""
+    """The last elements of the result for tensors of a huge shape, of which only the last elements are given."""
     module, name = LAUNCHES[function]
     count = len(ends[0])
 

@@ -17,12 +17,13 @@ import triton.language as tl
 
 from denim.kernels import noise_triton
 
-# Added to what lg2, and sin and cos answer; set before each launch (the interpreter reads globals as Python does).
+# Errors that are added to the results of lg2, and of sin and cos. They are set before each launch: the interpreter
+# reads globals as Python does.
 LG2_ERROR = 0.0
 SINE_ERROR = 0.0
 
 
-# PTX bounds the error of lg2 absolutely for arguments in (0.5, 2), and relatively to the result elsewhere.
+# PTX bounds the absolute error of lg2 for arguments in (0.5, 2), and the error relative to the result elsewhere.
 @triton.jit
 def erring_log2(x, INSTRUCTIONS: tl.constexpr):
     exact = tl.log2(x)
@@ -50,7 +51,7 @@ def without_series(first, second, INSTRUCTIONS: tl.constexpr):
 
 @triton.jit
 def with_plain_u(first, second, INSTRUCTIONS: tl.constexpr):
-    """The obvious way: u itself in float32, which knows no number between 1 - 2^-24 and 1."""
+    """The naive arithmetic: u itself in float32, which has no number between 1 - 2^-24 and 1."""
     u = first.to(tl.float32) * 2.0**-32 + 2.0**-33
     radius = tl.sqrt(-2.0 * math.log(2.0) * noise_triton._log2(u, INSTRUCTIONS))
     angle = noise_triton._signed(second)
@@ -77,7 +78,7 @@ def main(inputs: str, outputs: str) -> None:
         for errors in given["errors"]:
             globals().update(zip(("LG2_ERROR", "SINE_ERROR"), errors, strict=True))
             out = torch.full(words.shape, float("nan"), dtype=torch.float32)
-            # Arithmetic that is not pinned takes roots of negative numbers; the pinned one must not even warn.
+            # The naive arithmetic takes roots of negative numbers, which warns; the contract's must not warn.
             with np.errstate(invalid="raise" if name == "pinned" else "ignore"):
                 kernel[(1,)](words, out, N=words.shape[1], NORMALS=normals)
             answers[name].append(out)

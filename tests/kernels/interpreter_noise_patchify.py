@@ -52,7 +52,7 @@ LAUNCHES = {
 
 
 def launched(function: str, case: dict) -> torch.Tensor:
-    """Memory that the kernel forgets to write shows up as NaN."""
+    """The result, which is NaN where the kernel wrote nothing."""
     empty = torch.empty
     torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
     try:
@@ -81,7 +81,7 @@ def dispatched(function: str, case: dict) -> tuple[torch.Tensor, int]:
 
 
 def last_of_many(function: str, batch: int, case: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last program's part of a huge batch, whose other samples are memory that nobody touches; and it alone.
+    """The last sample of a huge batch, of which only the last program runs; and the result for this sample alone.
 
     Args:
         function: which operator.

@@ -16,7 +16,7 @@ from denim.kernels import dispatch
 from denim.kernels import patch_loss_triton as kernel
 
 GPU = dispatch.GPU("plain", 32)
-# A mask that selects nothing is 0 / 0 by contract, and NaN goes on as NaN. Overflow stays an error.
+# A mask that selects nothing gives 0 / 0, and NaN inputs give NaN: no errors. Overflow stays an error.
 warnings.filterwarnings("ignore", "invalid value|divide by zero", RuntimeWarning)
 
 
@@ -54,7 +54,7 @@ def dispatched(case: dict) -> tuple[list[torch.Tensor], int]:
 
 def main(inputs: str, outputs: str) -> None:
     given = torch.load(inputs, weights_only=True)
-    # Memory that a kernel forgets to write shows up as NaN.
+    # Memory that a kernel does not write is NaN.
     empty = torch.empty
     torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
     results = {name: launched(case) for name, case in given["cases"].items()}

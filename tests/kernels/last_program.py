@@ -1,4 +1,4 @@
-"""Tensors with addresses alone, and the last program on them, for scripts that run kernels in the interpreter."""
+"""For scripts that run kernels in the interpreter: huge tensors without memory, and a launch of the last program."""
 
 import math
 import mmap
@@ -8,14 +8,14 @@ from triton.runtime.interpreter import interpreter_builder
 
 
 def reserved(shape, *, dtype: torch.dtype, device="cpu") -> torch.Tensor:
-    """`torch.empty` with addresses alone: memory comes with the first use, page by page."""
+    """`torch.empty` that reserves addresses only; the system provides memory page by page at the first use."""
     no_reserve = 0x4000  # MAP_NORESERVE on Linux, which the module names from Python 3.13 on
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
 
 
 class LastProgram:
-    """A kernel of whose programs only the last one runs."""
+    """A kernel that runs only the last program of its grid."""
 
     def __init__(self, function) -> None:
         self.function = function

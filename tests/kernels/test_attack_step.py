@@ -42,8 +42,8 @@ def test_equals_the_plain_computation(shape, dtype, per_sample, global_rng_untou
     moved = attack_step(pixels, origin, gradient, step_size=step_size, epsilon=epsilon)
     assert moved.dtype == dtype
     assert moved.is_contiguous()
-    # Computed in float32 (four roundings of numbers below 2) or float64, rounded once into the dtype. A Python float
-    # is float32 there unless pixels are float64.
+    # Computed in float32 (four roundings of numbers below 2) or float64, then rounded once to the dtype. A Python float
+    # becomes float32 unless the pixels are float64.
     tolerance = 1e-15 if dtype == torch.float64 else 4 * 2**-24 + torch.finfo(dtype).eps / 2
     expected = reference(pixels, origin, gradient, step_size, epsilon)
     torch.testing.assert_close(moved.double(), expected, rtol=0, atol=tolerance)
@@ -72,10 +72,10 @@ def test_every_iterate_stays_in_the_ball_and_in_range(values, step_size, dtype):
     assert torch.equal(moved.isnan(), broken)
     kept = moved[~broken]
     assert ((kept >= 0) & (kept <= 1)).all()
-    # One rounding at magnitude up to 1 of the bound, one of the result.
+    # One rounding of the bound, whose magnitude is at most 1, and one of the result.
     distance = (kept.double() - origin[~broken].double()).abs()
     assert (distance <= epsilon[~broken].float().double() + 2**-25 + torch.finfo(dtype).eps / 2).all()
-    # Where nothing binds, the step is the step.
+    # Where neither the ball nor [0, 1] clamps, the pixel moves by exactly one step.
     free = (pixels.double() + step_size * gradient.sign().double())[~broken]
     inside = (free >= 0) & (free <= 1) & ((free - origin[~broken].double()).abs() <= epsilon[~broken].float().double())
     tolerance = 2**-24 + torch.finfo(dtype).eps
@@ -161,8 +161,8 @@ def test_start_is_the_plain_computation(shape, dtype, per_sample, global_rng_unt
     assert moved.dtype == dtype
     assert moved.is_contiguous()
     words = noise_words(SEEDS, pixels[0].numel(), Stream.START)
-    # The uniform is rounded to float32, half a unit in the last place below one, and doubled. In float32 that of the
-    # difference, the product and the sum, all below two, come along.
+    # The uniform is rounded to float32 (half a unit in the last place of a number below one) and doubled. In float32,
+    # the roundings of difference, product and sum are added, each of a number below two.
     tolerance = 2.0**-23 if dtype == torch.float64 else 5 * 2.0**-24 + torch.finfo(dtype).eps / 2
     torch.testing.assert_close(moved.double(), start_of(words, pixels, epsilon), rtol=0, atol=tolerance)
 
@@ -172,7 +172,7 @@ def test_starts_never_change(dtype):
     """Bit for bit, so that a published attack can be run again: (pixel + epsilon (2 u - 1)), clamped."""
     pixels = torch.tensor([[0.0, 0.25, 0.5, 1.0, 0.5], [0.0, 0.25, 0.5, 1.0, 0.5]], dtype=dtype)
     moved = attack_start(pixels, torch.tensor([0, 2**40 + 1]), epsilon=0.25)
-    # By numpy: a Python float holds (word + 1/2) / 2^32 exactly, and is rounded once.
+    # A Python float holds (word + 1/2) / 2^32 exactly, and numpy rounds it once.
     words = noise_words(torch.tensor([0, 2**40 + 1]), 5, Stream.START)
     uniform = torch.tensor([[np.float32((word + 0.5) / 2**32) for word in row] for row in words.tolist()])
     numpy = np.float32 if dtype == torch.float32 else np.float64
@@ -193,7 +193,7 @@ def test_every_start_lies_in_the_ball_and_in_range(pixels, epsilon, seed, dtype)
     pixels = torch.tensor([pixels], dtype=torch.float64).to(dtype)
     moved = attack_start(pixels, torch.tensor([seed]), epsilon=epsilon)
     assert ((moved >= 0) & (moved <= 1)).all()
-    # One rounding of the sum at magnitude up to 3, one of the result.
+    # One rounding of the sum, whose magnitude is at most 3, and one of the result.
     assert ((moved.double() - pixels.double()).abs() <= epsilon + 2**-23 + torch.finfo(dtype).eps / 2).all()
 
 
@@ -263,7 +263,7 @@ def test_samples_do_not_depend_on_the_chunk(monkeypatch, per_sample):
 
 
 def test_an_origin_a_little_outside_moves_no_pixel_out():
-    # De3 lets pixels pass that are 1e-4 outside.
+    # De3 accepts pixels up to 1e-4 outside of [0, 1].
     origin = torch.tensor([[-1e-4, 1 + 1e-4]])
     moved = attack_step(origin, origin, torch.tensor([[-1.0, 1.0]]), step_size=1e-5, epsilon=1e-5)
     assert moved.tolist() == [[0.0, 1.0]]

@@ -10,7 +10,7 @@ from denim.kernels.noise import philox
 
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
-# Those of the kernel, which this process must not import: threads of a program, elements of a thread.
+# (Threads of a program, elements of a thread) of the kernel, whose module this process must not import.
 CONFIGURATIONS = ((128, 8), (256, 8), (512, 8))
 # Name: shape, dtypes of pixels, origin and gradient, step size and epsilon per sample. Blocks have 1,024 elements.
 CASES = {
@@ -45,7 +45,7 @@ STARTS = {
     "empty samples": ((2, 3, 0, 4), torch.float32, True),
     "large": ((1, 400_000), torch.float32, False),
 }
-# Shapes whose last element lies beyond 2^31 elements, or whose last group of four beyond 2^32 of them.
+# Shapes of more than 2^31 elements, or of more than 2^32 groups of four elements.
 HUGE = {"long samples": (2, 2**31 + 3), "many samples": (2**30 + 2, 3), "a very long sample": (1, 2**34 + 3)}
 # Its word 12 is 2^32 - 32.
 NEXT_TO_ONE = 5082525
@@ -94,7 +94,7 @@ def _start_arguments(shape, dtype, epsilon) -> tuple:
 
 
 def _stored(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype == torch.bfloat16:  # the interpreter cuts float32 off instead of rounding it
+    if dtype == torch.bfloat16:  # the interpreter truncates float32 instead of rounding it
         exact = (exact.view(torch.int32) & ~0xFFFF).view(torch.float32)
     return exact.to(dtype)
 
@@ -152,7 +152,7 @@ def interpreted(given, tmp_path_factory, run_script) -> dict:
 def test_equals_the_reference_exactly(given, interpreted, name):
     expected, moved = _expected(*given["launch"][name]), interpreted["launch"][name]
     assert moved.is_contiguous()
-    # A step is plus or minus the step size exactly, so a fused multiply-add rounds where the reference rounds.
+    # The product is plus or minus the step size, exactly, so a fused multiply-add gives the reference's bits.
     torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -167,21 +167,21 @@ def test_start_equals_the_reference_exactly(given, interpreted, name):
     pixels, seeds, epsilon = given["launch"]["start", name]
     moved = interpreted["launch"]["start", name]
     assert moved.is_contiguous()
-    # Every operation of the kernel rounds where the reference rounds.
+    # Every operation of the kernel rounds as the reference does.
     expected = _stored(attack_start(pixels.float(), seeds, epsilon=epsilon), pixels.dtype)
     torch.testing.assert_close(moved, expected, rtol=0, atol=0, equal_nan=True)
     assert moved.isnan().sum() == pixels.isnan().sum()
 
 
 def test_start_cases_see_every_kind_of_word(given):
-    """The reference rounds words in float64. Where a float32 has not enough bits is what could go wrong."""
+    """The reference rounds words in float64, the kernel in float32: the bits agree."""
     _, seeds, _ = given["launch"]["start", "large"]
     words = noise_words(seeds, 400_000, Stream.START)
     for low, high in ((0, 2**16), (2**16, 2**24), (2**24, 2**25), (2**32 - 2**17, 2**32)):
         assert ((words >= low) & (words < high)).any()
-    # Half way between two float32, and one half of a word decides.
+    # Words half way between two float32, where the added 1/2 decides the rounding.
     assert ((words >= 2**31) & (words % 2**8 == 2**7)).any()
-    # Rounded to one, and then put below it.
+    # Words that round to one and are then clamped below it.
     words = noise_words(torch.tensor([NEXT_TO_ONE]), 13, Stream.START)
     assert words[0, 12] >= 2**32 - 2**7
 

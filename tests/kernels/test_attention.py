@@ -51,7 +51,7 @@ def test_gradcheck(backend):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_views_of_packed_qkv(backend):
-    """(B, N, 3, heads, head_dim), as a ViT block has it, taken without a copy; gradients reach the packed tensor."""
+    """Views of (B, N, 3, heads, head_dim), the layout of a ViT block; gradients reach the packed tensor."""
     packed = torch.randn((2, 5, 3, 4, 8), generator=torch.Generator().manual_seed(0)).requires_grad_()
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
     assert not query.is_contiguous()
@@ -115,7 +115,7 @@ def test_compiles_into_one_graph(backend):
 
 
 class Xformers:
-    """xformers as far as Denim uses it: forward and backward kernels with reasons, and the call, which is recorded.
+    """The part of xformers that Denim uses: forward and backward kernels with reasons, and the call, which is recorded.
 
     Refusals: {kernel: reasons}, such as {"flashB": ["too old"]}.
     """
@@ -142,7 +142,7 @@ class Xformers:
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """CPU tensors that say they are on CUDA, and `Xformers` in the place of xformers."""
+    """CPU tensors whose device is CUDA, and `Xformers` in the place of xformers."""
     attention_module = sys.modules["denim.kernels.attention"]
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0))
 
@@ -186,7 +186,7 @@ def test_xformers_gets_the_views_themselves(on_cuda):
     ],
 )
 def test_forward_and_backward_kernel_are_those_that_were_asked(on_cuda, refusals, training, evaluation):
-    """Without gradients a backward kernel that refuses does not matter."""
+    """A backward kernel that refuses matters only if a gradient is needed."""
     ops = on_cuda(Xformers(**refusals))
     _, views = packed_views()
     attention(*views)

@@ -11,7 +11,7 @@ from denim.kernels import decode_patches, noise_patchify, normalized_patches, pa
 SHAPES = [(1, 4, 6, 1, 2), (2, 8, 12, 3, 4), (3, 21, 14, 5, 7), (2, 28, 42, 1, 14), (1, 32, 48, 3, 16)]
 MEAN = (0.485, 0.456, 0.406, 0.3, 0.7)
 STD = (0.229, 0.224, 0.225, 0.5, 0.1)
-# A classifier's.
+# Mean and std of a classifier.
 NORMAL = ((0.4, 0.5, 0.6, 0.2, 0.5), (0.25, 0.2, 0.3, 0.4, 0.5))
 STATISTICS = (None, "input", "noisy")
 
@@ -33,7 +33,8 @@ def make(shape, statistics, dtype=torch.float64, source_dtype=torch.float64, lea
     if statistics == "noisy":
         source = torch.randn(prediction.shape, generator=generator, dtype=torch.float64)
         options["source"] = source.to(source_dtype)
-        # About the spread of a patch, so that the variance left is positive in some patches and not in others.
+        # About the deviation of a patch: variance minus that of the noise is positive in some patches, negative in
+        # others.
         options["sigma"] = torch.linspace(40, 90, batch, dtype=torch.float64)
     return prediction.to(dtype), options
 
@@ -99,8 +100,8 @@ def test_equals_the_plain_computation(shape, statistics, dtype, source_dtype, gl
     assert (expected == 0).any()
     assert (expected == 1).any()
     assert (unclamped != unclamped.clip(0, 1)).mean() < 0.9
-    # Some ten float32 roundings of numbers up to 10; the difference of variances loses two digits more. Statistics of
-    # images that are not float64 are computed from float32 patches.
+    # About ten float32 roundings of numbers up to 10; the difference of variances loses two more digits. Statistics of
+    # images other than float64 are computed from float32 patches.
     rounded = statistics == "input" and source_dtype != torch.float64
     tolerance = 1e-4 if statistics == "noisy" and not exact else 1e-5 if rounded or not exact else 1e-12
     torch.testing.assert_close(pixels.double(), expected, rtol=0, atol=tolerance)
@@ -119,7 +120,7 @@ def test_patches_are_the_normalised_pixels(shape, statistics, dtype, global_rng_
     assert patches.is_contiguous()
     pixels = reference(prediction, **options).clip(0, 1)
     expected = as_patches((pixels - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1)), shape[4])
-    # Computed in float64 and rounded once, if at all: half a step of the dtype, whose smallest one float16 does reach.
+    # Computed in float64 and rounded once: half a unit in the last place of the dtype, of float16's subnormals too.
     rounding = 0 if patches.dtype == torch.float64 else torch.finfo(patches.dtype).eps / 2
     smallest = max(1e-12, rounding * torch.finfo(patches.dtype).smallest_normal)
     torch.testing.assert_close(patches.double(), torch.from_numpy(expected), rtol=rounding, atol=smallest)
@@ -139,7 +140,7 @@ def test_pixels_in_another_dtype_are_rounded_once(dtype):
 @pytest.mark.parametrize("lead", [(), (2,), (3, 2)])
 @pytest.mark.parametrize("shape", [(1, 4, 6, 1, 2), (2, 4, 6, 3, 2)])
 def test_gradcheck(shape, statistics, lead, patches):
-    """Saturated and unsaturated pixels; none so close to 0 or 1 that a difference quotient would cross the kink."""
+    """Saturated and unsaturated pixels. None is so close to 0 or 1 that a difference quotient would cross the kink."""
     prediction, options = make(shape, statistics, lead=lead, seed=1)
     unclamped = reference(prediction, **options)
     assert np.minimum(np.abs(unclamped), np.abs(unclamped - 1)).min() > 1e-5
@@ -171,7 +172,7 @@ def test_gradient_reaches_either_input_alone(statistics):
 
 
 class Watch(TorchDispatchMode):
-    """Keeps what the backward operator returned."""
+    """Keeps the results of the backward operator."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -201,7 +202,7 @@ def test_the_gradient_for_the_source_is_computed_where_it_is_wanted(statistics, 
         decode_patches(prediction, **options).square().sum().backward()
     assert torch.equal(watch.result[0], prediction.grad)
     assert watch.result[1].shape == (options["source"].shape if wanted else (0,))
-    # Bytes have no gradient, whoever asks.
+    # uint8 images have no gradient, even if one is asked for.
     geometry = (4, options["mean"], options["std"], statistics, normal(3)[1])
     grad = torch.ones(prediction.shape, dtype=torch.float64)
     given = (grad, prediction.detach(), options["source"].detach(), options.get("sigma"), *geometry)
@@ -225,10 +226,10 @@ def test_uint8_source_gives_the_prediction_its_gradient():
 @pytest.mark.parametrize("statistics", STATISTICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_gradient(statistics, dtype, patches):
-    """That of float64 on the same numbers, rounded once."""
+    """The gradients of float64 on the same numbers, rounded once."""
     prediction, options = make(SHAPES[1], statistics, dtype, dtype, lead=(2,))
     upstream = torch.randn((2, 2, 3, 8, 12), generator=torch.Generator().manual_seed(3))
-    # Away from the kinks, where the two precisions may fall on different sides.
+    # Predictions away from the kinks of the clamp, where the two precisions may fall on different sides.
     unclamped = torch.from_numpy(reference(prediction, **options))
     upstream[(unclamped.abs() < 1e-3) | ((unclamped - 1).abs() < 1e-3)] = 0
     if patches:
@@ -241,7 +242,7 @@ def test_low_precision_gradient(statistics, dtype, patches):
         pixels = decode_patches(**converted)
         return torch.autograd.grad(pixels, inputs, upstream.to(pixels.dtype))
 
-    # Sums over 48 values of float32 roundings, then half a step of the dtype.
+    # Float32 roundings of sums over 48 values, then half a unit in the last place of the dtype.
     for low, exact in zip(gradients(dtype), gradients(torch.float64), strict=True):
         assert low.dtype == dtype
         scale = exact.abs().max().item()
@@ -249,7 +250,7 @@ def test_low_precision_gradient(statistics, dtype, patches):
 
 
 def test_gradient_of_the_clamp():
-    """1 on [0, 1], ends included, 0 beyond, even for an infinite upstream gradient."""
+    """The clamp's gradient: 1 on [0, 1], ends included, and 0 outside, even for an infinite upstream gradient."""
     values = torch.tensor([-0.5, -1e-7, 0.0, 0.5, 1.0, 1.0 + 1e-6, 2.0, float("nan")])
     for upstream in (1.0, float("inf")):
         prediction = values.clone().view(1, 2, 4).requires_grad_()
@@ -271,7 +272,7 @@ def test_decoding_the_normalised_target_gives_the_image_back(dtype):
 
 
 def test_noisy_statistics_find_the_clean_spread():
-    """Without noise they are the input's; with noise the variance that it added is taken away on the average."""
+    """Without noise, the statistics are those of the input; with noise, its variance is subtracted on average."""
     images = torch.rand((64, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     geometry = {"patch_size": 16, "mean": MEAN[:3], "std": STD[:3]}
     options = {"img_size": 16, **geometry}
@@ -281,7 +282,7 @@ def test_noisy_statistics_find_the_clean_spread():
         level = torch.full((64,), sigma, dtype=torch.float64)
         noisy = noise_patchify(images, level, torch.arange(64), **geometry, dtype=torch.float64)
         pixels = decode_patches(prediction, **options, statistics="noisy", source=noisy, sigma=level)
-        # sigma 0: the floor of 1e-6 alone. Otherwise the mean of 768 normals of spread 70 / 255, over 64 images.
+        # sigma 0: only the floor of 1e-6. Otherwise the mean of 768 normals with deviation 70 / 255, over 64 images.
         bound = 1e-6 if sigma == 0 else 5 * 70 / 255 / 16 / 8
         assert (pixels - expected).mean().abs() < bound
 
@@ -307,7 +308,7 @@ def test_strides_change_nothing(statistics):
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-14)  # sums may run in another order
 
 
-@pytest.mark.filterwarnings("ignore:var_mean")  # torch counts an empty batch as no degrees of freedom
+@pytest.mark.filterwarnings("ignore:var_mean")  # torch warns of zero degrees of freedom for an empty batch
 def test_empty_batch():
     for statistics in STATISTICS:
         prediction, options = make((2, 8, 12, 3, 4), statistics, lead=(2,))

@@ -98,12 +98,12 @@ SERVED = ("raw", "input", "noisy", "patches")
 
 
 def _case(name, lead, grid, patch_size, channels, dtype, statistics, source_dtype, output=F32) -> dict:
-    """Arguments of `decode_patches`, under "grad" the gradient of its result, and whether the source's is wanted."""
+    """Arguments of `decode_patches`, the gradient of its result ("grad"), and whether the source needs a gradient."""
     strided, patches = "strided" in name, "patches" in name
     generator = torch.Generator().manual_seed(patch_size * 10 + channels)
     height, width = grid[0] * patch_size, grid[1] * patch_size
     length, size = grid[0] * grid[1], patch_size * patch_size * channels
-    # Three standard deviations wide, so that many pixels end up on both sides of 0 and 1.
+    # A standard deviation of three gives many pixels below 0 and above 1.
     prediction = 3 * torch.randn((*lead, length, size), generator=generator)
     shape = prediction.shape if patches else (*lead, channels, height, width)
     grad = torch.randn(shape, generator=generator).to(output)
@@ -140,7 +140,7 @@ def _case(name, lead, grid, patch_size, channels, dtype, statistics, source_dtyp
 
 
 def _ends(case: dict) -> tuple:
-    """What 0 and 1 are in the result."""
+    """The values of the result for pixels of 0 and of 1."""
     if not case["normal_std"]:
         return 0, 1
     mean, std = (torch.tensor(case[name], dtype=torch.float64) for name in ("normal_mean", "normal_std"))
@@ -149,7 +149,7 @@ def _ends(case: dict) -> tuple:
 
 
 def _exact(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Result and both gradients in float64, by the operator on the CPU, which `test_decode_patches.py` examines."""
+    """Result and both gradients in float64, by the operator on the CPU, which `test_decode_patches.py` tests."""
     prediction, source = case["prediction"].double().requires_grad_(), case["source"]
     if source is not None:
         source = source.permute(0, 3, 1, 2).double() / 255 if source.dtype == U8 else source.double()
@@ -170,7 +170,7 @@ def _exact(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def _settled(case: dict) -> dict:
-    """No gradient arrives where rounding may carry a pixel over an end of [0, 1]; ends have a test of their own."""
+    """The upstream gradient, zero where rounding may move a pixel across 0 or 1; the ends have a test of their own."""
     low, high = (_exact(case | {"prediction": case["prediction"].double() + shift})[0] for shift in (-1e-3, 1e-3))
     black, white = _ends(case)
     edge = ((low == black) != (high == black)) | ((low == white) != (high == white))
@@ -183,7 +183,7 @@ def _assert_stored(got: torch.Tensor, exact: torch.Tensor, error: float) -> None
     def stored(value: torch.Tensor) -> torch.Tensor:
         if got.dtype != BF16:
             return value.to(got.dtype)
-        # The interpreter cuts float32 off instead of rounding it. Both are monotonous, and so the bounds hold.
+        # The interpreter truncates float32 instead of rounding it. Both are monotonic, so the bounds hold.
         return (value.float().view(torch.int32) & ~0xFFFF).view(F32).bfloat16()
 
     one, other = stored(exact - error), stored(exact + error)
@@ -212,7 +212,7 @@ def given() -> dict:
 
 @pytest.fixture(scope="module")
 def ends() -> dict:
-    """With mean and std of a half these predictions are 0, 1, less, more and 0.5 exactly; NaN; half a patch each."""
+    """Predictions whose pixels (mean and std of one half) are exactly 0, 1 and 0.5, outside of [0, 1], or NaN."""
     prediction = torch.tensor([-1.0, 1.0, -1.5, 1.5, 0.0, float("nan"), -1.0, 1.0]).repeat(2).reshape(1, 1, 16)
     grad = torch.tensor([1.0, 1.0, float("inf"), float("nan"), 1.0, 1.0, -1.0, -1.0]).repeat(2).reshape(1, 1, 4, 4)
     case = {"prediction": prediction, "source": None, "sigma": None, "height": 4, "width": 4, "patch_size": 4}
@@ -241,7 +241,7 @@ def interpreted(given, ends, tmp_path_factory, run_script) -> dict:
     }
 
 
-# float32: a pixel is a handful of roundings; mean and deviation are sums of runs of at most 64 values and a tree over
+# float32: a pixel has a few roundings; mean and deviation are sums of runs of at most 64 values and a tree over
 # the runs, so some ten units in the last place of values up to 1 / 0.2, times predictions up to 10: 10 * 10 * 2^-24.
 PIXEL_ERROR = 1e-5
 
@@ -249,10 +249,10 @@ PIXEL_ERROR = 1e-5
 def _check(case: dict, pixels: torch.Tensor, gradients: tuple) -> None:
     exact, to_prediction, to_source = _exact(case)
     assert pixels.dtype == case["dtype"]
-    # Normalising divides the pixel's error; its own roundings, of numbers up to 1 / 0.2, are much smaller.
+    # Normalisation divides the error of the pixel; its own roundings, of numbers up to 1 / 0.2, are much smaller.
     _assert_stored(pixels, exact, PIXEL_ERROR / min(case["normal_std"], default=1))
     assert gradients[0].dtype == case["prediction"].dtype
-    # Relative to the largest, since gradients are sums of terms of both signs.
+    # Relative to the largest gradient, since gradients are sums of terms of both signs.
     largest = to_prediction.abs().max().item() if to_prediction.numel() else 0.0
     _assert_stored(gradients[0], to_prediction, PIXEL_ERROR * largest)
     if to_source is None:
@@ -283,7 +283,7 @@ def test_ends_of_the_clamp_and_nan(interpreted):
     pixels, (gradient, _) = interpreted["launch"]["ends"]
     expected = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5, float("nan"), 0.0, 1.0]).repeat(2)
     assert torch.equal(pixels.flatten().nan_to_num(7), expected.nan_to_num(7))
-    # One at both ends, nothing outside even of an infinite gradient, nothing through NaN.
+    # 1 at both ends; 0 outside, even for an infinite gradient; 0 where the pixel is NaN.
     assert gradient.flatten().tolist() == [0.5, 0.5, 0.0, 0.0, 0.5, 0.0, -0.5, -0.5] * 2
 
 

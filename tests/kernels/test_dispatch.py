@@ -18,7 +18,7 @@ PIXELS = torch.full((2, 3), 0.5)
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Puts a launcher of `attack_step` in Triton's place, which serves float32; the list of what it is called with."""
+    """Replaces the launcher of `attack_step` by one that serves float32, and records its calls."""
     calls = []
 
     def launch(pixels, *others, gpu):

@@ -19,7 +19,7 @@ from denim.kernels import noise as module
 from denim.kernels.noise import noise_backend, normals_from_words, philox
 
 WORD = 0xFFFFFFFF
-# design: absolute error of a normal against the float64 definition, for every backend.
+# The contract: largest absolute error of a normal against the float64 definition, for every backend.
 NORMAL_ERROR = 1e-5
 # sqrt(66 ln 2), the radius at u = 2^-33.
 LARGEST = math.sqrt(66 * math.log(2))
@@ -43,7 +43,7 @@ SEEDS = [0, 1, -1, 12345, 2**32, -(2**63), 2**63 - 1, 0x299F31D0A4093822]
 
 
 def reference_philox(counter, key):
-    """Salmon et al. 2011 in numpy's unsigned integers, which torch does not have."""
+    """Philox (Salmon et al. 2011) in numpy's unsigned integers, which torch lacks on most backends."""
     c = [np.asarray(word, dtype=np.uint64) for word in counter]
     k = [np.asarray(word, dtype=np.uint64) for word in key]
     mask, shift = np.uint64(WORD), np.uint64(32)
@@ -64,7 +64,7 @@ def reference_words(seed: int, count: int, stream: int = 0) -> np.ndarray:
 
 
 def reference_normals(first, second):
-    """Box-Muller in float64, straight from the definition."""
+    """The definition (Box and Muller) in float64."""
     u = (np.asarray(first, dtype=np.float64) + 0.5) / 2.0**32
     angle = 2 * np.pi * np.asarray(second, dtype=np.int64).astype(np.uint32).view(np.int32).astype(np.float64) / 2.0**32
     radius = np.sqrt(-2 * np.log(u))
@@ -72,14 +72,14 @@ def reference_normals(first, second):
 
 
 def chosen_words() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every radius word where the arithmetic changes, with every kind of angle, and random words."""
-    switch = 2**32 - 2**26  # h = -2^-6, where the series takes over
+    """First words around every place where the arithmetic changes, with every kind of angle, and random words."""
+    switch = 2**32 - 2**26  # h = -2^-6, where the series replaces the logarithm
     centres = (0, 2**26, 2**31, 2**32 - 2**8, switch, 2**32 - 1)
     radius = {c + d for c in centres for d in range(-300, 300) if 0 <= c + d <= WORD}
     angles = [0, 1, WORD, 2**29, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1, 2**31, 2**31 + 1, 3 * 2**30, 0x12345678]
     pairs = np.array(list(itertools.product(sorted(radius), angles)), dtype=np.int64)
     random = np.random.default_rng(0).integers(0, 2**32, (200_000, 2))
-    # Random words near u = 1, which uniform ones barely reach.
+    # Random words near u = 1, which uniform words rarely reach.
     random[:50_000, 0] = WORD - (2.0 ** np.random.default_rng(1).uniform(0, 27, 50_000)).astype(np.int64)
     words = torch.from_numpy(np.concatenate([pairs, random]))
     return words[:, 0].contiguous(), words[:, 1].contiguous()
@@ -87,7 +87,7 @@ def chosen_words() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def compiled_arithmetic():
-    """Philox and normals as torch compiles them, on words of the test's own choice."""
+    """Philox and normals compiled by torch, for words that the test chooses."""
     if noise_backend() != "compiled":
         pytest.skip("no C++ compiler: noise is drawn eagerly here")
 
@@ -161,7 +161,7 @@ def test_normals_of_a_seed_are_its_words_in_pairs(global_rng_untouched):
 
 
 def test_golden_values():
-    """Pinned: a change here changes every published number that was drawn with these seeds."""
+    """These values must not change: results that were published with a seed depend on them."""
     assert noise_words(torch.tensor(7), 4).tolist() == GOLDEN_WORDS
     golden = torch.tensor(GOLDEN_NORMALS)
     torch.testing.assert_close(normal_noise(torch.tensor(7), (8,)), golden, rtol=0, atol=NORMAL_ERROR)
@@ -172,7 +172,7 @@ def test_golden_values():
 
 
 def test_enumerations_are_pinned():
-    """The numbers are part of the contract, so a member that is inserted must not move another."""
+    """The numbers are part of the contract: a new member must not renumber others."""
     assert [stream.name for stream in sorted(Stream)] == ["NOISE", "SEED", "MASK", "START", "SIGMA"]
     stages = ["TRAINING", "DEFENSE", "ATTACK", "SELECTION", "CONFIRMATION", "SCORE", "CERTIFY"]
     names = [*stages, "FROZEN", "COPY", "AUGMENT", "FINETUNING", "SUBSET"]
@@ -225,7 +225,7 @@ def test_uniform_below_one_for_the_largest_word(monkeypatch):
 
 
 def test_streams_and_seeds_differ():
-    """Two lists of 256 words share a word at one place with probability 256 / 2^32: equality anywhere is a bug."""
+    """Two independent lists of 256 words agree at some place with probability 256 / 2^32: any equality is a bug."""
     rows = [noise_words(torch.tensor(SEEDS), 256, stream) for stream in Stream]
     for left, right in itertools.combinations(torch.cat(rows), 2):
         assert not (left == right).any()
@@ -255,7 +255,7 @@ def test_derived_seed_is_the_documented_hash(run, domain, sample, step, draw):
 
 
 def test_derived_seeds_do_not_collide(global_rng_untouched):
-    """2.4e6 seeds of 64 bits meet with probability 2e-7."""
+    """Two of 2.4e6 random seeds of 64 bits are equal with probability 2e-7."""
     samples = torch.arange(10_000)
     parts = [
         derive_seeds(run, domain, samples, step=step, draw=draw)
@@ -288,7 +288,7 @@ def test_draw_seeds_stack_the_draws():
 
 @pytest.fixture(params=["eager", "compiled"])
 def backend(request):
-    """Draws by the named arithmetic; what the contract calls bitwise holds within each."""
+    """Draws by the eager or by the compiled arithmetic. Bitwise equality is promised within each of them."""
     if request.param == "compiled" and noise_backend() != "compiled":
         pytest.skip("no C++ compiler: noise is drawn eagerly here")
     with pytest.MonkeyPatch.context() as patch:
@@ -304,7 +304,7 @@ def backend(request):
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_draw_depends_on_seed_and_position_alone(backend, seeds, count, longer, data):
-    """Bitwise, whatever batch, place in the batch, strides and size of the sample."""
+    """The same bits for every batch, place in the batch, stride and size of the sample."""
     batch = torch.tensor(seeds)
     noise = normal_noise(batch, (count,))
     place = data.draw(st.integers(0, len(seeds) - 1))
@@ -319,7 +319,7 @@ def test_a_draw_depends_on_seed_and_position_alone(backend, seeds, count, longer
 
 
 def test_a_draw_of_many_positions_is_the_same(backend):
-    """Long enough that torch cuts the work between threads, at places that depend on the size."""
+    """So many positions that torch divides the work between threads, at places that depend on the size."""
     seeds = torch.arange(3)
     noise = normal_noise(seeds, (200_003,))
     assert torch.equal(normal_noise(seeds[1], (200_003,)), noise[1])
@@ -337,7 +337,7 @@ def test_eager_and_compiled_agree():
 
 
 def test_caller_state_does_not_change_the_draw():
-    """Nor compile again: after eight times torch would silently go on with eager arithmetic."""
+    """Nor does it compile again: after eight compilations torch would use eager arithmetic without a message."""
     seeds = torch.arange(6)
     noise = normal_noise(seeds, (100,))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -29,7 +29,7 @@ def make(shape, dtype, seed=0):
 
 
 def reference(images, sigma, seeds, patch_size, mean, std):
-    """The docstring's equivalent in float64: (S, R, B, L, D) with S and R always there."""
+    """The docstring's equivalent in float64, always as (S, R, B, L, D)."""
     pixels = images.numpy() / 255.0 if images.dtype == torch.uint8 else images.double().permute(0, 2, 3, 1).numpy()
     height, width, channels = pixels.shape[1:]
     sigma, seeds = torch.atleast_2d(sigma), torch.atleast_2d(seeds)
@@ -79,7 +79,7 @@ def test_low_precision_output_is_the_float32_result_rounded(dtype):
 
 
 def test_unit_noise_comes_back_exactly():
-    """x = 0, sigma = 255, mean 0, std 1: nothing is left but the noise."""
+    """x = 0, sigma = 255, mean 0, std 1: the result is the noise itself."""
     seeds = torch.tensor([[5, -6], [7, 8], [9, 10]])
     images = torch.zeros(2, 3, 8, 12, requires_grad=True)
     patches = noise_patchify(images, torch.full((2,), 255.0), seeds, patch_size=4, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -120,11 +120,11 @@ def test_looped_or_batched_is_bitwise_the_same(batch, levels, draws, channels, p
                     **geometry,
                 )
                 assert torch.equal(alone[0], patches[level, draw, sample])
-    # The patch size moves values and changes none.
+    # The patch size moves values without changing them.
     pixelwise = noise_patchify(images, sigma, seeds, **{**geometry, "patch_size": 1})
     by_pixel = pixelwise.unflatten(-2, (rows * patch, columns * patch)).flatten(0, 2)
     assert torch.equal(patchify(by_pixel, patch), patches.flatten(0, 2))
-    # Nor do strides.
+    # Strides of the images change nothing either.
     wide = torch.stack([images, images], dim=-1)[..., 0]
     assert wide.stride(-1) == 2
     strided = noise_patchify(wide, sigma.mT.contiguous().mT, seeds.mT.contiguous().mT, **geometry)
@@ -148,7 +148,7 @@ def test_gradcheck(shape):
 @pytest.mark.parametrize("image_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_backward_sums_in_float32(image_dtype, dtype):
-    """One rounding into the images' dtype, not one per level and draw."""
+    """The gradient is rounded to the images' dtype once, not once per level and draw."""
     images, geometry = make(SHAPES[1], image_dtype)
     images.requires_grad_()
     sigma = torch.full((8, 2), 50.0)

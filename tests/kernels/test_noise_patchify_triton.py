@@ -138,7 +138,7 @@ def _gradient(leads, batch, grid, patch_size, channels, dtype, pixel_dtype, thre
 
 
 def _normals(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float64 definition. 1 - u is exact in float64 where u is next to 1, so its logarithm is as good there."""
+    """The float64 definition. Next to u = 1, 1 - u is exact in float64, so the logarithm is accurate there too."""
     u = (first.double() + 0.5) * 2.0**-32
     squared = -2 * torch.where(first < 1 << 31, u.log(), torch.log1p((first.double() + 0.5 - 2.0**32) * 2.0**-32))
     angle = second.double() * (2 * math.pi * 2.0**-32)
@@ -146,7 +146,7 @@ def _normals(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _patches(case: dict) -> torch.Tensor:
-    """The definition in float64, from the words of the torch twin: (*S, *R, B, L, D)."""
+    """The definition in float64, from the words of the torch version: (*S, *R, B, L, D)."""
     images, sigma, seeds = case["images"], case["sigma"].double(), case["seeds"]
     nhwc = images.double() / 255 if images.dtype == torch.uint8 else images.double().permute(0, 2, 3, 1)
     size = nhwc.shape[1:]
@@ -161,7 +161,7 @@ def _patches(case: dict) -> torch.Tensor:
 
 
 def _stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As the interpreter stores it: it cuts float32 off to bfloat16 instead of rounding it."""
+    """As the interpreter stores it: it truncates float32 to bfloat16 instead of rounding."""
     if dtype != torch.bfloat16:
         return value.to(dtype)
     return (value.float().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
@@ -176,15 +176,15 @@ def _bounds(case: dict) -> tuple[torch.Tensor, torch.Tensor]:
     largest = exact.abs() + 2 / min(case["std"])
     error = 1e-5 * sigma / (255 * min(case["std"])) + 6 * 2.0**-24 * largest
 
-    # Storing is monotonous, and so the bounds hold for what is stored.
+    # Rounding and truncation are monotonic, so the bounds hold for the stored values.
     return _stored(exact - error, case["dtype"]), _stored(exact + error, case["dtype"])
 
 
 def _pixels(case: dict, dtype: torch.dtype) -> torch.Tensor:
-    """Gradient for the pixels: summed over leads one after the other in `dtype`, then scaled."""
+    """Gradient of the pixels: summed over levels and draws one after the other in `dtype`, then scaled."""
     total = torch.zeros(case["grad"].shape[-3:], dtype=dtype)
-    for lead in case["grad"].flatten(0, -4) if case["grad"].dim() > 3 else [case["grad"]]:
-        total += lead
+    for grad in case["grad"].flatten(0, -4) if case["grad"].dim() > 3 else [case["grad"]]:
+        total += grad
     scale = (1 / torch.tensor(case["std"], dtype=torch.float64)).to(dtype).repeat(case["patch_size"] ** 2)
     return unpatchify(total * scale, (case["height"], case["width"]), case["patch_size"]).permute(0, 3, 1, 2)
 
@@ -208,7 +208,7 @@ def given() -> dict:
     second[::8] = torch.tensor([0, 1, ALL, 1 << 31, (1 << 31) - 1, (1 << 31) + 1, 1 << 30, 3 << 30]).repeat(WORDS // 64)
 
     cases = {name: _arguments(*case) for name, case in CASES.items()}
-    # One level and draw, and many: the two forms of the kernel.
+    # One level and draw, and several: the kernel is compiled differently for them.
     for patch_size in (16, 14):
         for outer in ((), (2,)):
             for threads in THREADS:
@@ -347,7 +347,7 @@ def test_offsets_beyond_32_bits(given, interpreted, name):
     among_many, alone = interpreted["huge"][name]
     largest = max(among_many.numel(), *(case[name].numel() for name in ("images", "grad") if name in case))
     assert batch * largest > 2**31
-    # What the last program does not write is NaN in both, so bits are compared.
+    # Bits are compared, since elements that the last program does not write are NaN in both.
     assert torch.equal(among_many.view(torch.int16), alone.view(torch.int16))
     assert (~alone.isnan()).any()
 

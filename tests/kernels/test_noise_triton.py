@@ -1,4 +1,4 @@
-"""The Triton normals where lg2, sin and cos err as much as a GPU's approximate instructions may."""
+"""The Triton normals with the largest errors that a GPU's approximate lg2, sin and cos may have."""
 
 import math
 
@@ -11,7 +11,7 @@ ALL = 0xFFFFFFFF
 WORDS = 1 << 17
 # PTX ISA, sections on lg2, sin and cos: largest absolute errors of the approximate instructions.
 LG2, SINE = 2.0**-22, 2.0**-20.5
-# Cosine and sine are two outputs, so each meets every combination of its own sign with that of the logarithm.
+# Signs of the errors of (logarithm, cosine and sine). The two normals use one of cosine and sine each.
 ERRORS = [(0.0, 0.0)] + [(lg2 * LG2, sine * SINE) for lg2 in (-1, 1) for sine in (-1, 1)]
 # Middles of 2 * NEAR words around (at the ends: next to) each place where the arithmetic changes or loses digits.
 NEAR = 4096
@@ -53,7 +53,7 @@ def _near(error: torch.Tensor, place: str) -> torch.Tensor:
 
 def test_the_contract_holds_with_the_instructions_worst_errors(error):
     assert error["pinned"].max() <= 1e-5
-    # The errors are really in: alone those of sine and cosine, times the largest radius, make up 4.5e-6.
+    # The errors are in the results: those of sine and cosine alone, times the largest radius, are 4.5e-6.
     assert error["pinned"].max() > 6.7 * SINE
 
 

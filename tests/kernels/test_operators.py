@@ -1,4 +1,4 @@
-"""What torch asks of an operator, of every one in denim.kernels: honest fakes, no aliases, one compiled graph."""
+"""What torch requires of every operator: correct fake kernels, no aliases of inputs, one compiled graph."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def attack(pixels, prediction, ids):
 
 @pytest.mark.parametrize("function", [train_step, masked_loss, sweep, to_patches, raw_target, attack])
 def test_one_graph_for_every_batch(function):
-    """fullgraph, forward and backward; the trace of the first batch size serves the others."""
+    """fullgraph, forward and backward; the first batch size's graph is used for the other batch sizes."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     traces = []
@@ -170,7 +170,7 @@ def test_one_graph_for_every_batch(function):
         inputs = [rand(batch, 3, 8, 12, grad=True), rand(batch, 6, 48, grad=True, seed=1)]
         expected = function(*inputs, ids(batch))
         loss = compiled(*inputs, ids(batch))
-        # The operators are the same; only the glue between them may be summed in another order.
+        # The operators are the same; operations between them may sum in another order.
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         gradients = torch.autograd.grad(loss, inputs)
         for gradient, plain in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
@@ -181,7 +181,7 @@ def test_one_graph_for_every_batch(function):
 
 
 def test_no_constant_is_copied_from_the_host(monkeypatch):
-    """A copy would wait for the GPU, and cannot be captured into a CUDA graph."""
+    """A copy from the host synchronises, and CUDA graphs cannot capture it."""
     pixels, seeds = torch.zeros(2, 3, 8, 12, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.setattr(torch, name, None)
@@ -206,7 +206,7 @@ def test_inductor_forward_and_backward():
 
 
 def test_unwritten_memory_is_nan():
-    """The fixture in conftest works; without it the tests above would trust luck."""
+    """The fixture of conftest works. Without it, the tests above could pass on memory that happens to be right."""
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.zeros(3, dtype=torch.bfloat16)).isnan().all()
     assert torch.zeros(3).new_empty((2, 2)).isnan().all()

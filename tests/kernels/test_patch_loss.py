@@ -55,17 +55,17 @@ def test_loss_and_gradient_equal_the_plain_computation(
     loss = patch_loss(prediction, images, **geometry, norm_pix=norm_pix, mask=mask)
     exact = torch.float64 in (dtype, image_dtype)
     assert loss.dtype == (torch.float64 if exact else torch.float32)
-    # An upstream gradient other than 1: a loss that forgets it trains on the wrong scale without a word.
+    # An upstream gradient other than 1: a backward pass that ignores it would go unnoticed with 1.
     (loss * -3.5).backward()
     expected, gradient = reference(prediction, images, mask, norm_pix, **geometry)
-    # A target is float32 unless the images are float64. Its normalisation loses some ten roundings of numbers up to
-    # 10, 1e-5 absolute, which an error of about 1 carries over to the square.
+    # A target is float32 unless the images are float64. Its normalisation has about ten roundings of numbers up to 10,
+    # which is 1e-5 absolute, and as much in the square of an error of about 1.
     precise = image_dtype == torch.float64
     assert loss.item() == pytest.approx(expected, rel=1e-12 if precise else 1e-5)
     ulp = torch.finfo(dtype).eps / 2
     gradient = torch.from_numpy(gradient * -3.5)
     scale = gradient.abs().max().item()
-    # float16 has an absolute step of 2^-24 near zero.
+    # Near zero, the numbers of float16 are 2^-24 apart.
     absolute = scale * (1e-12 if precise and dtype == torch.float64 else 1e-5) + 2**-25 * (dtype == torch.float16)
     assert prediction.grad.dtype == dtype
     torch.testing.assert_close(prediction.grad.double(), gradient, rtol=ulp, atol=absolute)
@@ -93,7 +93,7 @@ def test_strides_change_nothing(dtype):
     strided = prediction.detach().mT.contiguous().mT.requires_grad_()
     wide = torch.stack([images, images], dim=-1)[..., 0]
     other = patch_loss(strided, wide, **geometry, mask=mask.mT.contiguous().mT)
-    # Only the order of the summation may differ: 288 float32 terms of one sign.
+    # The sums may differ in their order only: 288 float32 terms of one sign.
     torch.testing.assert_close(other, loss, rtol=288 * 2**-24, atol=0)
     torch.testing.assert_close(torch.autograd.grad(other, strided)[0], grad, rtol=1e-6, atol=0)
 
@@ -122,7 +122,7 @@ def test_masked_patches_do_not_count():
 
 
 def test_constant_patch_has_target_zero():
-    """Its variance is 0, so that 1e-6 inside the root alone keeps the division finite."""
+    """The variance of a flat patch is 0; only the 1e-6 inside the root keeps the division finite."""
     images = torch.full((1, 8, 8, 1), 128, dtype=torch.uint8)
     loss = patch_loss(torch.ones(1, 4, 16), images, patch_size=4, mean=(0.5,), std=(0.25,))
     # The mean of equal float32 numbers is off by some 2^-24, divided by 1e-3.

@@ -54,7 +54,7 @@ def _case(batch, grid, patch_size, channels, pixels, dtype, norm_pix, masked, **
         images = images if pixels == "channels_last" else images.contiguous()
         images = images.bfloat16() if pixels == "bfloat16 planes" else images
     length = grid[0] * grid[1]
-    # Without its first row, as a decoder's output without the class token.
+    # A view without the first row, as a decoder's output without its class token.
     prediction = torch.randn(batch, length + 1, patch_size**2 * channels, generator=generator).to(dtype)[:, 1:]
     mask = torch.rand(batch, length, generator=generator) < 0.5 if masked else None
     if mask is not None:
@@ -69,14 +69,15 @@ def _case(batch, grid, patch_size, channels, pixels, dtype, norm_pix, masked, **
 
 
 def _definition(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In float64: loss, gradient, and how far float32 may be off in each of them."""
+    """Loss and gradient in float64, and the largest error of float32 in each of them."""
     prediction, images, mask, patch_size, mean, std, norm_pix = case["inputs"]
     nhwc = images.double() / 255 if images.dtype == torch.uint8 else images.double().permute(0, 2, 3, 1)
     mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     target = patchify((nhwc - mean) / std, patch_size)
-    # Half a dozen roundings of numbers as large as pixel / std and mean / std; normalisation by a patch's own
-    # statistics divides them by its deviation, and adds some twenty of its own result (sums of a few thousand numbers
-    # in a tree and one thread's share in a row; an approximate root with an error of 2^-22 and less).
+    # About six roundings of numbers as large as pixel / std and mean / std. Normalisation by a patch's own statistics
+    # divides their error by its deviation, and adds about twenty roundings of its result (a sum of a few thousand
+    # numbers is sequential within a thread's run and a tree between threads; the approximate root errs by at most
+    # 2^-22).
     error = torch.full_like(target, 6 * 2.0**-24 / std.min())
     if norm_pix and len(target):
         variance, centre = torch.var_mean(target, dim=-1, keepdim=True)
@@ -96,7 +97,7 @@ def _definition(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, t
 def _stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype != torch.bfloat16:
         return value.to(dtype)
-    # The interpreter cuts float32 off instead of rounding it. Both are monotonous, and so bounds stay bounds.
+    # The interpreter truncates float32 instead of rounding it. Both are monotonic, so the bounds hold.
     return (value.float().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
 
 
@@ -177,7 +178,7 @@ def test_a_block_changes_no_more_than_the_order_of_the_sum(given, interpreted, p
     gradients = [interpreted["results"][name][1] for name in names]
     assert all(torch.equal(gradients[0], other) for other in gradients[1:])
     losses = torch.stack([interpreted["results"][name][0] for name in names])
-    # 18 losses of patches, each the same bits whatever the block, are added: a rounding each.
+    # The losses of 18 patches have the same bits for every block size. Each addition of them rounds once.
     assert losses.max() - losses.min() <= 18 * 2.0**-24 * losses.max()
     for name in names:
         _assert_equals_definition(given["cases"][name], *interpreted["results"][name])

@@ -52,12 +52,13 @@ def test_normalized_patches(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_patch_moments(dtype, size):
     generator = torch.Generator().manual_seed(size)
-    # A mean far above the deviation, which a sum of squares less a squared sum would lose.
+    # The mean is far larger than the deviation: mean of squares minus square of mean would lose the variance.
     values = (torch.randn((3, 5, size), generator=generator, dtype=torch.float64) * 0.1 + 5).to(dtype)
     centred, centre, variance = patch_moments(values)
     exact = values.double().numpy()
     assert centre.shape == variance.shape == (3, 5, 1)
-    # Roundings of numbers around 5, whose squared deviations are 0.01: the mean's error shifts all of them alike.
+    # Roundings of numbers around 5 whose squared deviations are 0.01; the error of the mean is the same for all of
+    # them.
     step = 5 * torch.finfo(dtype).eps
     torch.testing.assert_close(centre.squeeze(-1).double(), torch.from_numpy(exact.mean(-1)), rtol=0, atol=2 * step)
     torch.testing.assert_close(centred, values - centre, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The choice of a configuration, with a timer and a device that are not there."""
+"""The choice of a configuration, with a simulated timer and device."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ TIMES = {"first": 3.0, "second": 1.0, "third": 2.0}
 
 
 class Launches(list):
-    """Launches, and a timer for them that asks for two and answers from TIMES."""
+    """The list of launches, and a timer that launches twice and takes its answer from TIMES."""
 
     def __init__(self):
         self.timed = 0
@@ -54,7 +54,7 @@ def test_every_key_device_and_power_of_two_is_measured_on_its_own(launches):
     for count, call in enumerate(calls, start=1):
         assert launches.run(**call)[-1] == "second"
         assert launches.timed == 3 * count
-    # A smaller last batch of an epoch is none of them.
+    # A smaller last batch of an epoch does not measure again.
     assert launches.run(elements=513) == ["second"]
 
 
@@ -67,7 +67,7 @@ def test_first_of_equals(launches, monkeypatch):
 def test_nothing_is_measured_during_a_capture(launches, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert launches.run() == ["first"]
-    # Not a choice: the next call outside measures, and a capture after it takes the result.
+    # A capture chooses nothing. The next call outside measures, and a capture after it uses the result.
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert launches.run()[-1] == "second"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
