@@ -94,16 +94,14 @@ def stages() -> list[list[Part]]:
 def use_repository(folder: Path = ROOT / "build" / "gpu-check") -> None:
     """Make `denim` importable from this checkout, installed or not.
 
-    A folder of links, as the layout wants it (see `make types`). The `__init__` of nim and defense are left out: they
-    import what a bare machine lacks (rich, scipy, matplotlib), and the modules that the check needs do not.
+    A folder of links, as the layout wants it (see `make types`).
     """
     for part in ("kernels", "nim", "defense", "benchmarks"):
         package = folder / "denim" / part
         shutil.rmtree(package, ignore_errors=True)
         package.mkdir(parents=True)
         for source in (ROOT / part).glob("*.py"):
-            if part in ("kernels", "benchmarks") or source.name != "__init__.py":
-                (package / source.name).symlink_to(source)
+            (package / source.name).symlink_to(source)
     sys.path[:0] = [str(folder), str(ROOT)]
 
 

@@ -1,11 +1,25 @@
 """The De^3 defense: the module, attacks on it, evaluation and report."""
 
-from denim.defense.attacks import Attack
-from denim.defense.de3 import De3
-from denim.defense.evaluation import Evaluation, EvaluationSettings, HealthWarning, evaluate
-from denim.defense.report import print_table, write_report
-from denim.defense.scores import Interval, Scores, paired_difference, score
+from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# A name is imported with its module when it is first used (PEP 562): importing this package loads nothing.
+_MODULES = {
+    "Attack": "attacks",
+    "De3": "de3",
+    "Evaluation": "evaluation",
+    "EvaluationSettings": "evaluation",
+    "HealthWarning": "evaluation",
+    "evaluate": "evaluation",
+    "print_table": "report",
+    "write_report": "report",
+    "Interval": "scores",
+    "Scores": "scores",
+    "paired_difference": "scores",
+    "score": "scores",
+}
 __all__ = [
     "Attack",
     "De3",
@@ -20,3 +34,22 @@ __all__ = [
     "score",
     "write_report",
 ]
+
+if TYPE_CHECKING:
+    from denim.defense.attacks import Attack
+    from denim.defense.de3 import De3
+    from denim.defense.evaluation import Evaluation, EvaluationSettings, HealthWarning, evaluate
+    from denim.defense.report import print_table, write_report
+    from denim.defense.scores import Interval, Scores, paired_difference, score
+
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
 from denim.kernels import Stream, noise_words
@@ -71,6 +70,8 @@ class Sigma:
             low, high = self.values
             levels = low + (high - low) * uniform
         else:
+            from scipy import special  # as slow to import as the models, and only this distribution needs it
+
             concentration, scale = self.values
             levels = special.gammaincinv(concentration, uniform) * scale
         return torch.from_numpy(np.asarray(levels, dtype=np.float32))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import graphlib
+import importlib
 import json
 import os
 import subprocess
@@ -65,6 +66,57 @@ def test_no_module_imports_itself_through_others():
     assert len(graph.modules) > 50
     imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+# Statements in the order in which they may load more, and the modules of Denim that each loads; None: not looked at.
+# Beyond these, only modules of torch, timm and the standard library may come.
+KERNELS = ("attack_step", "attention", "decode_patches", "noise", "noise_patchify", "patch_loss", "patches")
+MODELS = ("attention", "autoencoder", "checkpoint", "classifier", "files", "reconstruction")
+LIGHT = {
+    "from denim.nim import FinetuneConfig, PretrainConfig": ["denim.nim", "denim.nim.settings"],
+    "import torch": None,
+    "import denim.kernels": ["denim.kernels", *(f"denim.kernels.{name}" for name in KERNELS)],
+    "import timm": None,
+    "from denim.nim import Autoencoder, Classifier, preset, reconstruct": [f"denim.nim.{name}" for name in MODELS],
+    "from denim.defense import De3": ["denim.defense", "denim.defense.de3"],
+}
+LOADED = """
+import json, sys
+
+loaded = {}
+for statement in sys.argv[1:]:
+    before = set(sys.modules)
+    exec(statement)
+    loaded[statement] = sorted(set(sys.modules) - before)
+print(json.dumps(loaded))
+"""
+
+
+def test_models_and_defense_load_nothing_that_they_do_not_need(tmp_path):
+    run = subprocess.run([sys.executable, "-c", LOADED, *LIGHT], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loaded = json.loads(run.stdout)
+    for statement, expected in LIGHT.items():
+        if expected is None:
+            continue
+        own = [name for name in loaded[statement] if name.startswith("denim.")]
+        assert own == sorted(expected), statement
+        others = {name.partition(".")[0] for name in loaded[statement]} - sys.stdlib_module_names
+        needs_torch = any(name in statement for name in ("kernels", "Autoencoder", "De3"))
+        assert others <= ({"denim", "torch", "timm"} if needs_torch else {"denim"}), statement
+
+
+@pytest.mark.parametrize("package", ["denim.nim", "denim.defense"])
+def test_lazy_names_are_those_of_their_modules(package):
+    loaded = importlib.import_module(package)
+    assert set(loaded._MODULES) == set(loaded.__all__) <= set(dir(loaded))
+    # A submodule takes the place of a name of the package that is its own: import all of them first.
+    modules = {name: importlib.import_module(f"{package}.{home}") for name, home in loaded._MODULES.items()}
+    for name, module in modules.items():
+        assert getattr(loaded, name) is getattr(module, name)
+        assert name in module.__all__
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'Autoencodr'"):
+        loaded.Autoencodr  # noqa: B018
 
 
 @pytest.fixture(scope="module")
