@@ -239,7 +239,7 @@ def _claim_folder(out: Path, defenses: Mapping[str, De3], loader: Loader, settin
     content = json.loads(json.dumps(content))
     file = out / "evaluation.json"
     earlier = json.loads(file.read_text()) if file.exists() else content
-    if {**earlier, "settings": with_todays_names(earlier["settings"])} != content:
+    if {**earlier, "settings": with_todays_names(earlier.get("settings", {}), content["settings"])} != content:
         raise ValueError(
             f"{out} holds an evaluation of other settings, weights or images; see {file.name} there, or choose another "
             "folder"

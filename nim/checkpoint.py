@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -103,8 +103,8 @@ class Pretrained(nn.Module):
         kind = content.pop("model", None) if isinstance(content, dict) else None
         if kind != cls.__name__:
             raise CheckpointError(f"{file} describes a {kind or 'model of another library'}, expected {cls.__name__}")
-        content = with_todays_names(content)
         known = {field.name for field in dataclasses.fields(cls.config_class)}
+        content = with_todays_names(content, known)
         unknown = sorted(content.keys() - known)
         if unknown:
             raise CheckpointError(f"{file} has unknown entries {unknown}; known are {sorted(known)}")
@@ -135,15 +135,21 @@ class Pretrained(nn.Module):
         self.load_state_dict(state)
 
 
-def with_todays_names(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's configuration or a run's settings under today's names, whatever version of Denim wrote them.
+def with_todays_names(entries: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The entries of a config.json, run.json or evaluation.json with today's names, whatever version wrote the file.
 
-    An entry under today's name takes precedence over the same one under its old name.
+    Args:
+        entries: by name, as read.
+        known: today's names. An old name is replaced only if today's is among them and it is not itself.
     """
-    current = {OLD_NAMES[name]: value for name, value in entries.items() if name in OLD_NAMES}
-    if isinstance(current.get("target"), bool):
-        current["target"] = "norm" if current["target"] else "raw"
-    return {**current, **{name: value for name, value in entries.items() if name not in OLD_NAMES}}
+    current: dict[str, Any] = {}
+    for name, value in entries.items():
+        today = OLD_NAMES.get(name, name)
+        if name in known or today not in known:
+            current[name] = value
+        elif today not in entries:  # an entry with today's name takes precedence
+            current[today] = ("norm" if value else "raw") if name == "norm_pix" else value
+    return current
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

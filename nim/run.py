@@ -74,7 +74,7 @@ def prepare_folder(config: TrainConfig, source: Source | None) -> None:
         return
     if not config.resume:
         raise ValueError(f"{config.out} holds a run already; resume it, or choose another folder")
-    earlier = with_todays_names(json.loads(file.read_text()))
+    earlier = with_todays_names(json.loads(file.read_text()), settings)
     names = (earlier.keys() | settings.keys()) - set(FREE_SETTINGS)
     changed = [
         f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}"
