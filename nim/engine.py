@@ -1,8 +1,7 @@
-"""The training loop that pretraining and fine-tuning share, and the run folder that it writes.
+"""The training loop of pretraining and fine-tuning.
 
-A run is a folder: run.json (settings), metrics.jsonl, tensorboard/, checkpoints/UPDATE/ and, at the end, model/.
-All randomness is keyed by (seed, update or sample id), so a run that was killed at any moment and resumed reaches the
-same weights, bit for bit on the same machine, as one that was never killed.
+All randomness is keyed by the seed of the run and by the update, or by the epoch and the sample id. So a run that is
+killed at any moment and resumed reaches the same weights, bit for bit on the same machine, as one that is not killed.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from denim.nim.data import Batch, Loader, PlannedLoader, Source, TrainView, open
 from denim.nim.run import Metrics, latest_checkpoint, load_checkpoint, prepare_folder, save_checkpoint
 from denim.nim.settings import TrainConfig
 
-__all__ = ["keyed_torch", "train", "training_loader"]
+__all__ = ["TrainState", "keyed_torch", "train", "training_loader", "training_step"]
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -36,9 +36,9 @@ def _autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @contextmanager
 def keyed_torch(key: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators of the CPU and `device` are a function of the key; after, they are as before.
+    """Seed torch's generators of the CPU and of `device` with a key, and restore their states at the end.
 
-    For initialisation and for layers that draw from nothing else (drop path).
+    For what can draw from these generators alone: initialisation, and layers such as drop path.
     """
     on_cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
@@ -85,6 +85,92 @@ def training_loader(
     )
 
 
+@dataclass
+class TrainState:
+    """What a training step reads and changes. A checkpoint holds the model, the optimizer and the last three.
+
+    Attributes:
+        config: the settings.
+        model: on its device, in training mode.
+        loss: scalar loss of a part, from the part (on the CPU) and the epoch.
+        optimizer: of the model's parameters.
+        scheduler: sets the optimizer's learning rates from the number of the update.
+        updates_per_epoch: as many as the loader's parts fill; the rest of an epoch is left out.
+        update: updates done.
+        losses: float32 (), on the model's device: the sum of the losses of the updates since `logged`.
+        logged: the update of the last line of metrics, which is the mean of the losses up to it.
+    """
+
+    config: TrainConfig
+    model: Pretrained
+    loss: Callable[[Batch, int], Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: CosineLRScheduler
+    updates_per_epoch: int
+    update: int
+    losses: Tensor
+    logged: int
+
+    @property
+    def total(self) -> int:
+        """Updates of the whole run."""
+        return self.config.epochs * self.updates_per_epoch
+
+
+def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
+    """One update, in place: gradients of `config.accumulate` parts, averaged, and a step of the optimizer.
+
+    Torch's generators, for layers that draw from nothing else, are keyed by the seed, the update and the part.
+
+    Args:
+        state: what is changed.
+        parts: yields the parts, each of `config.part_size` images.
+    """
+    config, device = state.config, state.losses.device
+    epoch = state.update // state.updates_per_epoch
+    state.scheduler.step_update(state.update)
+    state.optimizer.zero_grad(set_to_none=True)
+    for part in range(config.accumulate):
+        key = int(derive_seeds(config.seed, Domain.AUGMENT, torch.tensor(state.update * config.accumulate + part)))
+        # The first part of an epoch is drawn in here as well: torch's DataLoader takes a seed from the generator.
+        with keyed_torch(key, device), _autocast(device, config.precision):
+            value = state.loss(next(parts), epoch)
+        (value / config.accumulate).backward()
+        state.losses += value.detach() / config.accumulate
+    state.optimizer.step()
+    state.update += 1
+
+
+def _begin(
+    config: TrainConfig,
+    model: Pretrained,
+    groups: list[dict[str, Any]],
+    loader: Loader,
+    loss: Callable[[Batch, int], Tensor],
+    updates_per_epoch: int,
+) -> TrainState:
+    """The state of a new run, or of the newest checkpoint in its folder; the loader's is set alike."""
+    warmup = round(config.warmup_epochs * updates_per_epoch)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    scheduler = CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, config.epochs * updates_per_epoch - warmup),
+        lr_min=config.min_lr,
+        warmup_t=warmup,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    progress: dict[str, Any] = {"update": 0, "losses": 0.0, "logged": 0}
+    newest = latest_checkpoint(config.out)
+    if newest is not None:
+        progress = load_checkpoint(newest, model, optimizer)
+        loader.load_state(progress["loader"])
+    losses = torch.tensor(progress["losses"], device=next(model.parameters()).device)
+    return TrainState(
+        config, model, loss, optimizer, scheduler, updates_per_epoch, progress["update"], losses, progress["logged"]
+    )
+
+
 def train(
     config: TrainConfig,
     model: Pretrained,
@@ -104,8 +190,8 @@ def train(
         groups: AdamW's parameter groups, with `lr_scale` where layers learn at different rates.
         loader: yields parts of `config.part_size` images.
         loss: scalar loss of a part, from the part (on the CPU) and the epoch.
-        title: what the progress bar says.
-        console: where progress goes.
+        title: of the progress bar.
+        console: for progress and messages.
         source: the loader's; its manifest is kept in the run folder, for `training_source`.
 
     Raises:
@@ -121,97 +207,64 @@ def train(
             f"({config.accumulate}): take a smaller batch_size"
         )
     prepare_folder(config, source)
-    device = next(model.parameters()).device
-    total, warmup = config.epochs * updates_per_epoch, round(config.warmup_epochs * updates_per_epoch)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=max(1, total - warmup),
-        lr_min=config.min_lr,
-        warmup_t=warmup,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-    newest = latest_checkpoint(config.out)
-    # The losses since the last line of metrics belong to the state: the next line is their mean.
-    state: dict[str, Any] = {"update": 0, "logged": 0, "losses": 0.0}
-    if newest is not None:
-        state = load_checkpoint(newest, model, optimizer)
-        loader.load_state(state["loader"])
-    update, logged = state["update"], state["logged"]
-    losses = torch.tensor(state["losses"], device=device)
-    metrics = Metrics(config.out, update)
+    state = _begin(config, model, groups, loader, loss, updates_per_epoch)
+    metrics = Metrics(config.out, state.update)
     bad: dict[str, str] = loader.state()["bad"]
     checkpoint_every = config.checkpoint_every or updates_per_epoch
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-    task = progress.add_task(title, total=total, completed=update, state="")
+    task = progress.add_task(title, total=state.total, completed=state.update, state="")
     model.train()
-    since, started = update, time.perf_counter()
+    since, started = state.update, time.perf_counter()
     try:
         with progress:
-            while update < total:
-                epoch, first = divmod(update, updates_per_epoch)
+            while state.update < state.total:
+                epoch, first = divmod(state.update, updates_per_epoch)
                 parts = loader.epoch(epoch, first * config.accumulate)
                 for _ in range(first, updates_per_epoch):
-                    scheduler.step_update(update)
-                    optimizer.zero_grad(set_to_none=True)
-                    for part in range(config.accumulate):
-                        number = torch.tensor(update * config.accumulate + part)
-                        key = int(derive_seeds(config.seed, Domain.AUGMENT, number))
-                        with keyed_torch(key, device), _autocast(device, config.precision):
-                            value = loss(next(parts), epoch)
-                        (value / config.accumulate).backward()
-                        losses += value.detach() / config.accumulate
-                    optimizer.step()
-                    update += 1
-                    log = update % config.log_every == 0 or update == total
-                    save = update % checkpoint_every == 0 or update == total
+                    training_step(state, parts)
+                    last = state.update == state.total
+                    log = state.update % config.log_every == 0 or last
+                    save = state.update % checkpoint_every == 0 or last
                     if not (log or save):
                         continue
-                    mean_loss = losses.item() / (update - logged)
+                    mean_loss = state.losses.item() / (state.update - state.logged)
                     # Before saving as well: two broken checkpoints would push out the last good one.
                     if not math.isfinite(mean_loss):
                         raise FloatingPointError(
-                            f"the loss is {mean_loss} near update {update}; lower base_lr, lengthen the warm-up, "
-                            f"or resume from {latest_checkpoint(config.out)}"
+                            f"the loss is {mean_loss} near update {state.update}; lower base_lr, lengthen the "
+                            f"warm-up, or resume from {latest_checkpoint(config.out)}"
                         )
                     known, bad = bad, loader.state()["bad"]
                     if new := {name: reason for name, reason in bad.items() if name not in known}:
-                        metrics.write({"update": update, "bad": len(bad), "new_bad": new})
+                        metrics.write({"update": state.update, "bad": len(bad), "new_bad": new})
                     if log:
-                        rate = (update - since) * config.batch_size / (time.perf_counter() - started)
-                        rates = [group["lr"] for group in optimizer.param_groups]
+                        rate = (state.update - since) * config.batch_size / (time.perf_counter() - started)
                         metrics.write(
                             {
-                                "update": update,
-                                "epoch": update / updates_per_epoch,
+                                "update": state.update,
+                                "epoch": state.update / updates_per_epoch,
                                 "loss": mean_loss,
-                                "lr": max(rates),
+                                "lr": max(group["lr"] for group in state.optimizer.param_groups),
                                 "images_per_second": rate,
                             }
                         )
                         shown = f"loss {mean_loss:.4f}  {rate:,.0f} images/s"
-                        progress.update(task, completed=update, state=shown)
-                        if not console.is_terminal and (
-                            update == total or update % max(1, total // 5) < config.log_every
-                        ):
-                            console.print(f"{title}: {update}/{total}  {shown}")
-                        since, started, logged = update, time.perf_counter(), update
-                        losses.zero_()
+                        progress.update(task, completed=state.update, state=shown)
+                        fifth = state.update % max(1, state.total // 5) < config.log_every
+                        if not console.is_terminal and (last or fifth):
+                            console.print(f"{title}: {state.update}/{state.total}  {shown}")
+                        since, started, state.logged = state.update, time.perf_counter(), state.update
+                        state.losses.zero_()
                     if save:
-                        save_checkpoint(
-                            config.out,
-                            model,
-                            optimizer,
-                            {"update": update, "logged": logged, "losses": losses.item(), "loader": loader.state()},
-                        )
+                        done = {"update": state.update, "logged": state.logged, "losses": state.losses.item()}
+                        save_checkpoint(config.out, model, state.optimizer, {**done, "loader": loader.state()})
     finally:
         metrics.close()
     if bad:
         listed = "".join(f"\n  {reason}" for reason in bad.values())
         console.print(
-            f"{title}: others stood in for {len(bad)} images that could not be read:{listed}",
+            f"{title}: {len(bad)} images could not be read and were replaced by others:{listed}",
             markup=False,
             soft_wrap=True,
         )

@@ -1,4 +1,4 @@
-"""The training loop: schedule, accumulation, and above all resumption."""
+"""The training loop: schedule, accumulation, resumption."""
 
 import io
 import json
@@ -181,7 +181,7 @@ def test_bad_samples_are_in_metrics_and_checkpoints_and_are_reported(tmp_path):
         {"update": 4, "bad": 2, "new_bad": {"7": "sample 7 is gone"}},
     ]
     text = printed.export_text()
-    assert "others stood in for 2 images that could not be read:" in text
+    assert "2 images could not be read and were replaced by others:" in text
     assert "sample 4 is gone" in text
     assert "sample 7 is gone" in text
 
