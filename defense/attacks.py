@@ -25,8 +25,8 @@ class Attacked(NamedTuple):
 
     Attributes:
         pixels: (B, C, H, W), the candidates.
-        zero_gradients: bool (B,), whose gradient was zero at some step.
-        bad_gradients: bool (B,), whose gradient was not finite at some step.
+        zero_gradients: bool (B,), True for images whose gradient was zero at some step.
+        bad_gradients: bool (B,), True for images whose gradient was not finite at some step.
     """
 
     pixels: Tensor
@@ -39,17 +39,17 @@ class Attack:
     """An L-infinity attack, white box unless `gray`.
 
     White box: the exact gradient through noise, denoiser, clamp and classifier, averaged over `eot` draws (Athalye et
-    al. 2018). Both ways to average are run, the gradient of the mean loss and that of the loss of the mean
-    probability, and every restart; of these candidates the one that misleads most *selection* draws is taken, by
-    image. Gray box: the attacker knows the classifier but not that it is defended.
+    al. 2018). The attack runs with the gradient of the mean loss, with that of the loss of the mean probability, and
+    from every restart. Of these candidates it takes, for each image, the one that misleads most *selection* draws.
+    Gray box: the attacker knows the classifier, but not that it is defended.
 
     Attributes:
         name: fgsm (Goodfellow et al. 2015: one step of size epsilon) or pgd (Madry et al. 2018).
         epsilon: radius in [0, 1] units.
         steps: of PGD. The step size is epsilon / 4, halved after half and again after three quarters of the steps.
-        eot: draws per gradient, and for selection.
+        eot: draws for each gradient, and for the selection.
         restarts: random starts of PGD, uniform in the ball.
-        gray: attack the classifier alone.
+        gray: attack the classifier without its defense.
     """
 
     name: str
@@ -107,15 +107,15 @@ class Attack:
         """Attack one batch.
 
         Args:
-            defense: the target; gray box attacks see its classifier alone.
+            defense: the target; a gray box attack uses its classifier alone.
             pixels: (B, C, H, W) in [0, 1].
             labels: int64 (B,).
-            ids: int64 (B,), sample ids: they key the starts and the draws, so a sample's attack does not depend on its
-                batch.
+            ids: int64 (B,), sample ids: they key the starts and the draws, so the attack on a sample does not depend on
+                the batch that it is in.
             seed: of the evaluation.
 
         Returns:
-            Candidates within epsilon of the pixels, and the health of the gradients.
+            Candidates within epsilon of the pixels, and where gradients were zero or not finite.
         """
         target = De3(None, defense.classifier, None).to(pixels.device) if self.gray else defense
         eot = self.eot if target.is_random else 1
@@ -152,13 +152,13 @@ class Attack:
 
 
 def radius_text(epsilon: float) -> str:
-    """The radius as users write it, 4/255 where that is it; `Attack.parse` gives the same number back."""
+    """The radius as users write it, as in 4/255 where that is exact; `Attack.parse` reads the same number from it."""
     levels = round(epsilon * 255)
     return f"{levels}/255" if levels / 255 == epsilon else repr(epsilon)
 
 
 def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: str) -> Tensor:
-    """Gradient of the loss to be raised, averaged over draws, with respect to pixels."""
+    """Gradient of the loss that the attack raises, averaged over draws, with respect to pixels."""
     with torch.enable_grad():
         leaf = pixels.detach().requires_grad_()
         logits = target.draw_logits(leaf, seeds, surrogate=True)
@@ -168,7 +168,7 @@ def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: 
         else:
             loss = math.log(len(logits)) - log_probability.logsumexp(dim=0)
         total = loss.gather(1, labels[:, None]).sum()
-        # A classifier without a derivative has gradient zero, and is counted so, instead of stopping an evaluation.
+        # A classifier without a derivative counts as one of gradient zero: an error would stop the evaluation.
         if not total.requires_grad:
             return torch.zeros_like(pixels)
         return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
@@ -176,10 +176,10 @@ def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: 
 
 @torch.no_grad()
 def _selection_rank(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-    """(B,), higher is worse for the defense: misled draws first, mean loss second."""
+    """(B,), larger for candidates that mislead more draws; of equal ones, for those of larger mean loss."""
     logits = target.draw_logits(pixels, seeds)
     misled = (logits.argmax(dim=-1) != labels).float().mean(dim=0)
     expanded = labels.expand(len(logits), -1)
     loss = F.cross_entropy(logits.flatten(0, 1), expanded.flatten(), reduction="none").view_as(expanded).mean(dim=0)
-    # 1 - 1 / (1 + loss) lies in [0, 1], infinite losses included: it orders equal counts, and never outweighs a draw.
+    # 1 - 1 / (1 + loss) lies in [0, 1], also for an infinite loss: it orders equal counts, and never exceeds a draw.
     return misled * len(logits) + torch.nan_to_num(1 - 1 / (1 + loss), nan=0.0)

@@ -39,15 +39,15 @@ class De3(nn.Module):
     from its own stream: the global torch generator is neither read nor seeded, every call draws afresh, and copies of
     the module and ranks of a job draw differently. `frozen` gives a deterministic function of the image instead.
 
-    A `Classifier` of the denoiser's image and patch size is handed patches, with the same logits, and pixels are never
-    put together between the two networks. It gets pixels all the same where a call of it is more than
-    `Classifier.forward`: a subclass, a wrapper, hooks or a replaced `forward`, of it or of its patch embedding.
+    A `Classifier` of the denoiser's image and patch size gets patches, with the same logits: pixels are not assembled
+    between the two networks. It gets pixels if calling it would run more than `Classifier.forward`: that of a subclass
+    or a wrapper, hooks or a replaced `forward`, in the classifier or in its patch embedding.
 
     Args:
         denoiser: an `Autoencoder`, or None for noise alone (a classifier fine-tuned on noise; not clipped).
         classifier: any module from pixels in [0, 1] to logits. Normalisation lives inside it.
         sigma: noise level in 0-255 pixel levels, the dial between accuracy and robustness; None turns the defense off.
-        draws: draws of the noise per call, aggregated.
+        draws: draws of the noise per call, whose logits are aggregated.
         aggregate: "logits" (their mean over the draws) or "vote" (majority vote: the logs of the shares of votes, ties
             broken by the mean probability; its gradient is that of the log of the mean probability).
         degrade: "noise" (NIM), "mask" (MAE; give sigma=0) or "both" (DMAE).
@@ -121,7 +121,7 @@ class De3(nn.Module):
 
     @property
     def case(self) -> str:
-        """What the classifier sees, as a word: "noise, raw target", "noise, input statistics", "noisy", ..."""
+        """What images the classifier gets, in words: "noise, raw target", "noise, input statistics", "noisy", ..."""
         return case_of(self.denoiser, self.degrade, self.statistics)
 
     @property
@@ -165,9 +165,9 @@ class De3(nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copying and pickling both come through here: the copy gets a number, from which its stream follows.
+        # Copying and pickling both call this. The copy gets a number, from which its stream of noise is derived.
         self._copies += 1
-        # A dictionary of its own, or the key that a shallow copy takes would become the original's too.
+        # A shallow copy needs a dictionary of its own: in a shared one, its new key would replace the original's.
         return {**self.__dict__, "_buffers": dict(self._buffers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ class De3(nn.Module):
             self._copies, self._calls = 0, torch.zeros_like(self._calls)
 
     def _replicate_for_data_parallel(self) -> Any:
-        # DataParallel makes new replicas at every call and throws them away: their own counters never move.
+        # DataParallel makes new replicas at every call and drops them after it, so a counter of theirs would stay at 0.
         self._copies += 1
         replica = super()._replicate_for_data_parallel()
         replica._replica = self._copies
@@ -191,9 +191,17 @@ class De3(nn.Module):
     def seeds(
         self, run_seed: int | Tensor, domain: Domain, ids: Tensor, draws: int = 1, step: int | Tensor = 0
     ) -> Tensor:
-        """Seeds (draws * self.draws, B) for draws of this defense on samples with ids (B,).
+        """Seeds for draws of this defense.
 
-        A frozen defense answers with its fixed seeds, one for all images.
+        Args:
+            run_seed: int64, of the evaluation, or of the defense's own stream.
+            domain: what the draws are for; draws of two domains are independent.
+            ids: int64 (B,), sample ids.
+            draws: aggregated answers, each of `self.draws` draws.
+            step: of an attack.
+
+        Returns:
+            int64 (draws * self.draws, B). A frozen defense returns its fixed seeds, which are the same for all images.
         """
         count = draws * self.draws
         if self._is_frozen:
@@ -240,7 +248,7 @@ class De3(nn.Module):
             statistics=self.statistics,
             classifier=classifier,
         )
-        # Masks know no levels: every level has the same images.
+        # Masking does not depend on sigma, so the images are the same at every level.
         return rebuilt.expand(*sigma.shape[:-1], *rebuilt.shape) if self.degrade == "mask" else rebuilt
 
     def _classify(self, images: Tensor) -> Tensor:
@@ -258,7 +266,7 @@ class De3(nn.Module):
         return logits.reshape(*patches.shape[:-2], logits.shape[-1])
 
     def _takes_patches(self) -> Classifier | None:
-        """The classifier, if it fits the denoiser and nobody would miss the pixels."""
+        """The classifier, if it can take the denoiser's patches and none of its code expects pixels; else None."""
         model = self.classifier
         if self.denoiser is None or not isinstance(model, Classifier) or not _is_plain(model, Classifier):
             return None
@@ -276,8 +284,8 @@ class De3(nn.Module):
         if surrogate:
             return mean_log
         votes = F.one_hot(grouped.argmax(dim=-1), grouped.shape[-1]).to(logits.dtype).mean(dim=-3)
-        # Less than half a vote in all: it orders ties and classes without a vote, and changes nothing else. Added by
-        # logarithms, so that a class without a vote and of tiny probability has no infinite loss.
+        # The mean probability adds less than half a vote in all: it orders ties and classes without votes, and changes
+        # nothing else. The sum of logarithms stays finite for a class without votes and of tiny probability.
         shares = torch.logaddexp(votes.log(), mean_log - math.log(4 * self.draws))
         return shares.detach() + (mean_log - mean_log.detach())
 
@@ -287,7 +295,7 @@ class De3(nn.Module):
         Args:
             pixels: (B, C, H, W) in [0, 1].
             seeds: int64 (draws * self.draws, B), see `seeds`.
-            surrogate: for "vote", the log of the mean probability instead of the votes: what an attack should climb.
+            surrogate: for "vote", return the log of the mean probability instead of the votes, for an attack to raise.
 
         Returns:
             (draws, B, K), aggregated over self.draws. Differentiable in pixels. Values are not checked.
@@ -309,7 +317,7 @@ class De3(nn.Module):
         return self.draw_logits(pixels, self._next_seeds(pixels.shape[0]).to(pixels.device))[0]
 
     def degraded(self, pixels: Tensor, seeds: Tensor) -> Tensor:
-        """The degraded image that `denoise` rebuilds, for pictures: noisy pixels, hidden patches grey; not clipped.
+        """The degraded images that `denoise` rebuilds, for display: noisy pixels, hidden patches grey; not clipped.
 
         Args:
             pixels: (B, C, H, W) in [0, 1].
@@ -326,7 +334,7 @@ class De3(nn.Module):
         return torch.where(squares.movedim(-1, -3), images.new_tensor(0.5), images)
 
     def denoise(self, pixels: Tensor, sigma: float | None = None, *, seeds: Tensor | None = None) -> Tensor:
-        """What the classifier would see: degraded and rebuilt pixels.
+        """The images that the classifier would get: degraded and rebuilt pixels.
 
         Args:
             pixels: (B, C, H, W) in [0, 1].
@@ -389,7 +397,7 @@ class De3(nn.Module):
         seeds = seeds.to(pixels.device)
         levels = torch.tensor(list(sigmas), dtype=pixels.dtype, device=pixels.device)
         logits: Tensor | None = None
-        # The largest blocks of (images, draws, levels) that fit: all levels of a draw first, for they share it.
+        # The largest blocks of (images, draws, levels) that fit. Levels come first: they share the noise of a draw.
         level_block = min(len(levels), max_batch)
         draw_block = min(len(seeds), max(1, max_batch // level_block))
         image_block = min(batch, max(1, max_batch // (level_block * draw_block)))

@@ -38,7 +38,7 @@ WORST = "worst"
 
 
 class HealthWarning(UserWarning):
-    """A result that is not what it looks like; `Evaluation.warnings` and the report have them all."""
+    """A health check doubts a result (docs/method.md). `Evaluation.warnings` and the report have all such warnings."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class EvaluationSettings:
     """Settings of an evaluation.
 
     Attributes:
-        attacks: text forms of attacks, see `Attack`; the row without an attack is always there.
+        attacks: text forms of attacks, see `Attack`; a row without an attack is always added.
         score_draws: R, fresh draws per image for the score, and again for the confirmation.
         seed: of the evaluation.
-        max_batch: images that go through the networks in one pass; bounds memory. One image with all draws of an
-            attack's gradient always goes at once.
+        max_batch: images that go through the networks in one pass; bounds memory. At least one image, with all draws of
+            a gradient of the attack, is in a pass.
         examples: images that are kept for the gallery.
     """
 
@@ -148,7 +148,7 @@ def evaluate(
         settings: attacks, score draws and seed.
         out: folder of the evaluation.
         classes: names of the classes, for the report.
-        console: where progress goes.
+        console: for progress.
 
     Raises:
         ValueError: no defense, no images, or `out` holds an evaluation of other settings, weights or images.
@@ -217,7 +217,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 
 
 def _claim_folder(out: Path, defenses: Mapping[str, De3], loader: Loader, settings: EvaluationSettings) -> None:
-    """Write down what is evaluated, weights and first images included, or check it against what stands there."""
+    """Write evaluation.json, or check that the one in the folder is of the same settings, weights and first batch."""
     first = next(loader.epoch(0), None)
     if first is None:
         raise ValueError("evaluate needs images, and the loader yields none")
@@ -257,9 +257,9 @@ class _Records:
         self.rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
         if file.exists():
             for line in file.read_text().splitlines():
-                if line.endswith("}"):  # a kill can leave the last line half written
+                if line.endswith("}"):  # a process that is killed can leave half a line at the end
                     self._add(json.loads(line))
-            # Written again without such a line, so that the next one does not continue it.
+            # The file is rewritten without such a line: the next record would be appended to it.
             with atomic_write(file) as staged:
                 staged.write_text(
                     "".join(json.dumps(row) + "\n" for cell in self.rows.values() for row in cell.values())
@@ -338,7 +338,7 @@ def _evaluate_cell(
                         "bad_gradients": int(bad[row]),
                     }
                     for row in range(len(ids))
-                    if int(ids[row]) not in done  # else run again for the gallery alone
+                    if int(ids[row]) not in done  # else the image is attacked again for the gallery alone
                 ]
             )
             if missing:
@@ -395,7 +395,7 @@ def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], record
     for radius, names in by_radius.items():
         if len(names) > 1:
             columns.append((f"{WORST} {radius_text(radius)}", radius, names))
-    # An image whose file is lost half-way has records in some cells alone; cells are compared over the same images.
+    # An image whose file is lost during the evaluation has records in some cells only. Cells must have the same images.
     ids = sorted(
         set.intersection(*(set(records.cell(name, text)) for name in defenses for text, _, c in columns if not c))
     )
@@ -405,7 +405,7 @@ def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], record
         for text, epsilon, candidates in columns:
             rows = [records.cell(name, candidate) for candidate in candidates or [text]]
             rows.sort(key=lambda cell: -sum(cell[i]["missed"] for i in ids))
-            # A stable maximum: of attacks that miss an image as often, the one that misses most in all.
+            # max takes the first of equal ones: the attack that misleads most draws of all images.
             worst = [max((row[i] for row in rows), key=lambda record: record["missed"]) for i in ids]
             predictions = np.array([record["predictions"] for record in worst])
             labels = np.array([record["label"] for record in worst])
@@ -427,7 +427,7 @@ def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], record
 
 
 def _health(defenses: Mapping[str, De3], cells: Sequence[Cell], records: _Records) -> list[str]:
-    """Checks that tell an attack that failed from a defense that held (docs/method.md, "Health checks")."""
+    """Warnings of the checks that tell a failed attack from a robust defense (docs/method.md, "Health checks")."""
     notes = []
     for (name, text), rows in records.rows.items():
         zero = sum(row["zero_gradients"] for row in rows.values())

@@ -33,7 +33,7 @@ from denim.nim.files import atomic_write
 
 __all__ = ["Curve", "curves", "print_table", "tradeoff", "write_report"]
 
-# Okabe and Ito (2008), "Color Universal Design", without the yellow, which white paper swallows.
+# Okabe and Ito (2008), "Color Universal Design", without yellow, which is hard to see on white.
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^DvPX<>*"
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
@@ -123,7 +123,7 @@ def tradeoff(evaluation: Evaluation) -> Figure:
             value, low, high = _percent(means)
             # Rounding can put the end of an interval at 0 or 1 on the wrong side of its value.
             bars = np.stack([value - low, high - value]).clip(min=0)
-            # Beside each other, or the attacks on one defense would hide one another.
+            # Beside each other: at one place, the attacks on a defense would hide one another.
             places = np.arange(len(references)) + 0.7 * ((i + 0.5) / len(attacks) - 0.5)
             axes.errorbar(places, value, yerr=bars, capsize=2, linestyle="none", **looks[attack])
         labels = [_tick(name, cells[name, attacks[0]]) for name in references]
@@ -144,7 +144,7 @@ def tradeoff(evaluation: Evaluation) -> Figure:
 
 
 def _looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every attack; the worst of several is a ring, for it often lies on one of them."""
+    """Colour and marker of every attack; the worst of several is a ring, since it often coincides with one of them."""
     colours: Sequence[Any] = PALETTE
     if len(attacks) > len(PALETTE):
         colours = list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(attacks))))
@@ -196,7 +196,7 @@ def write_report(evaluation: Evaluation, out: Path, *, title: str) -> Path:
 def print_table(evaluation: Evaluation, console: Console) -> None:
     """Print mean accuracies with 95 % intervals, defenses by attacks, then what the numbers are, then the warnings.
 
-    Nothing is cut off: where the console is too narrow for all attacks, the table goes on below.
+    Nothing is cut off: where the console is too narrow for all attacks, there are several tables.
     """
     attacks = _attacks(evaluation)
     form: Callable[[Interval], str] = str
@@ -243,12 +243,12 @@ def _attacks(evaluation: Evaluation) -> list[str]:
 
 
 def _is_derived(attack: str) -> bool:
-    """Whether this column is no attack of its own."""
+    """Whether a column is not one attack: without any, or the worst of several."""
     return attack == CLEAN or attack.startswith(f"{WORST} ")
 
 
 def _short(attacks: Sequence[str]) -> dict[str, str]:
-    """Names for column heads: `pgd 4/255`, with those options alone that tell it from another of these attacks."""
+    """Names for column heads: `pgd 4/255`, with only the options in which attacks of that name and radius differ."""
     parts = {attack: attack.split(",") for attack in attacks}
     names = {}
     for attack, (head, *options) in parts.items():
@@ -433,7 +433,7 @@ attack, with 95 % bands, beside the defenses that are on no line. The numbers ar
 def _warnings(evaluation: Evaluation) -> str:
     if not evaluation.warnings:
         return "<p>No health check of the attacks gave a warning.</p>"
-    # The page explains them itself: a link into the documentation would not work from a folder of results.
+    # A link into the documentation would not work from a folder of results, so the page has an explanation of its own.
     items = (
         re.sub(r"docs/[\w./-]+\.md(, [\w ]+)?", r'<a href="#health">\g<0></a>', html.escape(warning))
         for warning in evaluation.warnings

@@ -54,9 +54,9 @@ def _wilson(successes: float, images: int) -> Interval:
 def score(predictions: npt.ArrayLike, labels: npt.ArrayLike) -> Scores:
     """Score predictions of fresh draws.
 
-    Intervals are Wilson's (1927). For `mean` the shares of correct draws are counted as fractions of a success; the
-    variance of a share is at most that of a coin with its mean, so the interval is conservative, and it never has
-    zero width, unlike those that estimate the variance.
+    Intervals are Wilson's (1927). For `mean` the shares of correct draws are counted as fractions of a success. The
+    variance of a share in [0, 1] is at most that of a Bernoulli variable with the same mean, so the interval is
+    conservative. Unlike an interval from an estimated variance, it never has zero width.
 
     Args:
         predictions: int (N, R), the class that draw r gives image n.

@@ -11,10 +11,10 @@ __all__ = ["Attention", "set_attention"]
 
 
 class Attention(TimmAttention):
-    """timm's multi-head self-attention, by the fastest backend that serves; an `attn_layer` of timm's blocks and ViTs.
+    """timm's multi-head self-attention, computed by a backend of `denim.kernels.attention`.
 
-    Arguments, parameters and their names are timm's. Queries, keys and values are views of one packed tensor
-    (B, N, 3, heads, head_dim), as xformers takes it without a copy.
+    timm's blocks and ViTs take it as `attn_layer`. Arguments, parameters and their names are timm's. Queries, keys and
+    values are views of one packed tensor (B, N, 3, heads, head_dim), which xformers takes without a copy.
 
     Attributes:
         backend: "auto" (the first that serves), "xformers", "sdpa" or "math"; see `set_attention`.
@@ -45,7 +45,7 @@ class Attention(TimmAttention):
         batch, length, _ = x.shape
         packed = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = (part.transpose(1, 2) for part in packed.unbind(2))
-        # Under autocast a norm gives float32, which only SDPA would cast back by itself.
+        # Under autocast a norm returns float32. SDPA alone would cast it back by itself.
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         mixed = attention(query, key, value, backend=self.backend)
         mixed = mixed.transpose(1, 2).reshape(batch, length, self.num_heads * self.head_dim)
@@ -59,7 +59,7 @@ def set_attention(model: nn.Module, backend: str) -> None:
     Args:
         model: holds `Attention` modules, as every `Autoencoder`, `Classifier` and `De3` of them does.
         backend: "auto", "xformers", "sdpa" or "math". A choice that cannot serve a call raises at that call, with its
-            reasons; `denim.kernels.attention_backends` tells beforehand.
+            reasons; `denim.kernels.attention_backends` gives them without a call.
 
     Raises:
         ValueError: unknown backend, or a model without such modules.

@@ -1,7 +1,7 @@
-"""The denoiser: MAE's asymmetric encoder-decoder, built from timm's public pieces, working on patches.
+"""The denoiser: MAE's asymmetric encoder-decoder on patches, built from timm's public pieces.
 
-Parameters carry the names of the published MAE and NIM checkpoints, which for the encoder are timm's own: the encoder,
-a classifier fine-tuned from it and any plain timm ViT exchange weights by name.
+Parameters have the names of the published MAE and NIM checkpoints. For the encoder these are timm's own, so the
+encoder, a classifier fine-tuned from it and any plain timm ViT exchange weights by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def check_architecture(config: Any, *sizes: str) -> None:
-    """What the configs of all models share: tuples from JSON's lists, and values that fit together.
+    """Check the entries that the configurations of all models share, and turn JSON's lists into tuples.
 
     Raises:
         ValueError: a size (patch_size, embed_dim, depth, num_heads and the named ones) that is no positive integer,
@@ -99,7 +99,7 @@ class AutoencoderConfig:
 
     @property
     def channels(self) -> int:
-        """Number of image channels."""
+        """Number of image channels C."""
         return len(self.mean)
 
     @property
@@ -137,10 +137,15 @@ def preset(
     channels: int | None = None,
     **other: Any,
 ) -> AutoencoderConfig:
-    """A preset, with another image size, patch size or number of channels where given.
+    """The configuration of a preset, changed where an argument is given.
 
-    Where `channels` is given, pixel statistics are ImageNet's for three channels, and mean 0.5, std 0.25 for any other
-    number; `mean` and `std` take precedence.
+    Args:
+        name: micro, tiny, small, base, large or huge.
+        img_size: side of a square image in pixels.
+        patch_size: side of a patch in pixels.
+        channels: sets mean and std as well, to ImageNet's for three channels and to 0.5 and 0.25 for any other number,
+            unless `mean` and `std` are among the other entries.
+        other: further entries of `AutoencoderConfig`.
 
     Raises:
         ValueError: unknown preset (the valid ones are listed) or sizes that do not fit together.
@@ -197,7 +202,7 @@ class Mask(NamedTuple):
 
 def _sincos(grid_size: tuple[int, int], embed_dim: int) -> Tensor:
     """Fixed 2-d sine-cosine positions (1, 1 + L, embed_dim), with a zero row for the class token."""
-    # timm puts the row's half first, the published code the column's.
+    # timm's first half encodes the row of a patch, that of the published code the column.
     positions = build_sincos2d_pos_embed(list(grid_size), embed_dim, interleave_sin_cos=True).roll(
         embed_dim // 2, dims=1
     )
@@ -205,7 +210,7 @@ def _sincos(grid_size: tuple[int, int], embed_dim: int) -> Tensor:
 
 
 class Autoencoder(Pretrained, nn.Module):
-    """Encoder over patches, decoder back to patches.
+    """The asymmetric autoencoder of MAE (He et al. 2022), from patches to predicted patches.
 
     `forward` takes patches (N, L, D) in normalised space, with a `Mask` for MAE and DMAE, and returns predictions
     (N, L, D): of the normalised target where `config.target` is "norm", of pixels otherwise.

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with model.safetensors and config.json, written atomically, as on the Hugging Face hub."""
+"""Checkpoints of models: folders with model.safetensors and config.json, as on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["CheckpointError", "Pretrained", "read_safetensors", "with_todays_nam
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-# Names that earlier versions wrote into config.json, run.json and evaluation.json, and today's.
+# Names of entries that earlier versions wrote into config.json, run.json and evaluation.json: today's names.
 OLD_NAMES = {
     "image_size": "img_size",
     "width": "embed_dim",
@@ -173,7 +173,9 @@ def _fetch(source: str | Path, revision: str | None, token: str | None) -> Path:
     if folder.exists():
         raise CheckpointError(f"{source} is a file; a checkpoint of Denim is a folder (foreign files: `load_foreign`)")
     if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise CheckpointError(f"no folder {source}, and it has not the form owner/name of a repository on the hub")
+        raise CheckpointError(
+            f"no folder {source}, and it does not have the form owner/name of a repository on the hub"
+        )
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -181,4 +183,6 @@ def _fetch(source: str | Path, revision: str | None, token: str | None) -> Path:
             )
         )
     except (OSError, HFValidationError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise CheckpointError(f"no folder {source}, and the hub gave no repository of that name: {error}") from error
+        raise CheckpointError(
+            f"no folder {source}, and no repository of that name could be fetched from the hub: {error}"
+        ) from error

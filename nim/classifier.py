@@ -61,16 +61,22 @@ class ClassifierConfig:
 
     @classmethod
     def for_encoder(cls, encoder: AutoencoderConfig, num_classes: int, **other: Any) -> ClassifierConfig:
-        """The classifier whose body is the encoder of an autoencoder."""
+        """The configuration of a classifier whose body is the encoder of an autoencoder.
+
+        Args:
+            encoder: the autoencoder's configuration.
+            num_classes: number of logits.
+            other: further entries of `ClassifierConfig`.
+        """
         shared = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")
         return cls(num_classes, **{name: getattr(encoder, name) for name in shared}, **other)
 
 
 class PatchEmbed(TimmPatchEmbed):
-    """timm's patch embedding, which also takes images that are patches already, (B, L, D)."""
+    """timm's patch embedding, for images (B, C, H, W) or their patches (B, L, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, embed_dim) for normalised images (B, C, H, W), or for their patches."""
+        """Tokens (B, L, embed_dim) for normalised images (B, C, H, W) or their patches (B, L, D)."""
         if x.dim() == 4:
             tokens: Tensor = super().forward(x)
             return tokens
@@ -118,8 +124,8 @@ class Classifier(Pretrained, VisionTransformer):
     def forward_patches(self, patches: Tensor) -> Tensor:
         """Logits (B, K) for patches (B, L, D) in (row, column, channel) order, normalised with `config.mean` and std.
 
-        Those of `forward` on the pixels, which need not be put together: `decode_patches` and `normalized_patches` give
-        such patches. Forward hooks of this module and of the convolution in its `patch_embed` see nothing of the call.
+        The logits are those of `forward` on the same images. `decode_patches` and `normalized_patches` return such
+        patches. Forward hooks of this module, and of the convolution in its `patch_embed`, are not called.
 
         Args:
             patches: of dtype `patch_dtype`.
@@ -137,14 +143,14 @@ class Classifier(Pretrained, VisionTransformer):
 
     @property
     def patch_dtype(self) -> torch.dtype:
-        """Of the patches that the embedding multiplies: that of its weight, or autocast's where that applies."""
+        """dtype in which the embedding multiplies patches: that of its weight, or autocast's where autocast is on."""
         dtype, device = self.patch_embed.proj.weight.dtype, self.patch_embed.proj.weight.device.type
         # Autocast leaves float64 alone.
         autocast = dtype != torch.float64 and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if autocast else dtype
 
     def load_encoder(self, state: Mapping[str, Tensor]) -> None:
-        """Take the encoder's weights by name: of an autoencoder, a classifier or a plain timm ViT.
+        """Take the encoder's weights, by name, from the state dict of an autoencoder, a classifier or a plain timm ViT.
 
         The final norm comes along only for the pooling that has it ("token"); the published "avg" starts a new one.
 

@@ -1,7 +1,7 @@
-"""Checkpoints of other code, and plain timm ViTs in both directions.
+"""Checkpoints of MAE, NIM-AdvDef and timm as models of this package, and models as plain timm ViTs.
 
-The published checkpoints of MAE and NIM-AdvDef and timm's plain ViTs name their weights as this package does, so
-nothing is renamed or reshaped here: the architecture is read off the weights, and whatever does not fit is refused.
+All three name their weights as this package does, so nothing is renamed or reshaped here. The architecture is read off
+the shapes of the weights, and weights that do not fit it are refused.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _torch_load(path: Path) -> Any:
         # The finetuned checkpoints of MAE keep their command line, a Namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise whatever they happen to mean to the unpickler
+    except Exception as error:  # damaged bytes make the unpickler raise errors of any type
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
             raise CheckpointError(
@@ -136,8 +136,8 @@ def load_foreign(
         num_heads: attention heads of the encoder; by default those of the published ViT of this embed_dim.
         decoder_num_heads: of the decoder; by default the published number.
         img_size: in pixels; needed for images that are not square.
-        mean, std: per-channel statistics in [0, 1] units; by default ImageNet's, needed unless there are three
-            channels. Many of timm's own ViTs were trained with 0.5 and 0.5: nothing in the weights tells.
+        mean, std: per-channel statistics in [0, 1] units; by default ImageNet's; needed unless there are three
+            channels. Many of timm's own ViTs were trained with 0.5 and 0.5, which the weights do not show.
         target: for an autoencoder, "norm" where its target was normalised per patch, else "raw".
         objective: for an autoencoder, what it was pretrained for: nim, mae or dmae.
         trained_on: for a classifier, what it was fine-tuned on (see `ClassifierConfig`).
@@ -147,7 +147,7 @@ def load_foreign(
 
     Raises:
         CheckpointError: see `read_state_dict`; an encoder alone; weights that are no plain ViT's.
-        ValueError: an option is needed that the weights do not tell, or one contradicts them.
+        ValueError: an option is missing that cannot be read off the weights, or one contradicts them.
     """
     state = read_state_dict(path, part)
     decoder, head = "decoder_pred.weight" in state, "head.weight" in state
@@ -195,7 +195,7 @@ def load_foreign(
     # The initial weights are thrown away; drawing them must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = Autoencoder(config) if decoder else Classifier(config)
-    model.load_weights(state, f"{path} holds no plain ViT. {_EXCHANGEABLE}. In the way")
+    model.load_weights(state, f"{path} holds no plain ViT. {_EXCHANGEABLE}. Differences")
     return model.eval()
 
 
@@ -237,10 +237,10 @@ def _img_size(given: int | tuple[int, int] | None, length: int, patch_size: int,
 
 
 def to_timm(model: Autoencoder | Classifier) -> VisionTransformer:
-    """A plain timm ViT with copies of a model's weights; it takes *normalised* images, as all of timm's.
+    """A plain timm ViT with copies of a model's weights; it takes *normalised* images, as all ViTs of timm do.
 
     A classifier becomes one with the same logits. Of an autoencoder the encoder is kept, with its final norm, class
-    token pooling and no head (`reset_classifier` makes one). Drop rates are settings of training and are left at zero.
+    token pooling and no head (timm's `reset_classifier` makes one). Drop rates are settings of training and stay zero.
 
     Returns:
         The ViT, on the device and in the dtype of the model, in evaluation mode.
@@ -279,7 +279,7 @@ def from_timm(
         training and are left at zero.
 
     Raises:
-        ValueError: the ViT is a variant that cannot be exchanged; the message names all that is in the way.
+        ValueError: the ViT is a variant that cannot be exchanged; the message lists the differences.
     """
     if type(vit) is not VisionTransformer:
         raise _refusal([f"it is a {type(vit).__name__}, not timm's VisionTransformer itself"])
@@ -314,7 +314,7 @@ def _refusal(obstacles: list[str]) -> ValueError:
 
 
 def _unusual_settings(vit: Any) -> list[str]:
-    """What a ViT's settings say against it."""
+    """The settings of a ViT that a plain one does not have, in words."""
     embed = vit.patch_embed
     square = embed.patch_size[0] == embed.patch_size[1]
     settings = {
@@ -341,7 +341,7 @@ _TERMS = {
     "norm_pre": "a norm before the blocks",
     "fc_norm": "another place of the final norm",
 }
-# Modules that compute the same: dropout does nothing in evaluation mode.
+# Modules that compute the same in evaluation mode, in which dropout does nothing.
 _KINDS: dict[type[nn.Module], str] = {
     **dict.fromkeys((nn.Identity, nn.Dropout, DropPath, PatchDropout), "Identity"),
     **dict.fromkeys((nn.LayerNorm, LayerNorm), "LayerNorm"),
@@ -351,9 +351,9 @@ _SETTINGS = ("eps", "approximate", "num_heads", "scale", "stride", "padding", "d
 
 
 def _unusual_modules(vit: Any, heads: int) -> list[str]:
-    """What a ViT's modules and weights say against it, each said once for all blocks.
+    """The modules and weights of a ViT that a plain one does not have, in words, once for all blocks.
 
-    They are compared with those of a plain one, so that variants which timm has yet to invent are caught too.
+    All of them are compared with those of a plain ViT, so that variants that timm adds later are refused too.
     """
     with torch.random.fork_rng(devices=[]):
         plain = VisionTransformer(  # one block: those of the ViT are all compared with it

@@ -44,6 +44,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _sync(file: Path) -> None:
-    """Bring a file to disk before its name: after a power cut the name must not point at nothing."""
+    """Write a file's content to disk before it is renamed: else a power cut could leave the new name without it."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

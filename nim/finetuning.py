@@ -121,9 +121,9 @@ def accuracy(
     workers: int = 0,
     max_bad: float = 0.01,
 ) -> float:
-    """Share of a source's images that a classifier gets right, undegraded and undefended.
+    """Share of a source's images that a classifier gets right, without noise and without a defense.
 
-    Each image that can be read counts once.
+    Every image that can be read counts once.
 
     Args:
         model: a classifier, in evaluation mode.

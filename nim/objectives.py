@@ -1,4 +1,4 @@
-"""Pretraining objectives: noisy image modeling and its closest relatives, by one switch."""
+"""Pretraining objectives: noisy image modeling (NIM), masked (MAE) and denoising masked autoencoding (DMAE)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OBJECTIVES: dict[str, str | None] = {"nim": "gamma:25,3", "mae": None, "dmae": "
 
 @dataclass(frozen=True)
 class Objective:
-    """What is done to the input, and which patches count.
+    """How the input is degraded, and over which patches the loss is averaged.
 
     ========  ======  =====  =====================
     name      noise   mask   loss over
@@ -48,7 +48,7 @@ class Objective:
 
     @classmethod
     def published(cls, name: str, sigma: str | None = None, mask_ratio: float = 0.75) -> Objective:
-        """An objective with its published noise levels where `sigma` does not say otherwise."""
+        """An objective; without `sigma`, with its published noise levels."""
         text = sigma if sigma is not None else OBJECTIVES.get(name)
         return cls(name, None if text is None else Sigma.parse(text), mask_ratio)
 

@@ -1,4 +1,4 @@
-"""Degrade and rebuild: what the defense does at test time and fine-tuning does to its training images."""
+"""Degrade images and rebuild them, as the defense does at test time and fine-tuning with its training images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_noise(images: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
 
 
 def check_degradation(autoencoder: Autoencoder | None, degrade: str, statistics: str) -> None:
-    """Check that the ways to degrade and to un-normalise exist, and fit the autoencoder where one is given.
+    """Check `degrade` and `statistics`, and that they fit the autoencoder where one is given.
 
     Raises:
         ValueError: an unknown option (the valid ones are listed), or noisy statistics where there is no noise.
@@ -49,18 +49,27 @@ def check_degradation(autoencoder: Autoencoder | None, degrade: str, statistics:
     if statistics not in ("input", "noisy"):
         raise ValueError(f'statistics must be "input" or "noisy", got {statistics!r}')
     if degrade == "mask" and statistics == "noisy" and autoencoder is not None and autoencoder.config.target == "norm":
-        raise ValueError('statistics="noisy" needs noise; with degrade="mask" the input is all there is')
+        raise ValueError('statistics="noisy" needs noise; with degrade="mask" there is none: take statistics="input"')
 
 
 def case_of(autoencoder: Autoencoder | None, degrade: str, statistics: str) -> str:
-    """The case of denoised images as a word, such as "noise, raw target" or "noise, input statistics"."""
+    """What images a classifier behind an autoencoder gets, in words (see `De3.case`).
+
+    Args:
+        autoencoder: the denoiser; None for noise alone.
+        degrade, statistics: see `reconstruct`.
+
+    Returns:
+        "noisy" without an autoencoder; else the degradation and where the decoder's statistics come from, such as
+        "noise, raw target", "noise, input statistics" or "both, noisy statistics".
+    """
     if autoencoder is None:
         return "noisy"
     return f"{degrade}, {f'{statistics} statistics' if autoencoder.config.target == 'norm' else 'raw target'}"
 
 
 def same_patches(autoencoder: Autoencoder, classifier: Classifier) -> bool:
-    """Whether images of the autoencoder, cut into its patches, are the classifier's."""
+    """Whether image size, patch size and channels of the two models are equal, so that they can exchange patches."""
     sizes = [(c.img_size, c.patch_size, len(c.mean)) for c in (autoencoder.config, classifier.config)]
     return sizes[0] == sizes[1]
 
@@ -88,8 +97,8 @@ def reconstruct(
         mask_ratio: share of hidden patches, for "mask" and "both".
         statistics: where a decoder of the normalised target gets each patch's mean and variance: "input" (as
             published, from the un-degraded image) or "noisy"; without effect for a raw target.
-        classifier: of the autoencoder's image and patch size, to get patches for its `forward_patches` instead of
-            pixels: the same images, which then never leave patch space between the two networks.
+        classifier: of the autoencoder's image and patch size: return patches for its `forward_patches` instead of
+            pixels, so that pixels are never assembled between the two networks.
 
     Returns:
         Pixels of shape sigma.shape[:-1] + seeds.shape[:-1] + (B, C, H, W), or patches (..., B, L, D) normalised for

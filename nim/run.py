@@ -21,7 +21,7 @@ __all__ = ["Metrics", "latest_checkpoint", "load_checkpoint", "prepare_folder", 
 TRAINING_FILE = "training.pt"
 MANIFEST_FILE = "manifest.safetensors"
 KEPT_CHECKPOINTS = 2
-# What may differ between a run and its resumption without changing a weight.
+# Settings that may differ between a run and its resumption, since they do not change its weights.
 FREE_SETTINGS = ("out", "resume", "workers", "loader", "max_bad", "checkpoint_every", "log_every")
 
 
@@ -32,7 +32,7 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def training_source(config: TrainConfig, channels: int | None, *, labelled: bool) -> Source:
-    """The training images. A resumed run has those that it began with, whatever has been added or damaged since.
+    """The training images of a run. A resumed run has those that it began with, even if the folder has changed since.
 
     Args:
         config: the settings.
@@ -100,7 +100,7 @@ def load_checkpoint(folder: Path, model: Pretrained, optimizer: torch.optim.Opti
         state = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         return {name: state[name] for name in ("update", "logged", "losses", "loader")}
-    except Exception as error:  # torch raises half a dozen types for a damaged file; none says which file
+    except Exception as error:  # torch raises errors of many types for a damaged file, and none names the file
         raise CheckpointError(f"{folder / TRAINING_FILE} cannot be read: {error}; remove {folder}") from error
 
 

@@ -1,7 +1,7 @@
 """Settings of pretraining and fine-tuning.
 
-Torch and the models are imported by the checks of the values alone: a command line reads its options off these classes
-before it imports them.
+The command line reads its options off these classes. So that its help answers at once, this file imports torch and the
+models where values are checked, and not at the top.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TrainConfig:
         epochs: Passes over the training images.
         warmup_epochs: Epochs of linear warm-up at the start; a cosine to min_lr follows, set at every update.
         batch_size: Images per update; learning rates scale linearly with it.
-        accumulate: Parts that a batch is cut into to save memory; their gradients are summed.
+        accumulate: Parts that a batch is cut into to save memory; their gradients are averaged.
         base_lr: Learning rate for a batch of 256 images.
         min_lr: Learning rate at the end, for this batch size.
         weight_decay: Weight decay of AdamW; biases and other 1-d parameters have none.
@@ -206,7 +206,7 @@ def pick_device(name: str) -> torch.device:
     """The torch device for "auto" (CUDA where there is one) or a name.
 
     Raises:
-        ValueError: CUDA was asked for and there is none, or the name is no device.
+        ValueError: not a device, or CUDA where there is none.
     """
     import torch
 
@@ -217,5 +217,5 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for and torch sees no CUDA device; see `denim doctor`")
+        raise ValueError(f"device {name!r} is not available: torch sees no CUDA device; see `denim doctor`")
     return device

@@ -18,7 +18,7 @@ _FORMS = "a number (70), gamma:CONCENTRATION,SCALE (gamma:25,3) or uniform:LOW,H
 
 @dataclass(frozen=True)
 class Sigma:
-    """A distribution of noise levels in 0-255 pixel levels, one level per image.
+    """A distribution of noise levels, one level per image, in 0-255 pixel levels.
 
     Text forms: `70`, `gamma:25,3` (concentration, scale: mean 75, standard deviation 15), `uniform:0,30`.
     """

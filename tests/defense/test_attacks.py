@@ -43,7 +43,7 @@ def curved() -> nn.Sequential:
 
 
 class Recorder(nn.Module):
-    """Passes on to a model and keeps what came in."""
+    """Calls a model and records its inputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def test_bad_settings_are_refused(options, message):
             Attack.parse(text)
 
 
-# What an attack gives
+# Results of an attack
 
 
 @settings(deadline=None, max_examples=25)
@@ -193,8 +193,8 @@ def test_a_linear_classifier_of_two_classes_is_driven_to_the_optimum(attack, sig
     weight = model[1].weight
     margin = torch.stack([weight[1 - label] - weight[label] for label in labels]).view(-1, 1, 8, 8)
     optimum = images(0.1, 0.9) + 8 / 255 * margin.sign()
-    # 8 steps reach it from any start in the ball: 4 x 1/4 + 2 x 1/8 + 2 x 1/16 = 1.375 radii is less than two, but the
-    # start lies uniformly in the ball; pixels that start further away end short by what is missing.
+    # 8 steps move a pixel by 4 x 1/4 + 2 x 1/8 + 2 x 1/16 = 1.375 radii. Starts are uniform in the ball: a pixel that
+    # starts further from the optimum than that ends short of it by the difference.
     if attack.name == "fgsm":
         torch.testing.assert_close(attacked.pixels, optimum, rtol=0, atol=ULP)
     else:
@@ -415,7 +415,7 @@ def test_a_candidate_of_infinite_loss_is_worse_than_a_finite_one():
     assert (brightness[1] > 0.525).all()
 
 
-# The health of gradients
+# Zero and non-finite gradients
 
 
 def test_zero_gradients_are_counted_by_image():

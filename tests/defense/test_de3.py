@@ -33,8 +33,8 @@ CASES = pytest.mark.parametrize(
         ("both", "norm", "noisy"),
     ],
 )
-# What a float64 network adds when the batch of its matrix products differs is about 1e-15; noise is float32 and the
-# same on both sides.
+# Matrix products of another batch size change the results of a float64 network by about 1e-15. Noise is float32, and
+# the same on both sides.
 CLOSE = {"rtol": 0, "atol": 1e-12}
 
 
@@ -55,7 +55,7 @@ def pixels(batch: int = BATCH) -> Tensor:
 
 
 def noise_only(**options) -> De3:
-    """Logits are the noisy pixels themselves: two calls that share a draw show it."""
+    """A classifier whose logits are the noisy pixels, so that two calls that share a draw are equal."""
     return De3(None, nn.Flatten(), 70, **options)
 
 
@@ -68,7 +68,7 @@ def level(degrade: str) -> float:
 
 
 class Recorder(nn.Module):
-    """Passes on to a model and keeps the size of every batch."""
+    """Calls a model and records the size of every batch."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Recorder(nn.Module):
 
 
 class Table(nn.Module):
-    """A classifier that answers with the rows of a table, whatever it sees."""
+    """A classifier whose logits are the rows of a table, whatever its input."""
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
@@ -482,7 +482,7 @@ def test_a_compiled_defense_draws_afresh(degrade, aggregate):
 
 
 def vit(kind: type[Classifier] = Classifier, **changes) -> Classifier:
-    # Statistics of its own, and exact in float32, in which the classifier keeps them.
+    # Other statistics than the denoiser's, and exact in float32, in which the classifier keeps them.
     config = replace(
         ClassifierConfig.for_encoder(CONFIG, CLASSES), mean=(0.375, 0.5), std=(0.25, 0.3125), trained_on="any"
     )
@@ -533,7 +533,7 @@ def test_a_fitting_classifier_gets_patches_and_answers_the_same(degrade, target,
 
 
 class Changed(Classifier):
-    """Of the kind, but with a forward of its own."""
+    """A subclass with a forward of its own."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images.flip(-1))
@@ -608,7 +608,7 @@ def test_patches_under_autocast_are_in_its_dtype(handed):
     torch.testing.assert_close(outcomes["patches", "float32"], outcomes["pixels", "float32"], rtol=1e-4, atol=1e-4)
     exact = outcomes["pixels", "float32"]
     error = {name: (outcomes[name, "bfloat16"] - exact).abs().max() for name in ("patches", "pixels")}
-    # The same roundings before the embedding; behind it, another order of sums rounds differently.
+    # Up to the embedding the roundings are equal; after it, sums in another order round differently.
     assert 0 < error["patches"] < 2 * error["pixels"] + 0.02 * exact.abs().max()
 
 
@@ -621,7 +621,7 @@ def test_patches_for_the_classifier_are_one_compiled_graph():
     logits = compiled(images)
     torch.testing.assert_close(logits, frozen(images), **CLOSE)
     torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), images)[0], expected, rtol=0, atol=1e-10)
-    # A hook that comes later is seen.
+    # A hook that is registered later counts as well.
     seen = []
     frozen.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     frozen(images)
@@ -645,7 +645,7 @@ def test_frozen_is_a_function_of_the_image_whatever_the_batch(degrade, target, s
     torch.testing.assert_close(frozen(images[[1, 0, 1, 2]]), together[[1, 0, 1, 2]], **CLOSE)
     torch.testing.assert_close(random.frozen(7)(images), together, **CLOSE)
     assert not torch.allclose(random.frozen(8)(images), together)
-    # And it is the defense: its seeds, drawn by hand, give it.
+    # The defense with the frozen seeds, derived by hand, has the same logits.
     seeds = frozen.seeds(123, Domain.SCORE, torch.arange(BATCH), 1)
     assert seeds.shape == (2, BATCH)
     assert (seeds == seeds[:, :1]).all()

@@ -52,7 +52,7 @@ class Wavy(Linear):
 
 
 class Images:
-    """A loader of ten images in batches of 4, 4 and 2; it can break down after some batches in all."""
+    """A loader of ten images in batches of 4, 4 and 2; it can raise after a number of batches."""
 
     steps_per_epoch = 3
 
@@ -116,7 +116,7 @@ def finished(tmp_path_factory) -> tuple[Path, object]:
 ROWS = ("none", "fgsm:12/255,eot=2", "pgd:12/255,steps=3,eot=2")
 
 
-# What is computed
+# Results
 
 
 def test_one_record_for_every_defense_attack_and_image(finished):
@@ -338,7 +338,7 @@ def test_examples_show_one_score_draw(finished):
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    # The order of lines is that of work, whatever was lost.
+    # The lines are in the order in which they were computed.
     return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
@@ -353,11 +353,11 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(finished, tmp_path_factor
         file = out / "records.jsonl"
         if file.exists():
             written = file.read_bytes()
-            # What a kill leaves: the last write, of up to four lines, is cut anywhere.
+            # A kill can cut the last write, of up to four lines, anywhere.
             file.write_bytes(written[: len(written) - data.draw(st.integers(0, min(400, len(written))), label="lost")])
     run(out, classes=("a", "b", "c"))
     assert contents(out) == expected
-    # And once more, with all done: nothing is attacked again.
+    # A call on a finished evaluation attacks nothing.
     source, chosen = loader(), defenses()
     for defense in chosen.values():
         defense.classifier.sizes.clear()
@@ -498,7 +498,7 @@ def test_gradients_that_are_zero_are_reported_and_others_are_not(tmp_path):
 
 
 def test_photos_with_three_channels(tmp_path):
-    """Channels make NHWC batches and NCHW pixels two memory layouts."""
+    """With more than one channel, NHWC batches and NCHW pixels differ in memory layout."""
     images = torch.randint(0, 256, (COUNT, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     defended = De3(None, Brightness(False), 70)
     options = EvaluationSettings(("fgsm:4/255,eot=2",), score_draws=2, examples=3)

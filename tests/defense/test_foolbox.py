@@ -1,4 +1,4 @@
-"""An independent attack library as the client of De3: it runs, and finds what our own PGD finds."""
+"""An independent attack library on De3: its PGD is as strong as Denim's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from denim.kernels import Domain, draw_seeds, normal_noise
 from denim.nim.data import EvalView, TorchLoader, open_source
 
 IMAGES, STEPS, DRAWS = 400, 20, 20
-# A radius at which neither everything nor nothing is lost, so that a weaker attack would show.
+# At this radius some images are lost and some are not, so a weaker attack would show.
 EPSILON = 0.08
 
 
@@ -53,8 +53,8 @@ def test_foolbox_and_our_pgd_agree_on_accuracy(classifier, sigma):
             return score(defense.draw_logits(attacked, seeds).argmax(dim=-1).T, labels).mean
 
     model = foolbox.PyTorchModel(defense.eval(), bounds=(0, 1))
-    # One draw per gradient is all that a client can have that knows nothing of draws; so have we here. Steps of a
-    # tenth, from a random start, are foolbox's own sort of schedule; ours is a quarter with decay.
+    # foolbox does not know of draws, so each of its gradients has one draw; Denim's attack gets one as well. foolbox's
+    # steps are a constant tenth of the radius, Denim's start at a quarter and decay.
     attack = foolbox.attacks.LinfPGD(steps=STEPS, rel_stepsize=0.1, random_start=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of foolbox's start: the global generator is the client's

@@ -21,7 +21,7 @@ from denim.defense.scores import paired_difference, score
 RAW, LEAKY = "noise, raw target", "noise, input statistics"
 FGSM, PGD, GRAY = "fgsm:16/255,eot=2", "pgd:16/255,steps=3,eot=2", "pgd:16/255,steps=3,eot=2,gray"
 ATTACKS = {"none": None, FGSM: 16 / 255, PGD: 16 / 255, GRAY: 16 / 255, "worst 16/255": 16 / 255}
-# Levels out of order, and hostile names: report and picture must sort the one and survive the other.
+# Levels are out of order, which report and picture must sort; names have characters that HTML and matplotlib interpret.
 DEFENSES = (
     ("clean", None, False, "undefended"),
     ("s70", 70.0, False, RAW),
@@ -217,7 +217,7 @@ def test_picture_without_references_has_one_panel():
 
 
 def test_picture_takes_names_literally(tmp_path):
-    # Between dollar signs matplotlib reads mathematics, and this is none that it can parse.
+    # matplotlib parses text between dollar signs as mathematics, and cannot parse this.
     write_report(evaluation([(r"$\frac{$", None, False, "undefended")], examples=False), tmp_path, title="t")
 
 

@@ -18,7 +18,7 @@ from denim.nim.attention import Attention, set_attention
 
 BODY = AutoencoderConfig((12, 20), 4, 32, 2, 4, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3))
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
-# As timm's blocks ask for it, and what else its attention has.
+# The arguments that timm's blocks pass, and the others that its attention has.
 FORMS = {
     "as in Denim": {"qkv_bias": True},
     "no biases": {"proj_bias": False},
@@ -31,7 +31,7 @@ FORMS = {
 
 
 def pair(seed: int = 0, **options) -> tuple[TimmAttention, Attention]:
-    """timm's module, and ours with its weights."""
+    """timm's module, and Denim's with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plain = TimmAttention(12, 3, norm_layer=LAYER_NORM, **options)
@@ -59,7 +59,7 @@ def run(layer: nn.Module, x: torch.Tensor, **options) -> list[torch.Tensor]:
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_timm_bit_for_bit(form, train, dtype):
-    """On the CPU both call torch's SDPA, on the same views: weights, outputs and training runs are interchangeable."""
+    """On the CPU both call torch's SDPA on equal tensors, so their outputs and gradients are equal."""
     plain, ours = (layer.train(train).to(dtype) for layer in pair(**FORMS[form]))
     assert list(plain.state_dict()) == list(ours.state_dict())
     for value, expected in zip(run(ours, tokens(dtype=dtype)), run(plain, tokens(dtype=dtype)), strict=True):

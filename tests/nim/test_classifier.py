@@ -24,7 +24,7 @@ def encoder(seed: int = 1, config: AutoencoderConfig = BODY) -> Autoencoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Autoencoder(config)
-        torch.nn.init.normal_(model.norm.weight)  # all ones tell nothing
+        torch.nn.init.normal_(model.norm.weight)  # with all ones a missing norm weight would not show
         return model
 
 
@@ -71,7 +71,7 @@ def test_patches_give_the_logits_and_gradients_of_their_pixels(pool):
 
 
 def test_patches_go_through_what_pixels_go_through():
-    """Stochastic depth in training and checkpointing of activations: timm's forward itself, not a copy of it."""
+    """Stochastic depth in training and checkpointing of activations come with timm's own forward."""
     model = build(drop_path=0.5).train()
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(3))
     patches = normalized_patches(pixels(), patch_size=4, mean=BODY.mean, std=BODY.std)
@@ -94,7 +94,7 @@ def test_patch_dtype_is_what_the_embedding_multiplies():
     assert model.patch_dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert model.patch_dtype == torch.bfloat16
-        # Rounded beforehand or by autocast: the same numbers in, the same numbers out.
+        # Patches are rounded to the same numbers, beforehand or by autocast.
         assert torch.equal(model.forward_patches(patches.bfloat16()), model.forward_patches(patches))
         assert model.double().patch_dtype == torch.float64, "autocast leaves float64 alone"
         assert model.forward_patches(patches.double()).dtype == torch.float64

@@ -53,7 +53,7 @@ def plain_vit(**changes) -> VisionTransformer:
     }
     with torch.random.fork_rng(devices=[]):
         vit = VisionTransformer(**options)
-        for parameter in vit.parameters():  # norms and biases too: ones and zeros tell nothing
+        for parameter in vit.parameters():  # of norms and biases too: with ones and zeros a missing one would not show
             nn.init.normal_(parameter, std=0.2)
         return vit.eval()
 
@@ -114,7 +114,7 @@ def test_only_a_prefix_of_all_names_is_stripped(tmp_path):
 
 
 class Call:
-    """Pickles as a call of a function."""
+    """An object whose pickle is a call of a function."""
 
     def __init__(self, function, *args):
         self.call = function, args
@@ -382,7 +382,7 @@ def test_models_of_timm_by_name(name):
     model = from_timm(vit, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(images), vit(normalised(images, model.config)))
-    vit.load_state_dict(model.state_dict())  # and back by name, without any help
+    vit.load_state_dict(model.state_dict())  # back, by name
 
 
 REFUSED = [

@@ -75,7 +75,7 @@ def test_it_learns_the_digits(denoiser, tmp_path):
     source = open_source("digits", "test")
     share = accuracy(model, source)
     assert share > 0.5
-    # Images that can no longer be read are not counted, nor are those that stand in for them.
+    # Neither the images that can no longer be read are counted nor those that replace them.
     lost, read = {7, 300, 599}, source.read
 
     def broken(index):
@@ -109,7 +109,7 @@ def test_it_learns_the_digits(denoiser, tmp_path):
     ],
 )
 def test_the_classifier_sees_the_images_that_it_records(denoiser, tmp_path, monkeypatch, trained_on, degrade, case):
-    """Every batch is degraded as written by hand from the pixels before."""
+    """The images that the classifier gets are those that the recorded function returned."""
     seen = []
     forward = Classifier.forward
 

@@ -160,7 +160,7 @@ def test_uint8_images_are_the_same_images(degrade, target, statistics):
 
 
 def classifier(**changes) -> Classifier:
-    # Statistics of its own, and exact in float32, in which the classifier keeps them.
+    # Other statistics than the denoiser's, and exact in float32, in which the classifier keeps them.
     config = replace(ClassifierConfig.for_encoder(CONFIG, 3), mean=(0.375, 0.5), std=(0.25, 0.3125))
     with torch.random.fork_rng(devices=[]):
         return Classifier(replace(config, **changes)).double().eval()
