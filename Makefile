@@ -3,7 +3,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TYPING := build/typing
 
 .PHONY: help demo test lint format types layers bench gpu-check kernels noise-statistics clean
 
@@ -45,9 +44,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 types: $(STAMP)
-	mkdir -p $(TYPING)/denim
-	for part in kernels nim defense benchmarks cli; do ln -sfn "$(CURDIR)/$$part" $(TYPING)/denim/$$part; done
-	MYPYPATH=$(TYPING) $(BIN)/mypy -p denim.kernels -p denim.nim -p denim.defense -p denim.benchmarks -p denim.cli
+	MYPYPATH=.typing $(BIN)/mypy -p denim.kernels -p denim.nim -p denim.defense -p denim.benchmarks -p denim.cli
 
 layers: $(STAMP)
 	$(BIN)/lint-imports
