@@ -103,8 +103,12 @@ def open_task(
     """The task for a folder of images, or of shards.
 
     Args:
-        folder, split, cache: see `ImageFolder`; class folders are not needed.
-        size, batch_size, workers: see `Task`.
+        folder: see `ImageFolder`; class folders are not needed.
+        split: see `ImageFolder`.
+        size: see `Task`.
+        batch_size: see `Task`.
+        workers: see `Task`.
+        cache: see `ImageFolder`.
 
     Raises:
         ValueError: sizes that are not positive, a batch larger than the folder, and as `ImageFolder`.

@@ -64,9 +64,14 @@ class AutoencoderConfig:
     Attributes:
         img_size: (H, W) in pixels, multiples of the patch size.
         patch_size: side P of a square patch.
-        embed_dim, depth, num_heads: of the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-        mean, std: per-channel statistics in [0, 1] units; their length is the number of channels.
+        embed_dim: width of the encoder's tokens.
+        depth: number of the encoder's blocks.
+        num_heads: attention heads of each block of the encoder.
+        decoder_embed_dim: width of the decoder's tokens.
+        decoder_depth: number of the decoder's blocks.
+        decoder_num_heads: attention heads of each block of the decoder.
+        mean: per-channel mean in [0, 1] units; its length is the number of channels.
+        std: per-channel standard deviation in [0, 1] units, as long as `mean`.
         target: what the decoder predicts: "norm" (each patch normalised by its own mean and variance) or "raw".
         objective: what it was pretrained for: nim, mae or dmae.
     """
@@ -127,6 +132,7 @@ PRESETS: dict[str, AutoencoderConfig] = {
     "large": AutoencoderConfig(embed_dim=1024, depth=24, num_heads=16),
     "huge": AutoencoderConfig(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
 }
+"""Architectures by name: micro (digits), tiny, small, and base, large and huge as published."""
 
 
 def preset(

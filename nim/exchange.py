@@ -136,8 +136,9 @@ def load_foreign(
         num_heads: attention heads of the encoder; by default those of the published ViT of this embed_dim.
         decoder_num_heads: of the decoder; by default the published number.
         img_size: in pixels; needed for images that are not square.
-        mean, std: per-channel statistics in [0, 1] units; by default ImageNet's; needed unless there are three
-            channels. Many of timm's own ViTs were trained with 0.5 and 0.5, which the weights do not show.
+        mean: per-channel mean in [0, 1] units; by default ImageNet's, needed unless there are three channels. Many of
+            timm's own ViTs were trained with mean 0.5 and std 0.5, which the weights do not show.
+        std: per-channel standard deviation in [0, 1] units; as for `mean`.
         target: for an autoencoder, "norm" where its target was normalised per patch, else "raw".
         objective: for an autoencoder, what it was pretrained for: nim, mae or dmae.
         trained_on: for a classifier, what it was fine-tuned on (see `ClassifierConfig`).
@@ -270,8 +271,9 @@ def from_timm(
 
     Args:
         vit: timm's `VisionTransformer`, with a head.
-        mean, std: per-channel statistics in [0, 1] units of the images that it was trained on (timm keeps them in
+        mean: per-channel mean, in [0, 1] units, of the images that it was trained on (timm keeps it in
             `vit.pretrained_cfg`); the classifier takes pixels in [0, 1] and normalises inside.
+        std: per-channel standard deviation; as for `mean`.
         classes: names of the classes, may be empty.
 
     Returns:

@@ -129,7 +129,9 @@ def accuracy(
         model: a classifier, in evaluation mode.
         source: labelled images.
         batch_size: images per pass.
-        backend, workers, max_bad: see `open_loader`.
+        backend: see `open_loader`.
+        workers: see `open_loader`.
+        max_bad: see `open_loader`.
     """
     device = next(model.parameters()).device
     view = EvalView(model.config.img_size[0])

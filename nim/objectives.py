@@ -20,13 +20,11 @@ OBJECTIVES: dict[str, str | None] = {"nim": "gamma:25,3", "mae": None, "dmae": "
 class Objective:
     """How the input is degraded, and over which patches the loss is averaged.
 
-    ========  ======  =====  =====================
-    name      noise   mask   loss over
-    ========  ======  =====  =====================
-    nim       yes     no     all patches
-    mae       no      yes    hidden patches
-    dmae      yes     yes    all patches
-    ========  ======  =====  =====================
+    | name | noise | mask | loss over      |
+    |------|-------|------|----------------|
+    | nim  | yes   | no   | all patches    |
+    | mae  | no    | yes  | hidden patches |
+    | dmae | yes   | yes  | all patches    |
 
     Attributes:
         name: nim, mae or dmae.

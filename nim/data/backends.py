@@ -48,7 +48,7 @@ def open_loader(
     """A loader on the backend that was asked for, or on the first that can serve.
 
     Args:
-        source, view, batch_size, seed, shuffle, last, rank, world, max_bad: see `PlannedLoader`.
+        source: see `PlannedLoader`, as for all arguments that are not listed here.
         workers: processes (torch) or threads (DALI) that decode.
         backend: "auto", "dali" or "torch". Order, windows and flips are the same on both; pixels differ by rounding.
         device: where DALI leaves its batches. Those of torch lie on the CPU.

@@ -300,9 +300,10 @@ class TorchLoader(PlannedLoader):
     `start_step`, and what lies before `start_step` is not decoded. The global torch generator is neither read nor
     seeded. Batches lie on the CPU.
 
+    Arguments that are not listed here are those of `PlannedLoader`.
+
     Args:
         workers: processes that decode; 0 decodes in this one.
-        others: as for `PlannedLoader`.
 
     Raises:
         ValueError: negative workers, and as `PlannedLoader`.

@@ -200,11 +200,14 @@ class Manifest:
         key: of what it has to be the manifest; None takes it as it is.
 
     Attributes:
-        file, root, key: as above.
+        file: as above.
+        root: as above.
+        key: as above.
         classes: class names; label k is `classes[k]`.
         valid: number of valid images; rows from there on are bad ones.
         decoded: number of images that were decoded to make it; 0 for one that was only opened.
-        ids, labels: int64 (rows,).
+        ids: int64 (rows,).
+        labels: int64 (rows,).
         sizes: int32 (rows, 2), width and height of the upright image in pixels; 0 for bad ones.
         bytes: int64 (rows,), length of the encoded image; -1 for what is no regular file.
 

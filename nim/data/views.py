@@ -24,6 +24,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN
 __all__ = ["EvalView", "TrainView", "View", "Window", "dali_policy", "keyed_globals", "sample_rng"]
 
 View = Callable[[Image.Image, np.random.Generator], npt.NDArray[np.uint8]]
+"""From an image of mode L or RGB and the sample's own generator to uint8 (H, W, C), of one shape for all images."""
 
 _WORD = (1 << 64) - 1
 CROP_ATTEMPTS = 10
