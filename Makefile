@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint format types layers bench gpu-check kernels noise-statistics clean
+DOCS_STAMP := $(VENV)/.installed-docs
+
+.PHONY: help demo quick test coverage lint format types layers docs bench gpu-check kernels noise-statistics clean
 
 help:
-	@echo "make demo | test | lint | format | bench | gpu-check | kernels | noise-statistics | clean"
+	@echo "make demo | quick | test | coverage | lint | format | docs | bench | gpu-check | kernels | noise-statistics | clean"
 
 # Installed once; again only when pyproject.toml changes.
 $(STAMP): pyproject.toml
@@ -19,8 +21,23 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/denim demo
 
+# The tests that take less than a second or two each.
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:build/coverage
+
+# The site is build/site. Only this target needs the packages of the group `docs`.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -50,4 +67,4 @@ layers: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist .coverage .coverage.* *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -16,3 +17,19 @@ def test_links_for_type_checkers_are_the_packages():
     links = {path.name: path.resolve() for path in (ROOT / ".typing" / "denim").iterdir()}
     assert links == {name: ROOT / folder for name, folder in top_level.items()}
     assert all(path.is_dir() for path in links.values())
+
+
+def test_versions_agree():
+    version = PROJECT["project"]["version"]
+    assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.M)
+    newest = re.findall(r"^## \[(\d[^\]]*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0]
+    assert newest == version
+
+
+def test_help_names_every_target_of_make():
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.M)
+    (shown,) = re.findall(r'@echo "make (.*)"', makefile)
+    assert set(phony.split()) - set(shown.split(" | ")) == {"help", "types", "layers"}  # the last two are parts of lint
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    assert set(re.findall(r"^\| `make ([\w-]+)` \|", contributing, re.M)) <= set(phony.split())
