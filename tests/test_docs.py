@@ -1,0 +1,42 @@
+"""What the pages say of the tree must be true of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+
+
+def test_environment_page_lists_every_variable_that_the_tree_reads():
+    sources = [ROOT / "Makefile", ROOT / ".ci" / "run"]
+    for folder in ("kernels", "nim", "defense", "benchmarks", "cli", "tests", "examples"):
+        sources += (ROOT / folder).rglob("*.py")
+    used = {name for path in sources for name in re.findall(r"\bDENIM_[A-Z_]*[A-Z]\b", path.read_text())}
+    listed = re.findall(r"^\| `(DENIM_\w+)` \|", (DOCS / "environment.md").read_text(), re.M)
+    assert len(listed) == len(set(listed))
+    assert used == set(listed)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_examples_page_includes_every_example():
+    """A formatter that takes an include for Python breaks it, and mkdocs shows the broken line without a warning."""
+    included = re.findall(r'^--8<-- "(.*)"$', (DOCS / "examples.md").read_text(), re.M)
+    assert sorted(included) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
+
+
+def test_every_page_is_in_the_navigation():
+    """mkdocs says so too, where it is installed; a page that nobody can reach is not read."""
+    navigation = set(re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    made = {"index.md", "checks.md", "changelog.md"}  # by docs/hooks.py, of pages at the top level
+    assert navigation == made | {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
