@@ -10,7 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["decoded_pixels", "linf_step", "noisy_patches", "reconstruction_loss"]
+__all__ = [
+    "decoded_pixels",
+    "linf_start",
+    "linf_step",
+    "noisy_patches",
+    "patch_target",
+    "patchify_planes",
+    "reconstruction_loss",
+    "unpatchify_planes",
+]
 
 
 def _planes(images: Tensor) -> Tensor:
@@ -65,6 +74,15 @@ def noisy_patches(
     return patchify_planes(noisy, patch_size).to(dtype)
 
 
+def patch_target(images: Tensor, mean: Tensor, std: Tensor, *, patch_size: int, norm_pix: bool) -> Tensor:
+    """Clean patches (B, L, D), normalised per patch with `norm_pix`. Arguments as for `reconstruction_loss`."""
+    target = patchify_planes((_planes(images) - mean[:, None, None]) / std[:, None, None], patch_size)
+    if not norm_pix:
+        return target
+    centre, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+    return (target - centre) / (variance + 1e-6) ** 0.5
+
+
 def reconstruction_loss(
     prediction: Tensor,
     images: Tensor,
@@ -86,10 +104,7 @@ def reconstruction_loss(
         norm_pix: normalise each target patch by its own mean and unbiased variance.
         mask: bool (B, L); True patches count.
     """
-    target = patchify_planes((_planes(images) - mean[:, None, None]) / std[:, None, None], patch_size)
-    if norm_pix:
-        centre, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
-        target = (target - centre) / (variance + 1e-6) ** 0.5
+    target = patch_target(images, mean, std, patch_size=patch_size, norm_pix=norm_pix)
     loss = ((prediction - target) ** 2).mean(dim=-1)
     return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
 
@@ -176,3 +191,17 @@ def linf_step(pixels: Tensor, origin: Tensor, gradient: Tensor, *, step_size: Te
     moved = pixels + step * gradient.sign()
     moved = origin + torch.clamp(moved - origin, -radius, radius)
     return moved.clamp(0, 1).to(pixels.dtype)
+
+
+def linf_start(pixels: Tensor, *, epsilon: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """`attack_start`: a random start in the ball, uniform per pixel (Madry et al. 2018, section 2).
+
+    Args:
+        pixels: (B, ...) in [0, 1].
+        epsilon: () or (B,) in [0, 1] units.
+        uniform: numbers in (0, 1), same shape; by default `torch.rand`, from the global generator.
+    """
+    if uniform is None:
+        uniform = torch.rand_like(pixels)
+    radius = epsilon.reshape(-1, *(1,) * (pixels.dim() - 1))
+    return (pixels + radius * (2 * uniform - 1)).clamp(0, 1).to(pixels.dtype)

@@ -1,21 +1,10 @@
-import time
-
 import pytest
+import torch
 
-ROUNDS = 10
+from denim.benchmarks import timing
 
 
 @pytest.fixture(scope="session")
 def best_seconds():
-    """Best of ROUNDS after a first call: other work on the machine only ever adds time."""
-
-    def measure(function) -> float:
-        function()
-        times = []
-        for _ in range(ROUNDS):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return measure
+    """Best of ten calls on the CPU after a first one."""
+    return lambda function: timing.best_seconds(function, torch.device("cpu"))

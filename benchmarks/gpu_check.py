@@ -5,7 +5,7 @@ report.json and report.md, anew after every part, so that an interrupted run kee
 passed, 1 something failed, 2 there is no GPU.
 
 Every part is a process of its own with a time limit: a kernel that hangs, crashes, or leaves the device unusable for
-its process fails alone, and the rest goes on. What the parts do is in `benchmarks.gpu_parts`.
+its process fails alone, and the rest goes on. What the parts do is in `gpu_operators` and `gpu_models`.
 """
 
 from __future__ import annotations
@@ -30,65 +30,55 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from .gpu_rows import Row
+
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE = 465  # seconds for all parts; starting and writing stay within the eight minutes
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the report: a check where `limit` is given (the value may not exceed it), else a measured number."""
-
-    what: str
-    value: float
-    unit: str = ""
-    limit: float | None = None
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """NaN is beyond every limit."""
-        return self.limit is None or self.value <= self.limit
-
-
 @dataclass
 class Part:
-    """A function "module:name" that takes (device, name of sizes) and yields rows, its time limit, and its outcome.
+    """A function that yields rows, its time limit, and its outcome.
 
     A number whose part failed a check before it is not reported.
+
+    Attributes:
+        function: "module:name" of a function of the device, the name of the sizes and `arguments`.
+        seconds: after which it is stopped.
+        arguments: further ones of the function.
+        autotune: launch configurations are measured; otherwise the first one is taken, where only results matter.
+        status: "not run", then "passed", "failed", "crashed" or "out of time".
+        took: seconds.
+        rows: that it has yielded.
+        error: why it did not end well.
     """
 
     function: str
     seconds: float
-    status: str = "not run"  # then "passed", "failed", "crashed" or "out of time"
+    arguments: tuple[str, ...] = ()
+    autotune: bool = False
+    status: str = "not run"
     took: float = 0.0
     rows: list[Row] = field(default_factory=list)
     error: str = ""
 
     @property
     def name(self) -> str:
-        """The function's name as words."""
-        return self.function.split(":")[1].replace("_", " ")
+        """The function's name, or its arguments, as words."""
+        return " ".join(self.arguments or (self.function.split(":")[1],)).replace("_", " ")
 
 
 def stages() -> list[list[Part]]:
     """Parts of one stage run side by side, stages one after another: what is timed has the machine to itself."""
+    from denim.benchmarks.cases import OPERATIONS
 
-    def part(name: str, seconds: float) -> Part:
-        return Part(f"denim.benchmarks.gpu_parts:{name}", seconds)
-
-    checks = (
-        "generator",
-        "instructions",
-        "noise_patchify",
-        "patch_loss",
-        "decode_patches",
-        "attack",
-        "attention",
-        "compiled_and_captured",
-    )
+    checks = [Part(f"denim.benchmarks.gpu_operators:{name}", 165) for name in ("generator", "instructions")]
+    checks += [Part("denim.benchmarks.gpu_operators:operation", 165, (name,)) for name in OPERATIONS]
+    checks.append(Part("denim.benchmarks.gpu_operators:attention", 165))
+    checks.append(Part("denim.benchmarks.gpu_models:compiled_and_captured", 165))
     # Last what keeps its use when the time is up in the middle of it: many numbers, each by itself.
     timed = [("pretraining", 150), ("sweep", 60), ("kernel_times", 150)]
-    return [[part(name, 165) for name in checks], *([part(name, seconds)] for name, seconds in timed)]
+    return [checks, *([Part(f"denim.benchmarks.gpu_models:{name}", time, autotune=True)] for name, time in timed)]
 
 
 def use_repository(folder: Path = ROOT / "build" / "gpu-check") -> None:
@@ -105,12 +95,14 @@ def use_repository(folder: Path = ROOT / "build" / "gpu-check") -> None:
     sys.path[:0] = [str(folder), str(ROOT)]
 
 
-def _work(connection: Connection, function: str, device: str, sizes: str) -> None:
+def _work(connection: Connection, part: Part, device: str, sizes: str) -> None:
     """What the process of a part does: send its rows, then how it ended."""
     failed = False
+    if not part.autotune:
+        os.environ["DENIM_AUTOTUNE"] = "0"
     try:
-        module, name = function.split(":")
-        for row in getattr(importlib.import_module(module), name)(device, sizes):
+        module, name = part.function.split(":")
+        for row in getattr(importlib.import_module(module), name)(device, sizes, *part.arguments):
             if failed and row.limit is None:
                 break
             failed = failed or not row.passed
@@ -128,7 +120,7 @@ def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = 
     Args:
         parts: the stage.
         device: "cuda" or "cpu".
-        sizes: a key of `gpu_parts.SIZES`.
+        sizes: a key of `gpu_rows.SIZES`.
         deadline: in time.monotonic(); nothing runs longer. A part without a second left is not started.
     """
     # Forked processes cannot use CUDA once their parent has looked at it.
@@ -141,7 +133,7 @@ def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = 
             yield part
             continue
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(sender, part.function, device, sizes), daemon=False)
+        process = context.Process(target=_work, args=(sender, part, device, sizes), daemon=False)
         process.start()
         sender.close()  # so that the end of the process closes the pipe
         running[receiver] = (part, process, start, end)

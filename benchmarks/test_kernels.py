@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from denim.benchmarks import kernels as bench
+from denim.benchmarks import timing
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 10
@@ -22,7 +23,7 @@ def one_process():
         yield
 
 
-@pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", bench.BENCHMARKS, ids=lambda case: case.name)
 def test_case(benchmark, case):
     providers, _ = bench.prepare(case, DEVICE, 1 if benchmark.disabled else None)
 
@@ -33,4 +34,4 @@ def test_case(benchmark, case):
 
     benchmark.pedantic(fused, rounds=ROUNDS, warmup_rounds=1)
     if not benchmark.disabled:
-        benchmark.extra_info |= dataclasses.asdict(bench.compare(case, DEVICE)) | bench.environment(DEVICE)
+        benchmark.extra_info |= dataclasses.asdict(bench.compare(case, DEVICE)) | timing.environment(DEVICE)

@@ -72,6 +72,7 @@ def kernels(
     from rich.console import Console
 
     from denim.benchmarks import kernels as bench
+    from denim.benchmarks.timing import environment
     from denim.nim.files import atomic_write
     from denim.nim.settings import pick_device
 
@@ -81,7 +82,7 @@ def kernels(
     where = pick_device(device)
     if json is not None and not json.parent.is_dir():
         raise ValueError(f"--json {json}: there is no folder {json.parent}")
-    made = bench.environment(where)
+    made = environment(where)
     with console.status("") as status:
 
         def report(record: bench.Record) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import concurrent.futures
 import contextlib
-import functools
 import importlib.util
 import math
 import multiprocessing
@@ -21,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,14 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from denim.benchmarks.baselines import decoded_pixels, linf_step, noisy_patches, reconstruction_loss
-from denim.benchmarks.baselines_triton import launch as naive_launch
 from denim.benchmarks.baselines_triton import naive_noise_patchify_kernel
+from denim.benchmarks.case import BACKWARD, FORWARD, SIDE, Case
+from denim.benchmarks.cases import CASES
 from denim.benchmarks.machine_code.builds import TARGETS, Built, NoDevice, build
-from denim.benchmarks.machine_code.cases import BATCH, SIDE, Work
+from denim.benchmarks.machine_code.cases import BATCH, Build, Work
 from denim.benchmarks.machine_code.report import analyse, report
 
-__all__ = ["BASELINES", "baselines", "compiled", "eager", "unavailable"]
+__all__ = ["COMPARED", "baselines", "compiled", "eager", "naive", "unavailable"]
 
 TARGET = "sm_90"
 TORCH = "2.14"
@@ -60,81 +59,22 @@ H100 = SimpleNamespace(
 )
 
 
-class Baseline(NamedTuple):
-    """A published chain of operations, and the kernels that do the same."""
-
-    chain: Callable[..., Tensor]
-    inputs: Callable[[], list[Tensor]]
-    forward: tuple[str, ...]
-    """Names of `build_cases.CASES`, which run one after another."""
-    backward: tuple[str, ...] = ()
+# Rows of the table that are compared, and of each the chain on inputs without memory, in one list of tensors.
+COMPARED = tuple(case for case in CASES if case.compared)
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+def _chain(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The baseline of a case as a function of a list of tensors, and the tensors, in the sizes of real work."""
+    inputs = case.inputs("meta")
+    for name in case.leaves:
+        # A gradient is taken where the report has a kernel for it.
+        inputs[name].requires_grad_(BACKWARD in case.built)
+    tensors = {name: value for name, value in inputs.items() if name != "seeds"} | case.constants("meta")
 
+    def chain(*values: Tensor) -> Tensor:
+        return case.chain(**dict(zip(tensors, values, strict=True)))
 
-def _bytes() -> Tensor:
-    return _empty(BATCH, SIDE, SIDE, 3, dtype=torch.uint8)
-
-
-def _planes(grad: bool = False) -> Tensor:
-    return _empty(BATCH, 3, SIDE, SIDE, grad=grad)
-
-
-def _prediction() -> Tensor:
-    return _empty(BATCH, (SIDE // 16) ** 2, 768, dtype=torch.bfloat16, grad=True)
-
-
-def _statistics() -> list[Tensor]:
-    return [_empty(3), _empty(3)]
-
-
-_noisy = functools.partial(noisy_patches, patch_size=16, dtype=torch.bfloat16)
-_decoded = functools.partial(decoded_pixels, img_size=(SIDE, SIDE), patch_size=16)
-
-# 224 x 224, patch 16.
-BASELINES = {
-    "noise_patchify, uint8 to bf16": Baseline(
-        _noisy, lambda: [_bytes(), _empty(BATCH), *_statistics()], ("noise_patchify forward, uint8, patch 16, bf16",)
-    ),
-    "noise_patchify, 4 levels of 2 draws": Baseline(
-        functools.partial(_noisy, draws=(2,)),
-        lambda: [_bytes(), _empty(4, BATCH), *_statistics()],
-        ("noise_patchify forward, uint8, patch 16, bf16, 4 levels of 2 draws",),
-    ),
-    "noise_patchify, fp32 pixels with gradient": Baseline(
-        _noisy,
-        lambda: [_planes(grad=True), _empty(BATCH), *_statistics()],
-        ("noise_patchify forward, fp32 planes, patch 16, bf16",),
-        ("noise_patchify backward, bf16 to fp32, patch 16",),
-    ),
-    "patch_loss, uint8 and bf16, norm_pix": Baseline(
-        functools.partial(reconstruction_loss, patch_size=16),
-        lambda: [_prediction(), _bytes(), *_statistics()],
-        ("patch_loss forward, uint8, patch 16, bf16", "patch_loss sum, uint8, patch 16, bf16"),
-        ("patch_loss backward, uint8, patch 16, bf16",),
-    ),
-    "decode_patches, bf16, statistics of float pixels": Baseline(
-        lambda prediction, source, mean, std: _decoded(prediction, mean, std, statistics="input", source=source),
-        lambda: [_prediction(), _planes(grad=True), *_statistics()],
-        ("decode_patches forward, input, fp32 planes, patch 16, bf16",),
-        ("decode_patches backward, input, fp32 planes, patch 16, bf16",),
-    ),
-    "decode_patches, bf16, raw": Baseline(
-        _decoded,
-        lambda: [_prediction(), *_statistics()],
-        ("decode_patches forward, raw, patch 16, bf16",),
-        ("decode_patches backward, raw, patch 16, bf16",),
-    ),
-    "attack_step, fp32": Baseline(
-        lambda pixels, origin, gradient, step, epsilon: linf_step(
-            pixels, origin, gradient, step_size=step, epsilon=epsilon
-        ),
-        lambda: [_planes(), _planes(), _planes(), _empty(BATCH), _empty(BATCH)],
-        ("attack_step, fp32",),
-    ),
-}
+    return chain, list(tensors.values())
 
 
 def unavailable() -> str | None:
@@ -296,7 +236,7 @@ def compiled(
         elements: output elements, which instructions are counted for.
 
     Returns:
-        {"forward" and, where there is one, "backward": `build_report.analyse` of each kernel}; `launch` holds the
+        {"forward" and, where there is one, "backward": `report.analyse` of each kernel}; `launch` holds the
         configuration.
 
     Raises:
@@ -369,16 +309,20 @@ def eager(function: Callable[..., Tensor], inputs: Sequence[Tensor], images: int
     return passes
 
 
-def naive() -> dict[str, Any]:
-    """The kernel that one would write first, noise and patchify from uint8 to bf16, counted."""
-    images, gpu = _bytes(), TARGETS[TARGET]
-    (built,) = build(
-        gpu,
-        [naive_noise_patchify_kernel],
-        lambda: naive_launch(images, _empty(BATCH), 0, 16, _empty(3), _empty(3), torch.bfloat16),
-    )
-    elements = images.numel()
-    work = Work(BATCH, elements, 3 * elements, 3 * elements, 2 * elements)
+def naive(case: Case) -> dict[str, Any] | None:
+    """The kernel written naively, counted, if the case has one.
+
+    Args:
+        case: in the sizes of real work. Its forward pass reads the inputs once and writes the result once.
+    """
+    inputs = case.inputs("meta")
+    call = case.naive(**inputs)
+    if call is None:
+        return None
+    (built,) = build(TARGETS[TARGET], [naive_noise_patchify_kernel], call)
+    result = case.fused(**inputs)
+    moved = inputs["images"].nbytes + result.nbytes
+    work = Work(BATCH, result.numel(), moved, moved, result.nbytes)
     return {"kernel": built.metadata.name} | analyse(built, TARGET, work)
 
 
@@ -394,48 +338,47 @@ def _sum(kernels: Sequence[dict[str, Any]], elements: float) -> dict[str, Any]:
     }
 
 
-def _baseline(name: str) -> dict[str, Any]:
-    baseline = BASELINES[name]
-    chains: dict[str, Any] = {
-        part: {"eager": moved} for part, moved in eager(baseline.chain, baseline.inputs(), BATCH).items()
-    }
+def _count_baselines(name: str) -> dict[str, Any]:
+    (case,) = (case.resized(BATCH, SIDE) for case in COMPARED if f"{case.operation}, {case.name}" == name)
+    chain, tensors = _chain(case)
+    chains: dict[str, Any] = {part: {"eager": moved} for part, moved in eager(chain, tensors, BATCH).items()}
     if unavailable() is None:
-        for part, kernels in compiled(baseline.chain, baseline.inputs(), BATCH, BATCH * 3 * SIDE * SIDE).items():
+        for part, kernels in compiled(chain, tensors, BATCH, BATCH * 3 * SIDE * SIDE).items():
             chains[part]["compiled"] = kernels
-    if name == next(iter(BASELINES)):
-        chains["forward"]["naive"] = [naive()]
+    if found := naive(case):
+        chains[FORWARD]["naive"] = [found]
     return chains
 
 
 def baselines(workers: int | None = None) -> dict[str, dict[str, dict[str, Any]]]:
-    """Every fused kernel beside what a user would have otherwise, on an H100, in processes of their own.
+    """Every compared case as fused kernels and as what a user would run without them, on an H100.
 
     Args:
         workers: processes; by default as many as there are processors.
 
     Returns:
-        {name in `BASELINES`: {"forward" or "backward": {"fused", "naive", "compiled", "eager"}}}, each with the number
-        of `kernels` and the bytes `moved` per image; all but "eager" also `instructions` per element of the image,
-        `local`-memory instructions and `bound`, the sum of the kernels' rooflines in microseconds per image. "compiled"
-        is missing where `unavailable`, "naive" for all but noise.
+        {operation and name of the case: {"forward" or "backward": {"fused", "naive", "compiled", "eager"}}}, each with
+        the number of `kernels` and the bytes `moved` per image; all but "eager" also `instructions` per element of the
+        image, `local`-memory instructions and `bound`, the sum of the kernels' rooflines in microseconds per image.
+        "compiled" is missing where `unavailable`, "naive" where there is no naive kernel.
     """
-    fused = report(
-        [name for baseline in BASELINES.values() for name in (*baseline.forward, *baseline.backward)], [TARGET], workers
-    )
+    names = [f"{case.operation}, {case.name}" for case in COMPARED]
+    builds = {name: [Build(case, part) for part in case.built] for name, case in zip(names, COMPARED, strict=True)}
+    fused = report([one.name for several in builds.values() for one in several], [TARGET], workers)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        chains = dict(zip(BASELINES, pool.map(_baseline, BASELINES), strict=True))
+        chains = dict(zip(names, pool.map(_count_baselines, names), strict=True))
     elements = 3.0 * SIDE * SIDE
-    table = {}
-    for name, baseline in BASELINES.items():
-        table[name] = {
-            part: {
-                "fused": _sum([fused[case][TARGET] for case in getattr(baseline, part)], elements),
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, several in builds.items():
+        table[name] = {}
+        for part, others in chains[name].items():
+            kernels = [fused[one.name][TARGET] for one in several if (one.part == BACKWARD) == (part == BACKWARD)]
+            table[name][part] = {
+                "fused": _sum(kernels, elements),
                 **{
                     what: found if what == "eager" else _sum(found, elements) | {"entries": found}
                     for what, found in others.items()
                 },
             }
-            for part, others in chains[name].items()
-        }
     return table

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from denim.benchmarks.machine_code.cases import Case
+from denim.benchmarks.machine_code.cases import Build
 from denim.benchmarks.machine_code.roofline import GPUS
 
 __all__ = ["broken_invariants"]
@@ -15,7 +15,7 @@ __all__ = ["broken_invariants"]
 DOUBLE = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)|F64|_f64")
 
 
-def broken_invariants(case: Case, target: str, entry: Mapping[str, Any]) -> list[str]:
+def broken_invariants(build: Build, target: str, entry: Mapping[str, Any]) -> list[str]:
     """What machine code must hold or must not, whatever the budgets say. Empty if all is well."""
     broken = []
 
@@ -24,7 +24,7 @@ def broken_invariants(case: Case, target: str, entry: Mapping[str, Any]) -> list
 
     def require(kept: bool, text: str) -> None:
         if not kept:
-            broken.append(f"{case.name}, {target}: {text}")
+            broken.append(f"{build.name}, {target}: {text}")
 
     nvidia = target in GPUS
     require(not entry["spills"] and not entry["local"], "registers are spilled to local memory")
@@ -34,16 +34,16 @@ def broken_invariants(case: Case, target: str, entry: Mapping[str, Any]) -> list
     )
     double = {opcode for opcode in entry["opcodes"] if DOUBLE.search(opcode)}
     require(not double, f"{', '.join(sorted(double))}: float64, which GPUs compute slowly, where float32 is meant")
-    if case.draws == "normal":
+    if build.draws_numbers == "normal":
         for opcode in ("MUFU.LG2", "MUFU.SIN", "MUFU.COS") if nvidia else ("v_log_f32", "v_sin_f32", "v_cos_f32"):
             require(count(opcode) > 0, f"no {opcode}: normals are not made with the approximate instructions")
         # CDNA 3 demands a wait state, which the compiler does not add to inline assembly.
         late = {opcode for opcode in entry["followers"] if not opcode.startswith("s_nop")}
         require(not late, f"{', '.join(sorted(late))} right behind a transcendental instruction, without a wait state")
-    if case.draws:
+    if build.draws_numbers:
         wide = "IMAD.WIDE.U32" if nvidia else "v_mad_u64_u32"
         # Two products in each of Philox's ten rounds, but those of a round may have a constant factor.
         require(count(wide) >= 18, f"{count(wide)} {wide}: Philox does not multiply 32 by 32 bits in one instruction")
-    if case.rounds and nvidia:
+    if "bfloat16" in entry["dtypes"] and nvidia:
         require(count("F2FP.BF16") > 0, "no F2FP.BF16: bfloat16 is not rounded to by the conversion instruction")
     return broken

@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from denim.benchmarks.machine_code.builds import TARGETS, Built, build, unavailable
-from denim.benchmarks.machine_code.cases import CASES, Case, Work
+from denim.benchmarks.machine_code.cases import BUILDS, Build, Work
 from denim.benchmarks.machine_code.disassembly import CLASSES, access_bytes, machine_code, opcode_class
 from denim.benchmarks.machine_code.roofline import GPUS, occupancy, roofline
 
@@ -44,15 +46,15 @@ def analyse(built: Built, target: str, work: Work) -> dict[str, Any]:
         `barriers`, `spills`, `local`, `occupancy`; `instructions` per output element, and `classes` of them; `slow`,
         those of slow paths, which the former leave out; `by_loop`, instructions of one trip by the number of loops
         around them, per element of that trip; `loads` and `stores`, {bytes per thread: accesses in the code}; `moved`
-        and `minimum` bytes per image; `opcodes`, `depths` and `followers` as in `machine_code`; `roofline`,
-        microseconds per image and what binds (NVIDIA).
+        and `minimum` bytes per image; `dtypes` of the outputs; `opcodes`, `depths` and `followers` as in
+        `machine_code`; `roofline`, microseconds per image and what binds (NVIDIA).
     """
     gpu = TARGETS[target]
     code = machine_code(built, gpu)
     warps, trips = built.metadata.num_warps, work.trips
     threads = built.programs * warps * gpu.warp_size
     depths: list[Counter[str]] = code["depths"]
-    # A loop of which the case does not know is part of what surrounds it.
+    # A loop of which the work does not know is part of what surrounds it.
     depths = [*depths[: len(trips)], sum(depths[len(trips) :], Counter())]
     weights = [float(math.prod(trips[:depth])) for depth in range(len(depths))]
     if len(depths) > 1:
@@ -93,6 +95,7 @@ def analyse(built: Built, target: str, work: Work) -> dict[str, Any]:
         "stores": {str(width): n for width, n in sorted(accesses["store"].items())},
         "moved": work.moved / work.images,
         "minimum": work.minimum / work.images,
+        "dtypes": list(work.stores),
         "opcodes": dict(code["opcodes"]),
         "depths": [dict(opcodes) for opcodes in depths],
         "followers": code.get("followers", []),
@@ -104,35 +107,35 @@ def analyse(built: Built, target: str, work: Work) -> dict[str, Any]:
     return entry
 
 
-def select(names: Sequence[str], targets: Sequence[str]) -> tuple[list[Case], list[str]]:
-    """Cases that are called one of `names` or begin so, and targets; without any, all that this Triton can build for.
+def select(names: Sequence[str], targets: Sequence[str]) -> tuple[list[Build], list[str]]:
+    """Builds that are called one of `names` or begin so, and targets; without any, all that this Triton can build for.
 
     Raises:
         ValueError: a name or a target is unknown, or Triton cannot build for a target.
     """
-    cases: dict[str, Case] = {}
+    builds: dict[str, Build] = {}
     for name in names:
-        found = [case for case in CASES if case.name == name] or [case for case in CASES if case.name.startswith(name)]
+        found = [one for one in BUILDS if one.name == name] or [one for one in BUILDS if one.name.startswith(name)]
         if not found:
-            valid = "".join(f"\n  {case.name}" for case in CASES)
+            valid = "".join(f"\n  {one.name}" for one in BUILDS)
             raise ValueError(f"no kernel is called {name!r}; expected one of these, or how some of them begin:{valid}")
-        cases |= {case.name: case for case in found}
+        builds |= {one.name: one for one in found}
     chosen = list(targets) or [target for target in TARGETS if unavailable(target) is None]
     for target in chosen:
         if target not in TARGETS:
             raise ValueError(f"unknown target {target!r}; expected some of {', '.join(TARGETS)}")
         if reason := unavailable(target):
             raise ValueError(f"cannot build for {target}: {reason}")
-    return list(cases.values()) if names else list(CASES), chosen
+    return list(builds.values()) if names else list(BUILDS), chosen
 
 
-def _build_case(name: str, target: str) -> dict[str, Any]:
-    (case,) = (case for case in CASES if case.name == name)
-    work: list[Work] = []
-    kernels = [case.kernel, *case.also]
-    built = build(TARGETS[target], kernels, lambda: work.append(case.launch(TARGETS[target])))
-    (chosen,) = (one for one in built if one.metadata.name == case.kernel.fn.__name__)
-    return {"kernel": chosen.metadata.name} | analyse(chosen, target, work[0])
+def _build_and_count(name: str, target: str) -> dict[str, Any]:
+    (one,) = (one for one in BUILDS if one.name == name)
+    tensors: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+    built = build(TARGETS[target], one.kernels, lambda: tensors.append(one.launch(TARGETS[target])))
+    (chosen,) = (kernel for kernel in built if kernel.metadata.name == one.kernel.fn.__name__)
+    work = one.work(*tensors[0], [kernel.programs for kernel in built])
+    return {"kernel": chosen.metadata.name} | analyse(chosen, target, work)
 
 
 def report(
@@ -153,10 +156,10 @@ def report(
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET is set: kernels would be interpreted, not built; unset it")
-    cases, chosen = select(names, targets)
-    jobs = [(case.name, target) for target in chosen for case in cases]
+    builds, chosen = select(names, targets)
+    jobs = [(one.name, target) for target in chosen for one in builds]
     # Not a fork: Triton's driver and torch's threads belong to this process.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        results = dict(zip(jobs, pool.map(_build_case, *zip(*jobs, strict=True)), strict=True))
-    return {case.name: {target: results[case.name, target] for target in chosen} for case in cases}
+        results = dict(zip(jobs, pool.map(_build_and_count, *zip(*jobs, strict=True)), strict=True))
+    return {one.name: {target: results[one.name, target] for target in chosen} for one in builds}

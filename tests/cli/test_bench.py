@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from denim import cli
-from denim.benchmarks import kernels as bench
+from denim import kernels as operations
 
 
 @pytest.fixture
@@ -26,11 +26,11 @@ def denim(monkeypatch, capsys):
 
 
 def test_table_and_json(denim, tmp_path):
-    words = ("--only", "patch_loss, 32/4, uint8, float32, forward + backward", "attack_step, 32/4, float32")
+    words = ("--only", "patch_loss, 32 x 32, uint8, patch 4, fp32, forward + backward", "attack_step, 32 x 32, fp32")
     options = ("--device", "cpu", "--batch", 1, "--seconds", 0.01, "--no-compile", "--json", tmp_path / "bench.json")
     status, shown, errors = denim("kernels", *words, *options)
     assert (status, errors) == (0, "")
-    for text in ("attack_step, 32/4, float32", "GB/s", "torch", "threads", "compiled: not asked for"):
+    for text in ("attack_step, 32 x 32, fp32", "GB/s", "torch", "threads", "compiled: not asked for"):
         assert text in shown
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["environment"]["device"].startswith("cpu")
@@ -43,10 +43,12 @@ def test_table_and_json(denim, tmp_path):
 
 
 def test_a_wrong_operation_fails_without_a_time(denim, monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "attack_step", lambda **given: given["pixels"])
-    status, shown, errors = denim("kernels", "--only", "attack_step, 32/4", "--batch", 1, "--json", tmp_path / "b.json")
+    monkeypatch.setattr(operations, "attack_step", lambda **given: given["pixels"])
+    status, shown, errors = denim(
+        "kernels", "--only", "attack_step, 32 x 32", "--batch", 1, "--json", tmp_path / "b.json"
+    )
     assert status == 1
-    assert "attack_step, 32/4, float32: the result is off by" in errors
+    assert "attack_step, 32 x 32, fp32, forward: the result is off by" in errors
     assert "GB/s" not in shown
     assert not (tmp_path / "b.json").exists()
 
@@ -54,7 +56,7 @@ def test_a_wrong_operation_fails_without_a_time(denim, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("kernels", "--only", "no_such_case"), "these are the cases:\n  attack_step, 224/16, float32"),
+        (("kernels", "--only", "no_such_case"), "these are the cases:\n  attack_step, 224 x 224, fp32"),
         (("kernels", "--batch", "0"), "batch must be at least 1"),
         (("kernels", "--device", "tpu"), "unknown device"),
         (("kernels", "--json", "no/such/folder/bench.json"), "there is no folder no/such/folder"),

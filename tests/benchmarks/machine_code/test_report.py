@@ -17,12 +17,13 @@ triton = pytest.importorskip("triton", reason=WHERE)
 build_report = pytest.importorskip("denim.benchmarks.machine_code.report", reason=WHERE)
 inductor = pytest.importorskip("denim.benchmarks.machine_code.inductor", reason=WHERE)
 machine = pytest.importorskip("denim.benchmarks.machine_code.builds", reason=WHERE)
+cases = pytest.importorskip("denim.benchmarks.machine_code.cases", reason=WHERE)
 budgets_file = pytest.importorskip("denim.benchmarks.machine_code.budgets", reason=WHERE)
 disassembly = pytest.importorskip("denim.benchmarks.machine_code.disassembly", reason=WHERE)
 invariants = pytest.importorskip("denim.benchmarks.machine_code.invariants", reason=WHERE)
 limits_of = pytest.importorskip("denim.benchmarks.machine_code.roofline", reason=WHERE)
 
-CASES, TARGETS = build_report.CASES, machine.TARGETS
+BUILDS, TARGETS = cases.BUILDS, machine.TARGETS
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AVAILABLE = [target for target in TARGETS if machine.unavailable(target) is None]
 
@@ -70,8 +71,8 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_call_launches_its_kernels_and_does_nothing_else(case, monkeypatch):
+@pytest.mark.parametrize("build", BUILDS, ids=lambda build: build.name)
+def test_a_call_launches_its_kernels_and_does_nothing_else(build, monkeypatch):
     """No constant is copied to the device, and no tensor beside it: a call can be captured in a CUDA graph."""
     launched = []
 
@@ -82,15 +83,16 @@ def test_a_call_launches_its_kernels_and_does_nothing_else(case, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launched.append(self.name)
 
-    for kernel in (case.kernel, *case.also):
-        name = kernel.fn.__name__
-        monkeypatch.setattr(f"{kernel.fn.__module__}.{name}", Launched(name))
+    names = [kernel.fn.__name__ for kernel in build.kernels]
+    case, arguments = build.arguments()
+    for name in names:
+        monkeypatch.setattr(build.module, name, Launched(name))
     with Operators() as operators:
-        case.launch(TARGETS["sm_90"])
-    assert sorted(launched) == sorted(kernel.fn.__name__ for kernel in (case.kernel, *case.also))
+        cases.launch(case, build.part, arguments, cases.GPU("ptx", 32))
+    assert sorted(launched) == sorted(names)
     memory = {"aten::empty.memory_format", "aten::empty_like", "aten::new_empty"}
     # Of a mask the selected patches are counted, which is a kernel of torch's.
-    counted = {"aten::sum"} if "masked" in case.configuration else set()
+    counted = {"aten::sum"} if "masked" in build.name else set()
     assert operators.seen - memory == counted
 
 
@@ -99,13 +101,11 @@ def test_a_call_launches_its_kernels_and_does_nothing_else(case, monkeypatch):
 
 @pytest.mark.parametrize("target", AVAILABLE)
 def test_machine_code_holds_what_it_must_and_nothing_that_it_must_not(built, target):
-    assert [
-        text for case in CASES for text in invariants.broken_invariants(case, target, built[case.name][target])
-    ] == []
+    assert [text for one in BUILDS for text in invariants.broken_invariants(one, target, built[one.name][target])] == []
 
 
 def test_every_broken_invariant_is_noticed(built):
-    case = next(case for case in CASES if case.draws == "normal" and case.rounds)
+    case = BUILDS[0]
     entry = built[case.name]["sm_90"]
     for opcode in ("MUFU.LG2", "MUFU.SIN", "MUFU.COS", "F2FP.BF16", "IMAD.WIDE.U32"):
         without = {name: n for name, n in entry["opcodes"].items() if not name.startswith(opcode)}
@@ -165,10 +165,10 @@ def test_gradient_of_the_noisy_patches(built, target):
     one, float32, many, small = (
         built[f"noise_patchify backward, {configuration}"][target]
         for configuration in (
-            "bf16 to fp32, patch 16",
-            "fp32 to fp32, patch 16",
-            "bf16 to fp32, patch 16, 8 leads",
-            "bf16 to fp32, patch 4",
+            "fp32 planes, patch 16, bf16",
+            "fp32 planes, patch 16, fp32",
+            "fp32 planes, patch 16, bf16, 8 levels",
+            "fp32 planes, patch 4, bf16",
         )
     )
     # Every byte once, 16 at a time: 24 elements of a thread, or 12. Patch rows of four pixels are 8 bytes of bfloat16.
@@ -176,7 +176,7 @@ def test_gradient_of_the_noisy_patches(built, target):
     assert [float32["loads"], float32["stores"]] == [{"16": 12 / 4}, {"16": 12 / 4}]
     assert [small["loads"], small["stores"]] == [{"8": 12 / 4}, {"16": 12 / 4}]
     assert [_accesses(opcodes) for opcodes in many["depths"]] == [[{}, {16: 24 / 4}], [{16: 24 / 8}, {}]]
-    # Measured 8.5 and 11.2 instructions per element, and 3.3 for every further lead.
+    # Measured 8.5 and 11.2 instructions per element, and 3.3 for every further level.
     assert one["instructions"] <= 10
     assert float32["instructions"] <= 13
     assert many["by_loop"][1] <= 4
@@ -187,7 +187,7 @@ def test_gradient_of_the_noisy_patches(built, target):
 def test_configurations_differ_in_threads_alone(built, target):
     for name, threads in (
         ("noise_patchify forward, uint8, patch 16, bf16", (64, 256)),
-        ("noise_patchify backward, bf16 to fp32, patch 16", (64, 256)),
+        ("noise_patchify backward, fp32 planes, patch 16, bf16", (64, 256)),
         ("attack_step, fp32", (256, 512)),
     ):
         first = built[name][target]
@@ -318,7 +318,7 @@ def test_amd_moves_as_much_at_a_time(built):
         "patch_loss forward, uint8, patch 16, bf16": 9,
         "patch_loss backward, uint8, patch 16, bf16": 9,
         "decode_patches forward, input, uint8, patch 16, bf16": 3,
-        "noise_patchify backward, bf16 to fp32, patch 16": 3,
+        "noise_patchify backward, fp32 planes, patch 16, bf16": 3,
     }
     for name, wide in loads.items():
         assert built[name]["gfx942"]["loads"]["16"] == wide, name
@@ -334,8 +334,8 @@ def test_amd_moves_as_much_at_a_time(built):
 
 @pytest.mark.parametrize("target", AVAILABLE)
 def test_accesses_amount_to_the_bytes_of_the_launch(built, target):
-    for case in CASES:
-        entry = built[case.name][target]
+    for build in BUILDS:
+        entry = built[build.name][target]
         if len(entry["depths"]) > 1:
             continue  # their accesses lie in loops
         threads = entry["programs"] * entry["warps"] * TARGETS[target].warp_size
@@ -343,11 +343,11 @@ def test_accesses_amount_to_the_bytes_of_the_launch(built, target):
         loaded = sum(int(width) * n for width, n in entry["loads"].items()) * threads / 64
         scalars = 24 * threads / 64
         # Launches have masked tails and paddings: at most a third of a patch of 14 x 14, which takes 256 of 196 runs.
-        if case.operation != "patch_loss forward":  # one number of a program, stored by one thread
-            assert stored <= 1.35 * entry["moved"], case.name
-        assert loaded - scalars <= 1.35 * entry["moved"], case.name
+        if build.operation != "patch_loss forward":  # one number of a program, stored by one thread
+            assert stored <= 1.35 * entry["moved"], build.name
+        assert loaded - scalars <= 1.35 * entry["moved"], build.name
         # AMD reads what is one number for a program by scalar loads, which are not counted.
-        assert stored + loaded >= 0.999 * entry["moved"], case.name
+        assert stored + loaded >= 0.999 * entry["moved"], build.name
 
 
 # --- budgets
@@ -465,7 +465,7 @@ def test_loops_count_as_often_as_they_run(monkeypatch):
     one = _built(monkeypatch, depths, warps=4, programs=100)
     # A thread stores 16 bytes, 8 elements, in each of 8 trips.
     elements = 100 * 128 * 8 * 8
-    work = build_report.Work(
+    work = cases.Work(
         images=10, elements=elements, moved=3 * elements, minimum=3 * elements, written=2 * elements, trips=(2, 4)
     )
     entry = build_report.analyse(one, "sm_90", work)
@@ -481,7 +481,7 @@ def test_loops_count_as_often_as_they_run(monkeypatch):
 
 def test_a_loop_that_sums_is_counted_per_output(monkeypatch):
     one = _built(monkeypatch, [{"STG.E.128": 1, "MOV": 1}, {"LDG.E.128": 1, "FADD": 4}], warps=1, programs=1)
-    work = build_report.Work(images=1, elements=128, moved=9 * 512, minimum=9 * 512, written=512, trips=(8,))
+    work = cases.Work(images=1, elements=128, moved=9 * 512, minimum=9 * 512, written=512, trips=(8,))
     entry = build_report.analyse(one, "sm_90", work)
     assert entry["by_loop"] == pytest.approx([2 / 4, 5 / 4])
     assert entry["instructions"] == pytest.approx((2 + 8 * 5) / 4)
@@ -548,7 +548,7 @@ def test_command_writes_json_and_page_and_keeps_the_prose(instant, built):
 
 def test_command_fails_on_a_lost_budget_and_update_makes_it_the_new_one(instant, built, capsys):
     worse = copy.deepcopy(built)
-    name = CASES[0].name
+    name = BUILDS[0].name
     worse[name]["sm_90"]["instructions"] *= 0.5
     (instant / "budgets.json").write_text(budgets_file.budgets_text(worse))
     with pytest.raises(SystemExit, match="1"):
@@ -570,7 +570,7 @@ def test_budgets_are_updated_as_a_whole_or_not(instant):
 
 def test_no_budget_for_machine_code_that_breaks_an_invariant(instant, built, monkeypatch):
     broken = copy.deepcopy(built)
-    broken[CASES[0].name]["sm_90"]["spills"] = 8
+    broken[BUILDS[0].name]["sm_90"]["spills"] = 8
     monkeypatch.setattr(build_report, "report", lambda *_: broken)
     before = (instant / "budgets.json").read_bytes()
     if list(TARGETS) == AVAILABLE:
@@ -605,7 +605,7 @@ def test_eager_traffic_is_what_each_operation_reads_and_writes():
 
 @pytest.mark.skipif(inductor.unavailable() is not None, reason=str(inductor.unavailable()))
 def test_compiled_attack_step_is_one_kernel_that_moves_the_same_bytes(run_in_process):
-    kinds = run_in_process(inductor._baseline, "attack_step, fp32")["forward"]
+    kinds = run_in_process(inductor._count_baselines, "attack_step, fp32")["forward"]
     (kernel,) = kinds["compiled"]
     pixels = 3 * 224 * 224 * 4
     # Pixels, origin and gradient in, pixels out, and the sizes of 64 samples; eager writes what it reads again.
@@ -616,5 +616,5 @@ def test_compiled_attack_step_is_one_kernel_that_moves_the_same_bytes(run_in_pro
 
 
 def test_budget_of_an_entry_keeps_what_is_compared(built):
-    entry = built[CASES[0].name]["sm_90"]
+    entry = built[BUILDS[0].name]["sm_90"]
     assert set(budgets_file.budget(entry)) == set(BEFORE)
