@@ -123,13 +123,13 @@ class NoisePatchify(ImageCase):
         if self.threads is not None:
             return None
         images, sigma = inputs["images"], inputs["sigma"]
-        constants = self.constants(images.device)
+        mean, std = self.constants(images.device).values()
 
         def run() -> None:
             from denim.benchmarks import baselines_triton
 
             for level, draw in itertools.product(sigma.reshape(-1, self.batch), range(math.prod(self.draws))):
-                baselines_triton.launch(images, level, draw, self.patch, **constants, dtype=self.dtype)
+                baselines_triton.launch(images, level, draw, self.patch, mean, std, self.dtype)
 
         return run
 
@@ -309,7 +309,9 @@ class DecodePatches(ImageCase):
 
     def fused(self, **inputs: Tensor) -> Tensor:
         return kernels.decode_patches(
-            **inputs,
+            inputs["prediction"],
+            source=inputs.get("source"),
+            sigma=inputs.get("sigma"),
             **self._options(),
             mean=self.mean,
             std=self.std,
@@ -334,8 +336,15 @@ class DecodePatches(ImageCase):
         return self._decoded(**inputs, **self.constants(inputs["prediction"].device, torch.float64))
 
     def _decoded(self, **tensors: Tensor) -> Tensor:
-        normalize = (tensors.pop("classifier_mean"), tensors.pop("classifier_std")) if self.patches else None
-        return baselines.decoded_pixels(**tensors, **self._options(), normalize=normalize)
+        return baselines.decoded_pixels(
+            tensors["prediction"],
+            tensors["mean"],
+            tensors["std"],
+            source=tensors.get("source"),
+            sigma=tensors.get("sigma"),
+            **self._options(),
+            normalize=(tensors["classifier_mean"], tensors["classifier_std"]) if self.patches else None,
+        )
 
     def upstream(self, inputs: Mapping[str, Tensor], result: Tensor) -> Tensor:
         """No gradient arrives where rounding may carry a pixel over an end of [0, 1], for it decides about the mask."""

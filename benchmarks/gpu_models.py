@@ -174,8 +174,8 @@ def _pretraining(device: str, size: Sizes, batch: int) -> Iterator[Row]:
     part = min(batch, 16)
     exact = 0.0
     for first in range(0, batch, part):
-        rows = slice(first, first + part)
-        loss = _loss(model, images[rows], sigma[rows], seeds[rows]) * (part / batch)
+        some = slice(first, first + part)
+        loss = _loss(model, images[some], sigma[some], seeds[some]) * (part / batch)
         loss.backward()
         exact += loss.item()
     gradients = _gradients(model)
@@ -203,11 +203,11 @@ def _pretraining(device: str, size: Sizes, batch: int) -> Iterator[Row]:
         Row("gradients in bf16 against float32", errors[1], "relative RMS error", 0.1),
     ]
     del gradients
-    peak = 0
+    memory = 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
-        peak = torch.cuda.max_memory_allocated()
+        memory = torch.cuda.max_memory_allocated()
     times = _times(device, step, size.steps)
     after = forward_backward()
     rows.append(Row("loss after the steps over loss before them", after.item() / before.item(), "", 1.0))
@@ -217,7 +217,7 @@ def _pretraining(device: str, size: Sizes, batch: int) -> Iterator[Row]:
     yield Row("pretraining step", seconds * 1e3, "ms", note=f"{note}; {_spread(times)}")
     yield Row("pretraining", batch / seconds, "images/s", note=note)
     if device == "cuda":
-        yield Row("peak memory", peak / 2**30, "GiB", note=note)
+        yield Row("peak memory", memory / 2**30, "GiB", note=note)
     few = min(batch, 2)
 
     def counted() -> Tensor:
@@ -254,7 +254,9 @@ def sweep(device: str, sizes: str) -> Iterator[Row]:
     def run() -> Tensor:
         with torch.autocast(device, torch.bfloat16):
             patches = reconstruct(denoiser, pixels, sigma, seeds, classifier=classifier)
-            return classifier.forward_patches(patches.flatten(0, -3)).unflatten(0, patches.shape[:-2])
+            flat = classifier.forward_patches(patches.flatten(0, -3))
+        logits: Tensor = flat.unflatten(0, patches.shape[:-2])
+        return logits
 
     with torch.inference_mode():
         logits = run()

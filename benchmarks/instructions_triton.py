@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
 """The generator's approximate instructions measured over all words, on the device, against its float64 functions."""
 
 from __future__ import annotations
