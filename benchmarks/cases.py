@@ -102,6 +102,11 @@ class NoisePatchify(ImageCase):
             dtype=torch.float64,
         )
 
+    def upstream(self, inputs: Mapping[str, Tensor], result: Tensor) -> Tensor:
+        """Where the pixels are strided, it is too."""
+        upstream = super().upstream(inputs, result)
+        return strided(upstream, -1, -2) if self.pixels.endswith("strided") else upstream
+
     def errors(
         self, inputs: Mapping[str, Tensor], exact: Sequence[Tensor], upstream: Tensor | None
     ) -> list[Tensor | float]:

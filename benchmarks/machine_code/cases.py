@@ -139,7 +139,7 @@ def _operator(case: Case, part: str) -> str:
     return f"{case.operation}_backward" if part == BACKWARD else case.operation
 
 
-def launch(case: Case, part: str, arguments: Sequence[Any], gpu: GPU) -> Any:
+def launch(case: Case, part: str, arguments: Sequence[Any], gpu: GPU, **more: Any) -> Any:
     """Call the launcher of a pass as the operator does on a GPU.
 
     Args:
@@ -147,6 +147,7 @@ def launch(case: Case, part: str, arguments: Sequence[Any], gpu: GPU) -> Any:
         part: a pass, key of `case.triton_kernels`.
         arguments: of the operator, from `case.arguments` or `case.backward_arguments`.
         gpu: what the kernels are built for.
+        more: options of the launcher.
 
     Returns:
         What the launcher returns: a tensor or several.
@@ -158,7 +159,7 @@ def launch(case: Case, part: str, arguments: Sequence[Any], gpu: GPU) -> Any:
         by_threads = {item if isinstance(item, int) else item[0]: item for item in every}
         threads = case.threads or next(iter(by_threads))
         options["configurations"] = (by_threads.get(threads, threads),)
-    return run(*arguments, gpu=gpu, **options)
+    return run(*arguments, gpu=gpu, **options, **more)
 
 
 BUILDS: tuple[Build, ...] = tuple(Build(case, part) for case in cases.CASES for part in case.built)
