@@ -47,11 +47,25 @@ def stored():
 
 
 @pytest.fixture(scope="session")
+def assert_stored(stored):
+    """assert_stored(got, exact, error): `got` is what the interpreter stores of a value within `error` of `exact`."""
+
+    def check(got: torch.Tensor, exact: torch.Tensor, error: torch.Tensor | float) -> None:
+        """`got` is a value within `error` of `exact`, in its dtype; NaN where that is NaN and nowhere else."""
+        assert got.shape == exact.shape
+        assert got.is_contiguous()
+        lowest, highest = stored(exact - error, got.dtype), stored(exact + error, got.dtype)
+        assert (((lowest <= got) & (got <= highest)) | (got.isnan() & exact.isnan())).all()
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def interpret(tmp_path_factory, run_script):
-    """interpret({key: (case, pass, arguments, options)}) -> {key: what the launcher returns} in the interpreter."""
+    """interpret(launch={key: ...}, dispatch={key: ...}): see `interpreter_cases.py`."""
     pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
-    def run(jobs: dict) -> dict:
+    def run(**jobs: dict) -> dict:
         folder = tmp_path_factory.mktemp("interpreter")
         torch.save(jobs, folder / "given.pt")
         run_script("kernels/interpreter_cases.py", folder / "given.pt", folder / "got.pt")
@@ -75,7 +89,7 @@ def interpreted(interpret):
             jobs[case.name, FORWARD] = (case, FORWARD, case.arguments(inputs), {})
             if upstream is not None:
                 jobs[case.name, BACKWARD] = (case, BACKWARD, case.backward_arguments(inputs, upstream), {})
-        got = interpret(jobs)
+        got = interpret(launch=jobs)["launch"]
         results = {}
         for name, (case, inputs, upstream) in made.items():
             gradients = () if upstream is None else got[name, BACKWARD]

@@ -14,8 +14,12 @@ import triton
 import triton.language as tl
 from last_program import LastProgram, reserved
 
-from denim.kernels import dispatch, noise_triton
+from denim.benchmarks.case import FORWARD
+from denim.benchmarks.cases import NoisePatchify
+from denim.benchmarks.machine_code.cases import launch
 from denim.kernels import noise_patchify_triton as kernel
+from denim.kernels import noise_triton
+from denim.kernels.dispatch import GPU
 
 
 @triton.jit
@@ -44,80 +48,45 @@ def normals_kernel(words, out, N: tl.constexpr):
     tl.store(out + N + i, sine)
 
 
-GPU = dispatch.GPU("plain", 32)
-LAUNCHES = {
-    "noise_patchify": lambda **case: kernel.launch(**case, gpu=GPU),
-    "noise_patchify_backward": lambda **case: kernel.launch_backward(**case, gpu=GPU),
-}
-
-
-def launched(function: str, case: dict) -> torch.Tensor:
-    """The result, which is NaN where the kernel wrote nothing."""
-    empty = torch.empty
-    torch.empty = lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan"))
-    try:
-        return LAUNCHES[function](**case)
-    finally:
-        torch.empty = empty
-
-
-def dispatched(function: str, case: dict) -> tuple[torch.Tensor, int]:
-    """What the operator's CUDA kernel answers, and how often it launched Triton."""
-    name = {"noise_patchify": "launch", "noise_patchify_backward": "launch_backward"}[function]
-    launches, launch = [], getattr(kernel, name)
-
-    def counted(*args, **kwargs):
-        launches.append(None)
-        return launch(*args, **kwargs)
-
-    setattr(kernel, name, counted)
-    dispatch.gpu_of = lambda device: GPU
-    operator = torch.library.get_kernel(f"denim::{function}", "CUDA")
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    try:
-        return operator.call_boxed(keys, *case.values()), len(launches)
-    finally:
-        setattr(kernel, name, launch)
-
-
-def last_of_many(function: str, batch: int, case: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def last_of_many(part: str, batch: int, case: NoisePatchify, alone: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """The last sample of a huge batch, of which only the last program runs; and the result for this sample alone.
 
     Args:
-        function: which operator.
+        part: forward or backward.
         batch: samples of the huge batch.
-        case: arguments for one sample.
+        case: of one sample.
+        alone: arguments for the one sample.
     """
-    many, empty = dict(case), torch.empty
-    for name in ("images", "sigma", "seeds", "grad"):
-        if name in case:
-            dim = {"sigma": -1, "seeds": -1, "images": 0, "grad": -3}[name]
-            shape = list(case[name].shape)
-            shape[dim] = batch
-            many[name] = reserved(shape, dtype=case[name].dtype)
-            many[name].narrow(dim, batch - 1, 1).copy_(case[name])
+    # The batch is the first dimension of images, the last of levels and seeds, and the third last of gradients.
+    dims = (0, -1, -1) if part == FORWARD else (-3,)
+    many = list(alone)
+    for place, dim in enumerate(dims):
+        shape = list(alone[place].shape)
+        shape[dim] = batch
+        many[place] = reserved(shape, dtype=alone[place].dtype)
+        many[place].narrow(dim, batch - 1, 1).copy_(alone[place])
 
     def last_sample(out):
-        return out[..., -1:, :, :] if function == "noise_patchify" else out[-1:]
+        return out[..., -1:, :, :] if part == FORWARD else out[-1:]
 
     def marked(*args, **kwargs):
         out = reserved(*args, **kwargs)
         last_sample(out).fill_(float("nan"))
         return out
 
-    forward, backward = kernel.noise_patchify_kernel, kernel.noise_patchify_backward_kernel
+    empty, forward, backward = torch.empty, kernel.noise_patchify_kernel, kernel.noise_patchify_backward_kernel
     kernel.noise_patchify_kernel = LastProgram(forward)
     kernel.noise_patchify_backward_kernel = LastProgram(backward)
     torch.empty = marked
     try:
-        return tuple(last_sample(LAUNCHES[function](**arguments)).clone() for arguments in (many, case))
+        return tuple(last_sample(launch(case, part, given, GPU("plain", 32))).clone() for given in (many, alone))
     finally:
         torch.empty = empty
         kernel.noise_patchify_kernel, kernel.noise_patchify_backward_kernel = forward, backward
 
 
 def main(inputs: str, outputs: str) -> None:
-    given = torch.load(inputs, weights_only=True)
+    given = torch.load(inputs, weights_only=False)
     counters, keys, words = given["counters"], given["keys"], given["normal_words"]
     philox = torch.empty_like(counters)
     philox_kernel[(1,)](counters, keys, philox, N=counters.shape[1])
@@ -126,9 +95,6 @@ def main(inputs: str, outputs: str) -> None:
     got = {
         "philox": philox,
         "normals": normals,
-        "patches": {name: launched("noise_patchify", case) for name, case in given["cases"].items()},
-        "pixels": {name: launched("noise_patchify_backward", case) for name, case in given["backward"].items()},
-        "dispatch": {name: dispatched(*case) for name, case in given["dispatch"].items()},
         "huge": {name: last_of_many(*case) for name, case in given["huge"].items()},
     }
     torch.save(got, outputs)

@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
+from denim.benchmarks.cases import OPERATIONS
 from denim.kernels import (
     attack_start,
     attack_step,
@@ -25,94 +26,73 @@ OPS = torch.ops.denim
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.5, 1.0]
 
 
-def rand(*shape, dtype=torch.float32, grad=False, strided=False, seed=0):
-    """Values in [0, 1); strided ones have gaps and another order of dimensions."""
-    tensor = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-    if strided:
-        tensor = torch.stack([tensor.T.contiguous() if tensor.dim() == 2 else tensor] * 2, dim=-1)[..., 0]
-        tensor = tensor.T if tensor.dim() == 2 else tensor
-        if tensor.dim() > 2:
-            tensor = tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return tensor.requires_grad_(grad)
+def rand(*shape, grad=False, seed=0):
+    """Values in [0, 1)."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(grad)
 
 
-def bytes_(*shape, strided=False):
-    tensor = (rand(*shape) * 256).to(torch.uint8)
-    return torch.stack([tensor, tensor], dim=-1)[..., 0] if strided else tensor
+def ids(*shape):
+    return torch.arange(torch.Size(shape).numel()).reshape(shape)
 
 
-def ids(*shape, strided=False):
-    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    return torch.stack([tensor, tensor], dim=-1)[..., 0] if strided else tensor
+def strided(tensor):
+    """The same values with gaps, and the last two dimensions in the other order."""
+    tensor = tensor.detach().mT.contiguous().mT if tensor.dim() > 1 else tensor.detach()
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
 
 
-def arguments(s):
-    """Arguments of every operator; `s` makes all tensors strided."""
-    size = {"strided": s}
-    mask = torch.stack([rand(2, 6) < 0.5] * 2, dim=-1)[..., 0] if s else rand(2, 6) < 0.5
-    geometry = (4, MEAN, STD)
-    raw = (None, None, 8, 12, *geometry, "raw")
-    pixels, patches = ([], [], torch.float32), (STD, MEAN, torch.bfloat16)
-    prediction = {"grad": True, **size}
-    return [
-        ("normal_noise", (ids(2, 3, **size), 37)),
-        ("normal_noise", (ids(1), 1)),
-        (
-            "noise_patchify",
-            (bytes_(2, 8, 12, 3, **size), rand(3, 2, **size), ids(2, 2, **size), *geometry, torch.bfloat16),
-        ),
-        (
-            "noise_patchify",
-            (rand(2, 3, 8, 12, **prediction), rand(2, **size), ids(2, **size), *geometry, torch.float32),
-        ),
-        # Patches of one pixel: the patchified image is a strided view, and the result must not inherit its strides.
-        ("noise_patchify", (rand(2, 3, 8, 12, **prediction), rand(2), ids(2), 1, MEAN, STD, torch.float16)),
-        ("noise_patchify_backward", (rand(3, 2, 2, 6, 48, **size), 8, 12, 4, STD, torch.float32)),
-        ("noise_patchify_backward", (rand(2, 96, 3, **size), 8, 12, 1, STD, torch.bfloat16)),
-        ("patch_loss", (rand(2, 6, 48, **prediction), bytes_(2, 8, 12, 3, **size), mask, *geometry, True)),
-        ("patch_loss", (rand(2, 6, 48, **prediction), rand(2, 3, 8, 12, **size), None, *geometry, False)),
-        (
-            "patch_loss_backward",
-            (torch.tensor(2.0), rand(2, 6, 48, **size), bytes_(2, 8, 12, 3, **size), mask, *geometry, True),
-        ),
-        *(
-            ("decode_patches", (*case, *output))
-            for output in (pixels, patches)
-            for case in (
-                (rand(2, 2, 6, 48, **prediction), *raw),
-                (rand(2, 96, 3, **prediction), None, None, 8, 12, 1, MEAN, STD, "raw"),
-                (rand(2, 2, 6, 48, **prediction), rand(2, 3, 8, 12, **prediction), None, 8, 12, *geometry, "input"),
-                (rand(2, 6, 48, **prediction), rand(2, 3, 8, 12, **size), None, 8, 12, *geometry, "input"),
-                (rand(2, 6, 48, **prediction), bytes_(2, 8, 12, 3, **size), None, 8, 12, *geometry, "input"),
-                (rand(2, 6, 48, **prediction), rand(2, 6, 48, **prediction), rand(2) * 90, 8, 12, *geometry, "noisy"),
-            )
-        ),
-        *(
-            ("decode_patches_backward", (grad, rand(2, 6, 48, **size), source, None, *geometry, kind, std, wanted))
-            for grad, std in ((rand(2, 3, 8, 12, **size), []), (rand(2, 6, 48, **size), MEAN))
-            for source, kind, wanted in (
-                (None, "raw", True),
-                (bytes_(2, 8, 12, 3, **size), "input", True),
-                (rand(2, 3, 8, 12, **size), "input", True),
-                (rand(2, 3, 8, 12, **size), "input", False),
-            )
-        ),
-        ("attack_step", (*(rand(2, 3, 8, 12, seed=i, **size) for i in range(3)), rand(2, **size), torch.tensor(0.1))),
-        ("attack_start", (rand(2, 3, 8, 12, **size), ids(2, **size), rand(2, **size))),
-        ("attack_start", (rand(2, 7, dtype=torch.bfloat16, **size), ids(2, **size), torch.tensor(0.1))),
-    ]
+def form(argument):
+    """What an operator branches on: dimensions, bytes or floats, what is missing, words; not sizes and values."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dim(), argument.is_floating_point(), argument.requires_grad
+    if isinstance(argument, (list, torch.dtype)):
+        return bool(argument)
+    return argument == 1 if type(argument) is int else argument
 
 
-@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
-@pytest.mark.parametrize("index", range(len(arguments(False))), ids=[name for name, _ in arguments(False)])
-def test_opcheck(index, strided):
-    name, args = arguments(strided)[index]
-    opcheck(getattr(OPS, name).default, args)
+def calls():
+    """(operator, arguments): every form in which the small cases of the table call an operator."""
+    yield "normal_noise", (ids(2, 3), 37)
+    yield "normal_noise", (ids(1), 1)
+    for operation, cases in OPERATIONS.items():
+        seen = set()
+        for case in cases:
+            inputs = {name: value.nan_to_num(0) for name, value in case.inputs("cpu").items()}
+            size = sum(value.numel() for value in inputs.values())
+            if not 0 < size < 4000 or getattr(case, "patch", 1) > 4:
+                continue
+            if case.leaves:
+                result = case.fused(**case.inputs("meta"))
+                upstream = rand(*result.shape).to(result.dtype)
+                backward = case.backward_arguments(inputs, upstream)
+                if ("backward", *map(form, backward)) not in seen:
+                    seen.add(("backward", *map(form, backward)))
+                    yield f"{operation}_backward", backward
+            for name in case.leaves:
+                inputs[name] = inputs[name].detach().requires_grad_()
+            forward = case.arguments(inputs)
+            if tuple(map(form, forward)) not in seen:
+                seen.add(tuple(map(form, forward)))
+                yield operation, forward
+
+
+CALLS = list(calls())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[name for name, _ in CALLS])
+def test_opcheck(name, arguments, layout):
+    if layout == "strided":
+        arguments = [
+            strided(value).requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+            for value in arguments
+        ]
+    opcheck(getattr(OPS, name).default, arguments)
 
 
 def test_every_operator_is_checked():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("denim::")}
-    assert registered == {name for name, _ in arguments(False)}
+    assert registered == {name for name, _ in CALLS}
 
 
 GEOMETRY = {"patch_size": 4, "mean": MEAN, "std": STD}
