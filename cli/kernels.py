@@ -82,7 +82,7 @@ def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str
     parts = [f"Written by `denim kernels --page` with {versions}. All numbers are static: nothing was run."]
     if table is not None:
         parts += [
-            "### Beside what one would have otherwise, H100",
+            "### Baselines, H100",
             _markdown(BASELINE_COLUMNS, _baseline_rows(table)),
         ]
         if reason:
@@ -97,7 +97,7 @@ def _insert(path: Path, text: str) -> None:
     """Replace the text between the marks of a page, and nothing else."""
     from denim.nim.files import atomic_write
 
-    page = path.read_text() if path.exists() else f"# Kernels\n\n{BEGIN}\n{END}\n"
+    page = path.read_text() if path.exists() else f"# Numbers of the kernels\n\n{BEGIN}\n{END}\n"
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"{path} must hold {BEGIN!r} and behind it {END!r}, once each: the tables go between them")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
@@ -173,7 +173,7 @@ def main(
             shown.add_row(name, *(row[place] for place in kept))
         console.print(shown)
     if table is not None:
-        shown = Table(*BASELINE_COLUMNS, title="beside what one would have otherwise, H100, static", box=None)
+        shown = Table(*BASELINE_COLUMNS, title="baselines, H100, static", box=None)
         for row in _baseline_rows(table):
             shown.add_row(*row)
         console.print(shown)

@@ -5,6 +5,7 @@ import copy
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -544,6 +545,19 @@ def test_command_writes_json_and_page_and_keeps_the_prose(instant, built):
     with pytest.raises(ValueError, match="must hold"):
         command.main(page=page, baselines=False)
     assert page.read_text() == "# Prose without marks\n"
+
+
+def test_the_page_of_numbers_is_current(built):
+    """The tables of every target, as this Triton builds them; for the baselines, their names."""
+    version, _ = budgets_file.read_budgets()
+    if version != triton.__version__:
+        pytest.skip(f"the page was written with Triton {version}, this is {triton.__version__}")
+    page = (Path(__file__).parents[3] / "docs" / "kernels-tables.md").read_text()
+    *_, tables = command._page(built, None, None, "").split("\n\n", 1)
+    shown = page[page.index(f"### {AVAILABLE[0]}") : page.index(command.END)].strip()
+    assert shown == tables.strip(), "run `denim kernels --page docs/kernels-tables.md`"
+    for case in inductor.COMPARED:
+        assert f"| {case.operation}, {case.name} | forward | fused |" in page
 
 
 def test_command_fails_on_a_lost_budget_and_update_makes_it_the_new_one(instant, built, capsys):
