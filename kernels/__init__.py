@@ -5,7 +5,7 @@ imported at the first call that needs them.
 """
 
 from denim.kernels.attack_step import attack_start, attack_step
-from denim.kernels.attention import attention, attention_backends
+from denim.kernels.attention import attention, attention_backends, attention_kernel
 from denim.kernels.decode_patches import decode_patches
 from denim.kernels.noise import Domain, Stream, derive_seeds, draw_seeds, noise_words, normal_noise, uniform_noise
 from denim.kernels.noise_patchify import noise_patchify
@@ -19,6 +19,7 @@ __all__ = [
     "attack_step",
     "attention",
     "attention_backends",
+    "attention_kernel",
     "check_pixels",
     "decode_patches",
     "derive_seeds",

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import importlib.metadata
 import logging
 import math
 from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attention", "attention_backends", "check_backend"]
+__all__ = ["attention", "attention_backends", "attention_kernel", "check_backend"]
 
-# A function that runs a call, or the reasons why the backend does not serve it.
-Answer = Callable[[Tensor, Tensor, Tensor], Tensor] | list[str]
+
+class _Kernel(NamedTuple):
+    name: str
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# What runs a call, or the reasons why the backend does not serve it.
+Answer = _Kernel | list[str]
+
+
+def _preload_cuda_runtime() -> None:
+    """Load CUDA 12's runtime library, which the extension of PyPI's xformers is linked to.
+
+    torch's wheels for CUDA 13 do not bring it, and not every release of torch loads it from the wheel that does.
+    Without it xformers takes itself for a build without CUDA, and refuses every call.
+    """
+    try:
+        files = importlib.metadata.files("nvidia-cuda-runtime-cu12") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name == "libcudart.so.12":
+            ctypes.CDLL(str(file.locate()))
 
 
 @functools.cache
@@ -36,6 +60,7 @@ def load_xformers() -> tuple[ModuleType | None, str]:
     propagate, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
     try:
+        _preload_cuda_runtime()
         ops = importlib.import_module("xformers.ops")
     except (ImportError, OSError, RuntimeError) as error:  # wheels for another CUDA raise each of these
         return None, f"xformers cannot be imported: {error}"
@@ -69,7 +94,8 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Answer:
         asked = pair if backward else pair[:1]
         reasons = [reason for operator in asked for reason in operator.not_supported_reasons(inputs)]
         if not reasons:
-            return functools.partial(_run_xformers, ops, pair)
+            name = " ".join(operator.NAME for operator in asked)
+            return _Kernel(f"xformers {name}", functools.partial(_run_xformers, ops, pair))
         refusals.append(f"{family.FwOp.NAME}: {'; '.join(dict.fromkeys(reasons))}")
     return refusals or ["this xformers has none of the kernels flash3, flash, cutlass and ck"]
 
@@ -87,11 +113,12 @@ def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ value
 
 
+_SDPA, _MATH = _Kernel("sdpa", F.scaled_dot_product_attention), _Kernel("math", _math)
 # "auto" tries them in this order.
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Answer]] = {
     "xformers": _xformers,
-    "sdpa": lambda query, key, value: F.scaled_dot_product_attention,
-    "math": lambda query, key, value: _math,
+    "sdpa": lambda query, key, value: _SDPA,
+    "math": lambda query, key, value: _MATH,
 }
 
 
@@ -139,6 +166,38 @@ def attention_backends(query: Tensor, key: Tensor, value: Tensor) -> dict[str, l
     return {name: answer if isinstance(answer, list) else [] for name, answer in answers.items()}
 
 
+def _choose(query: Tensor, key: Tensor, value: Tensor, backend: str) -> _Kernel:
+    _check(query, key, value)
+    check_backend(backend)
+    refusals: dict[str, list[str]] = {}
+    for name in _BACKENDS if backend == "auto" else (backend,):
+        answer = _BACKENDS[name](query, key, value)
+        if not isinstance(answer, list):
+            return answer
+        refusals[name] = answer
+    inputs = f"{query.dtype} {tuple(query.shape)} on {query.device}"
+    raise ValueError(f"attention backend {backend!r} cannot serve {inputs}: {refusals}")
+
+
+def attention_kernel(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> str:
+    """The name of the kernel that `attention` runs for a call, which it does not run.
+
+    Args:
+        query: (B, heads, N, head_dim).
+        key: (B, heads, M, head_dim).
+        value: (B, heads, M, head_dim).
+        backend: as for `attention`.
+
+    Returns:
+        "xformers" with the names of xformers' forward operator and, where a gradient is needed, backward operator
+        ("xformers fa2F@2.5.7-pt fa2B@2.5.7-pt"), "sdpa" or "math".
+
+    Raises:
+        TypeError, ValueError: as `attention`.
+    """
+    return _choose(query, key, value, backend).name
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto") -> Tensor:
     """softmax(query key^T / sqrt(head_dim)) value, in the layout of torch's scaled_dot_product_attention.
 
@@ -157,13 +216,4 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, backend: str = "auto
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    _check(query, key, value)
-    check_backend(backend)
-    refusals: dict[str, list[str]] = {}
-    for name in _BACKENDS if backend == "auto" else (backend,):
-        answer = _BACKENDS[name](query, key, value)
-        if not isinstance(answer, list):
-            return answer(query, key, value)
-        refusals[name] = answer
-    inputs = f"{query.dtype} {tuple(query.shape)} on {query.device}"
-    raise ValueError(f"attention backend {backend!r} cannot serve {inputs}: {refusals}")
+    return _choose(query, key, value, backend).run(query, key, value)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from denim.kernels import attention, attention_backends
+from denim.kernels import attention, attention_backends, attention_kernel
 
 CPU_BACKENDS = ("auto", "sdpa", "math")
 
@@ -74,6 +76,8 @@ def test_backends_give_their_reasons():
 
 def test_auto_takes_the_first_that_serves():
     tensors = make()
+    assert attention_kernel(*tensors) == "sdpa"
+    assert attention_kernel(*tensors, backend="math") == "math"
     assert torch.equal(attention(*tensors), attention(*tensors, backend="sdpa"))
 
 
@@ -196,6 +200,8 @@ def test_forward_and_backward_kernel_are_those_that_were_asked(on_cuda, refusals
     assert [kernels for *_, kernels in ops.calls] == [
         [f"{name}F", f"{name}B"] for name in (training, *[evaluation] * 2)
     ]
+    assert attention_kernel(*views) == f"xformers {training}F {training}B"
+    assert attention_kernel(*(view.detach() for view in views)) == f"xformers {evaluation}F"
     assert attention_backends(*views)["xformers"] == []
     assert all(shapes == [(2, 5, 4, 8)] * 3 for _, shapes in ops.asked)
 
@@ -236,25 +242,76 @@ def test_inside_compile_sdpa_serves(on_cuda, monkeypatch):
     assert ops.calls == []
 
 
-def test_the_installed_xformers_has_what_is_asked_of_it():
-    """Names, signature and reasons, in a process of its own: nothing else here imports xformers."""
+# Fake CUDA tensors have a device and no memory. xformers asks torch for the capability of that device.
+INSTALLED = """
+import inspect, json, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from denim.kernels import attention_backends, attention_kernel
+from denim.kernels.attention import load_xformers
+
+ops, _ = load_xformers()
+x = torch.zeros(1, 2, 3, 8)
+for pair in [getattr(ops.fmha, name) for name in ("flash3", "flash", "cutlass", "ck")]:
+    for op in (pair.FwOp, pair.BwOp):
+        reasons = op.not_supported_reasons(ops.fmha.Inputs(x, x, x))
+        assert isinstance(op.NAME, str) and any("device=cpu" in reason for reason in reasons), op
+assert inspect.signature(ops.memory_efficient_attention).parameters["op"].kind.name == "KEYWORD_ONLY"
+
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+answers = {}
+with FakeTensorMode():
+    for dtype in ("float32", "bfloat16", "float16"):
+        for head_dim in (32, 64, 80, 12):
+            x = torch.empty(2, 3, 5, head_dim, device="cuda", dtype=getattr(torch, dtype), requires_grad=True)
+            kernel = attention_kernel(x, x, x)
+            answers[f"{dtype} {head_dim}"] = [kernel, attention_kernel(*[x.detach()] * 3), attention_backends(x, x, x)]
+print(json.dumps(answers))
+"""
+
+
+def test_the_installed_xformers_serves_on_a_gpu_of_capability_9():
+    """In a process of its own, since nothing else here imports xformers: names, signature, reasons, and the choice."""
     pytest.importorskip("xformers", reason="xformers is a dependency on Linux x86-64 alone")
-    code = (
-        "import inspect, torch; from denim.kernels.attention import load_xformers\n"
-        "ops, _ = load_xformers(); x = torch.zeros(1, 2, 3, 8)\n"
-        "pairs = [getattr(ops.fmha, name) for name in ('flash3', 'flash', 'cutlass', 'ck')]\n"
-        "for op in [op for pair in pairs for op in (pair.FwOp, pair.BwOp)]:\n"
-        "    reasons = op.not_supported_reasons(ops.fmha.Inputs(x, x, x))\n"
-        "    assert isinstance(op.NAME, str) and any('device=cpu' in reason for reason in reasons), op\n"
-        "assert inspect.signature(ops.memory_efficient_attention).parameters['op'].kind.name == 'KEYWORD_ONLY'\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    printed = subprocess.run([sys.executable, "-c", INSTALLED], check=True, capture_output=True, text=True)
+    answers = json.loads(printed.stdout)
+    for case, (training, evaluation, reasons) in answers.items():
+        dtype, head_dim = case.split()
+        if dtype != "float32" and head_dim == "12":  # half precision takes multiples of eight alone
+            assert (training, evaluation) == ("sdpa", "sdpa")
+            assert "shape[-1] % 8 != 0" in " ".join(reasons["xformers"])
+        else:
+            family = "cutlass" if dtype == "float32" else "fa"
+            assert re.fullmatch(rf"xformers {family}\S*F\S* {family}\S*B\S*", training), case
+            assert re.fullmatch(rf"xformers {family}\S*F\S*", evaluation), case
+            assert reasons["xformers"] == []
+
+
+def test_the_cuda_runtime_of_xformers_is_loaded_from_its_wheel(monkeypatch, tmp_path):
+    module, loaded = sys.modules["denim.kernels.attention"], []
+    monkeypatch.setattr(module.ctypes, "CDLL", loaded.append)
+    files = [
+        SimpleNamespace(name=name, locate=lambda name=name: tmp_path / name) for name in ("a.h", "libcudart.so.12")
+    ]
+    monkeypatch.setattr(module.importlib.metadata, "files", lambda name: files)
+    module._preload_cuda_runtime()
+    assert loaded == [str(tmp_path / "libcudart.so.12")]
+
+
+def test_without_the_wheel_nothing_is_loaded(monkeypatch):
+    module = sys.modules["denim.kernels.attention"]
+    monkeypatch.setattr(module.ctypes, "CDLL", None)
+
+    def missing(name):
+        raise module.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module.importlib.metadata, "files", missing)
+    module._preload_cuda_runtime()
 
 
 GOOD = (2, 3, 5, 8)
 
 
-@pytest.mark.parametrize("call", [attention, attention_backends])
+@pytest.mark.parametrize("call", [attention, attention_backends, attention_kernel])
 @pytest.mark.parametrize(
     ("place", "tensor", "error", "message"),
     [
