@@ -125,6 +125,7 @@ def interpreted(tmp_path_factory, run_script):
     return cases, torch.load(folder / "got.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bytes", "planes"])
 def test_the_naive_kernel_computes_the_same(interpreted, name):
     cases, got = interpreted

@@ -19,6 +19,8 @@ from denim.benchmarks.gpu_check import Part
 from denim.benchmarks.gpu_rows import SIZES, Row
 from denim.kernels import noise_words
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PARTS = {part.name: part for stage in gpu_check.stages() for part in stage}
 # What a machine with torch, triton and timm need not have.

@@ -73,6 +73,7 @@ os.waitpid(child, 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is measured on Linux")
 def test_memory_counts_what_was_written_and_children():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)

@@ -107,6 +107,7 @@ def test_denoise_writes_a_picture(runs, tmp_path, photo):
         assert picture.width > picture.height > 300
 
 
+@pytest.mark.slow
 def test_doctor_names_what_it_looked_at(capsys):
     denim("doctor")
     shown = capsys.readouterr().out
@@ -114,6 +115,7 @@ def test_doctor_names_what_it_looked_at(capsys):
         assert name in shown
 
 
+@pytest.mark.slow
 def test_demo_runs_end_to_end(tmp_path, monkeypatch, capsys):
     """The demo's own path with the sizes turned down."""
     monkeypatch.setattr(demo, "EPOCHS", {"pretraining": 1, "clean": 1, "denoised": 1})

@@ -162,6 +162,7 @@ def test_bad_settings_are_refused(options, message):
 # Results of an attack
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     name=st.sampled_from(["fgsm", "pgd"]),

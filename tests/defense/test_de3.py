@@ -466,6 +466,7 @@ def test_checkpoints_hold_no_stream():
     assert set(defense.state_dict()) == names | {f"classifier.{name}" for name in defense.classifier.state_dict()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("degrade", "aggregate"), [("noise", "logits"), ("both", "vote")])
 def test_a_compiled_defense_draws_afresh(degrade, aggregate):
     torch.compiler.reset()
@@ -612,6 +613,7 @@ def test_patches_under_autocast_are_in_its_dtype(handed):
     assert 0 < error["patches"] < 2 * error["pixels"] + 0.02 * exact.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the classifier was trained on")
 def test_patches_for_the_classifier_are_one_compiled_graph():
     torch.compiler.reset()
@@ -710,6 +712,7 @@ def test_the_vote_is_the_majority_with_ties_broken_by_the_mean_probability(data)
     torch.testing.assert_close(climbed, surrogate - torch.tensor(float(draws)).double().log(), rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregate", ["logits", "vote"])
 @pytest.mark.parametrize(
     ("target", "statistics"), [("raw", "input"), ("norm", "input"), ("norm", "noisy")], ids=["raw", "input", "noisy"]
@@ -727,6 +730,7 @@ def test_gradients_through_the_whole_defense(target, statistics, aggregate):
     assert gradient.abs().amax() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrade", ["mask", "both"])
 def test_gradients_through_masks(degrade):
     defense = De3(build(), linear(), level(degrade), degrade=degrade, mask_ratio=0.5).frozen(1)

@@ -41,6 +41,7 @@ def classifier() -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [None, 35.0])
 def test_foolbox_and_our_pgd_agree_on_accuracy(classifier, sigma):
     pixels, labels, ids = (tensor[:IMAGES] for tensor in digits("test"))

@@ -60,6 +60,7 @@ def covered(right: np.ndarray, share: float) -> float:
     return float(np.mean([interval.low <= share <= interval.high for interval in intervals]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
 def test_intervals_of_coins_cover_the_truth(share):
     right = np.random.default_rng(0).random((RUNS, IMAGES, 1)) < share
@@ -70,6 +71,7 @@ def test_intervals_of_coins_cover_the_truth(share):
     assert covered(right, share) == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / RUNS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
 @pytest.mark.parametrize("spread", [0.5, 4])
 def test_intervals_of_means_over_draws_cover_the_truth(share, spread):

@@ -32,6 +32,7 @@ def test_examples_are_short_and_all_tested():
         assert f'"{path.name}"' in source, f"no test runs {path.name}"
 
 
+@pytest.mark.slow
 def test_de3_before_timm(tmp_path, noise_image):
     for k in range(2):
         noise_image(40, 48, seed=k).save(tmp_path / f"{k}.png")
@@ -42,6 +43,7 @@ def test_de3_before_timm(tmp_path, noise_image):
     )
 
 
+@pytest.mark.slow
 def test_noise_patchify_in_your_model_denoises(tmp_path):
     printed = run(tmp_path, "noise_patchify_in_your_model.py", "--steps", "60", "--batch", "64")
     losses = re.findall(r"step (\d+): squared error ([\d.]+), of the noisy patches ([\d.]+)", printed)
@@ -51,6 +53,7 @@ def test_noise_patchify_in_your_model_denoises(tmp_path):
     assert float(losses[-1][1]) < 0.8 * float(losses[-1][2])
 
 
+@pytest.mark.slow
 def test_pretrain_on_a_folder_leaves_a_denoiser_and_a_picture(tmp_path, make_folder):
     folder = make_folder(tmp_path / "photos")
     words = (folder, "--out", tmp_path / "run", "--preset", "micro", "--epochs", "1", "--batch", "2")

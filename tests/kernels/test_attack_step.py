@@ -59,6 +59,7 @@ def test_gradient_may_have_another_dtype(dtype):
 sizes = st.floats(0, 1, width=32)
 
 
+@pytest.mark.slow
 @given(
     values=st.lists(st.tuples(sizes, sizes, st.floats(width=32), sizes), min_size=1, max_size=12),
     step_size=st.floats(-2, 2, width=32),

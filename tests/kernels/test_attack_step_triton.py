@@ -12,6 +12,8 @@ from denim.benchmarks.cases import AttackStart, AttackStep
 from denim.kernels import Stream, attack_start, attack_step, noise_words
 from denim.kernels.noise import philox
 
+pytestmark = pytest.mark.slow
+
 # Shapes whose last element lies beyond 2^31 elements, or whose last group of four beyond 2^32 of them.
 HUGE = {"long samples": (2, 2**31 + 3), "many samples": (2**30 + 2, 3), "a very long sample": (1, 2**34 + 3)}
 # Its word 12 is 2^32 - 32.

@@ -93,6 +93,7 @@ def test_unknown_backend_lists_the_valid_ones():
         attention(*make(), backend="flash")
 
 
+@pytest.mark.slow
 def test_cpu_calls_do_not_import_xformers():
     code = (
         "import sys, torch; from denim.kernels import attention, attention_backends\n"
@@ -103,6 +104,7 @@ def test_cpu_calls_do_not_import_xformers():
     assert printed.stdout.split() == ["False"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_compiles_into_one_graph(backend):
     counter = CompileCounterWithBackend("aot_eager")

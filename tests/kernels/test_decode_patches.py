@@ -271,6 +271,7 @@ def test_decoding_the_normalised_target_gives_the_image_back(dtype):
     torch.testing.assert_close(decode_patches(raw, img_size=(8, 12), **geometry), images, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_noisy_statistics_find_the_clean_spread():
     """Without noise, the statistics are those of the input; with noise, its variance is subtracted on average."""
     images = torch.rand((64, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

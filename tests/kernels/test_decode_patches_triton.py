@@ -8,6 +8,8 @@ import torch
 from denim.benchmarks.case import BACKWARD, FORWARD
 from denim.benchmarks.cases import DecodePatches
 
+pytestmark = pytest.mark.slow
+
 NAN = float("nan")
 
 

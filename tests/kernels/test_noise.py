@@ -113,6 +113,7 @@ def test_words_are_the_published_ones():
     assert np.array_equal(words.numpy(), np.stack(reference_philox(counter.numpy(), key.numpy())).astype(np.int64))
 
 
+@pytest.mark.slow
 def test_compiled_arithmetic_keeps_words_and_normals(compiled_arithmetic):
     counter, key = counters_and_keys()
     first, second = chosen_words()
@@ -181,6 +182,7 @@ def test_enumerations_are_pinned():
     assert [int(stream) for stream in sorted(Stream)] == list(range(5))
 
 
+@pytest.mark.slow
 def test_distribution_of_ten_million_draws():
     """Moments and the Kolmogorov-Smirnov distance, each within five standard errors of a standard normal's."""
     seeds = derive_seeds(3, Domain.TRAINING, torch.arange(10))
@@ -426,6 +428,7 @@ def test_backend_without_a_compiler_is_eager(monkeypatch, tmp_path):
     assert noise_backend.__wrapped__() == "eager"
 
 
+@pytest.mark.slow
 def test_eager_backend_in_a_fresh_process_gives_the_golden_values():
     code = "import torch; from denim.kernels import normal_noise; print(*normal_noise(torch.tensor(7), (8,)).tolist())"
     environment = {**os.environ, "DENIM_NOISE": "eager"}

@@ -9,6 +9,8 @@ from denim.benchmarks.cases import OPERATIONS, NoisePatchify
 from denim.benchmarks.exact_noise import exact_normals
 from denim.kernels import noise_words
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
 ALL = 0xFFFFFFFF

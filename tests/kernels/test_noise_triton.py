@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
 ALL = 0xFFFFFFFF

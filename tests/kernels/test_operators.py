@@ -79,6 +79,7 @@ def calls():
 CALLS = list(calls())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[name for name, _ in CALLS])
 def test_opcheck(name, arguments, layout):
@@ -140,6 +141,7 @@ def attack(pixels, prediction, ids):
     return (moved * pixels * prediction.reshape(pixels.shape)).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [train_step, masked_loss, sweep, to_patches, raw_target, attack])
 def test_one_graph_for_every_batch(function):
     """fullgraph, forward and backward; the first batch size's graph is used for the other batch sizes."""
@@ -173,6 +175,7 @@ def test_no_constant_is_copied_from_the_host(monkeypatch):
     assert decode_patches(patches, img_size=(8, 12), **GEOMETRY).shape == pixels.shape
 
 
+@pytest.mark.slow
 def test_inductor_forward_and_backward():
     """The default backend, whose layouts differ from aot_eager's."""
     compiled = torch.compile(sweep, fullgraph=True, dynamic=True)

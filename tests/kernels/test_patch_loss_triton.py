@@ -10,6 +10,8 @@ import torch
 from denim.benchmarks.case import BACKWARD, FORWARD, expected
 from denim.benchmarks.cases import OPERATIONS, PatchLoss
 
+pytestmark = pytest.mark.slow
+
 BLOCK_RUNS = (32, 128, 256)
 BLOCKS = {patch: PatchLoss(patch=patch, masked=True, grid=(3, 3)) for patch in (16, 4)}
 NOTHING = PatchLoss(patch=4, masked=True, batch=1, grid=(1, 2))

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from denim.cli import kernels as command
 
+pytestmark = pytest.mark.slow
+
 WHERE = "Triton is a dependency on Linux x86-64 alone"
 triton = pytest.importorskip("triton", reason=WHERE)
 build_report = pytest.importorskip("denim.benchmarks.machine_code.report", reason=WHERE)

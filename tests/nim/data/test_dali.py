@@ -35,6 +35,8 @@ from denim.nim.data import (
 )
 from denim.nim.data.dali_loader import OPERATIONS, RESIZED_BY_TORCH, DaliLoader, _Pipeline, problem, reasons
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.skipif(problem() is not None, reason=str(problem()))
 
 INT64 = st.integers(-(2**63), 2**63 - 1)

@@ -263,6 +263,7 @@ def on_a_rank(rank, world, folder, source):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_of_a_process_group(tmp_path, in_memory, world):
     source = failing(in_memory(37), {3, 11})
@@ -320,6 +321,7 @@ def test_replacements_are_pinned(in_memory):
     assert loader.plan(3, 0, {7: "", 1: "", 8: ""})[0].tolist() == [4, 0, 0, 6, 2]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     bad=st.sets(st.integers(0, 22), max_size=12),

@@ -80,6 +80,7 @@ def independent(first, second):
     return stats.chisquare(table.ravel()).pvalue
 
 
+@pytest.mark.slow
 def test_every_position_gets_every_sample_alike(starts):
     # The corners of the network's rectangle and a place inside.
     for sample in np.moveaxis(starts(0, 1, ROW, COUNT // 2, COUNT - 1), -1, 0):

@@ -124,6 +124,7 @@ def test_square_crops_have_uniform_area_and_position():
     assert stats.kstest((left / (side - width).clip(1))[roomy], stats.uniform(0, 1).cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_crops_follow_torchvision():
     side = 256
     width, height, _ = recovered_windows(TrainView(32, crop_scale=(0.2, 1.0), flip=False), 4000, side)
