@@ -23,7 +23,7 @@ demo: $(STAMP)
 
 # The tests that take less than a second or two each.
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=5 --durations-min=1
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

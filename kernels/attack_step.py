@@ -82,7 +82,7 @@ def attack_step(
 ) -> Tensor:
     """Step along the sign of the gradient, project onto the L-infinity ball around the origin, clamp to [0, 1].
 
-    Equivalent PyTorch::
+    Equivalent PyTorch:
 
         moved = pixels + step_size * gradient.sign()
         moved = origin + (moved - origin).clamp(-epsilon, epsilon)
@@ -113,7 +113,7 @@ def attack_step(
 def attack_start(pixels: Tensor, seeds: Tensor, *, epsilon: float | Tensor) -> Tensor:
     """A point drawn uniformly from the L-infinity ball around each image, clamped to [0, 1].
 
-    Equivalent PyTorch::
+    Equivalent PyTorch:
 
         noise = uniform_noise(seeds, pixels.shape[1:], Stream.START)
         moved = (pixels + epsilon * (2 * noise - 1)).clamp(0, 1)

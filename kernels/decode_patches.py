@@ -272,7 +272,7 @@ def decode_patches(
 ) -> Tensor:
     """Pixels in [0, 1] from a decoder's prediction, or the same pixels as a classifier's normalised patches.
 
-    Equivalent PyTorch, with t the patches that the statistics come from::
+    Equivalent PyTorch, with t the patches that the statistics come from:
 
         patches = prediction                                                    # statistics=None: raw target
         patches = prediction * (t.var(-1) + 1e-6).sqrt() + t.mean(-1)           # "input": t = clean patches of source

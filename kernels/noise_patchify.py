@@ -128,7 +128,7 @@ def noise_patchify(
 ) -> Tensor:
     """Noisy patches in normalised space, for every noise level and every draw, in one pass over the image.
 
-    Equivalent PyTorch::
+    Equivalent PyTorch:
 
         noise = normal_noise(seeds, (H, W, C)).permute(..., C, H, W)
         noisy = ((images - mean) / std) + sigma / 255 * noise / std      # not clipped

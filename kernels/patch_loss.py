@@ -143,7 +143,7 @@ def patch_loss(
 ) -> Tensor:
     """Mean squared error between predicted and clean patches.
 
-    Equivalent PyTorch::
+    Equivalent PyTorch:
 
         target = patchify((images - mean) / std)
         if norm_pix:
