@@ -205,6 +205,7 @@ def test_mistakes_of_the_choice():
     assert {layer.backend for layer in model.modules() if isinstance(layer, Attention)} == {"auto"}
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     block = Block(12, 3, qkv_bias=True, attn_layer=Attention)
     counter = CompileCounterWithBackend("aot_eager")
@@ -224,5 +225,5 @@ def test_masked_autoencoder_equals_one_of_timms_blocks(monkeypatch):
     plain = models()["autoencoder"]
     assert type(plain.blocks[0].attn) is TimmAttention
     plain.load_state_dict(model.state_dict())
-    patches, mask = tokens(3, BODY.length, BODY.patch_dim), Mask.random(torch.arange(3), BODY.length, 0.5)
+    patches, mask = tokens(3, BODY.num_patches, BODY.patch_dim), Mask.random(torch.arange(3), BODY.num_patches, 0.5)
     assert torch.equal(model(patches, mask), plain(patches, mask))
