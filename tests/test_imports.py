@@ -11,6 +11,8 @@ from pathlib import Path
 import grimp
 import pytest
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[1]
 LAYERS = ("kernels", "nim", "defense", "benchmarks", "cli")
 # What `denim kernels` is made of: it is there to call Triton's compiler.

@@ -28,6 +28,7 @@ def patches_for(config: AutoencoderConfig, batch: int = 3, dtype: torch.dtype = 
     return torch.randn(batch, config.num_patches, config.patch_dim, generator=generator, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_published_sizes():
     # Million parameters with the decoder and the fixed positions, summed from the published architecture by hand below,
     # and as the published code counts them.

@@ -286,6 +286,7 @@ for moment in ("weights", "config", "folder"):
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
     moments = ("weights", "config", "folder")
     for moment in moments:

@@ -102,6 +102,7 @@ def test_schedule_is_linear_warm_up_then_cosine_at_every_update(tmp_path):
         assert record["lr"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [0, 1, 4, 5, 7, 19])
 def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, stop_at):
     whole, _ = run(configure(tmp_path / "whole", checkpoint_every=2))
@@ -272,6 +273,7 @@ def test_an_epoch_must_hold_one_update(tmp_path):
         run(configure(tmp_path / "run", batch_size=12, accumulate=6))
 
 
+@pytest.mark.slow
 def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path):
     """SIGKILL in the middle of the second checkpoint's training state, in a process of its own."""
     script = textwrap.dedent(

@@ -194,6 +194,7 @@ def test_other_files(tmp_path):
 GREY = {"mean": (0.5,), "std": (0.25,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "options"),
     [

@@ -68,6 +68,7 @@ def test_parameter_groups_are_those_of_the_published_code():
         assert group["weight_decay"] == (0.0 if free else 0.05), name
 
 
+@pytest.mark.slow
 def test_it_learns_the_digits(denoiser, tmp_path):
     settings = {**FAST, **PLAIN, "epochs": 12, "batch_size": 128, "base_lr": 6e-3, "layer_decay": 1.0}
     model = finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, trained_on="clean", **settings), QUIET)
@@ -98,6 +99,7 @@ def test_it_learns_the_digits(denoiser, tmp_path):
     assert saved.config.classes == tuple(str(digit) for digit in range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trained_on", "degrade", "case"),
     [
@@ -143,6 +145,7 @@ def test_the_classifier_sees_the_images_that_it_records(denoiser, tmp_path, monk
         assert all(pixels.min() >= 0 and pixels.max() <= 1 for pixels in seen)
 
 
+@pytest.mark.slow
 def test_the_full_recipe_is_keyed(denoiser, tmp_path):
     """Erasing, mixup, cutmix, drop path and RandAugment draw from keyed streams: two runs are one run."""
     import random

@@ -31,6 +31,7 @@ def test_defaults_are_the_published_recipe(tmp_path):
     assert (config.preset, config.target) == ("base", "norm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "target"), [("nim", "raw"), ("mae", "norm"), ("dmae", "norm")])
 def test_every_objective_learns(tmp_path, objective, target):
     out = tmp_path / "run"
@@ -45,6 +46,7 @@ def test_every_objective_learns(tmp_path, objective, target):
     assert list((out / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path):
     first, again, other = (
         losses_of(tmp_path / name, seed) for name, seed in (("first", 0), ("again", 0), ("other", 1))
@@ -58,6 +60,7 @@ def losses_of(out, seed):
     return losses(out)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_within_an_epoch_resumes_bit_for_bit(tmp_path, monkeypatch):
     whole = pretrain(PretrainConfig(out=tmp_path / "whole", checkpoint_every=3, **FAST), QUIET)
     calls = []

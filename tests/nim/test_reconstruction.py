@@ -121,6 +121,7 @@ def test_an_image_is_rebuilt_the_same_in_any_batch(degrade, target, statistics):
     torch.testing.assert_close(apart, together[order], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @CASES
 def test_gradient_for_pixels(degrade, target, statistics):
     config = AutoencoderConfig((4, 4), 2, 8, 1, 2, 8, 1, 2, mean=(0.45,), std=(0.25,))
