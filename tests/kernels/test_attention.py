@@ -271,6 +271,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.slow
 def test_the_installed_xformers_serves_on_a_gpu_of_capability_9():
     """In a process of its own, since nothing else here imports xformers: names, signature, reasons, and the choice."""
     pytest.importorskip("xformers", reason="xformers is a dependency on Linux x86-64 alone")
