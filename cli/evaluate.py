@@ -74,6 +74,12 @@ def main(
     defenses: dict[str, De3] = {}
     if clean_classifier is not None:
         reference = Classifier.from_pretrained(clean_classifier).to(where)
+        named = reference.config.classes and model.config.classes
+        if reference.config.num_classes != model.config.num_classes or (named and named != reference.config.classes):
+            raise ValueError(
+                f"{clean_classifier} and {classifier} do not have the same classes under the same numbers: both must "
+                "be trained on the same class folders"
+            )
         defenses["clean classifier"] = De3(None, reference, None).to(where)
     defenses["defense off"] = De3(rebuild, model, None).to(where)
     if degrade == "mask":
@@ -87,7 +93,8 @@ def main(
         if frozen is not None:
             fixed = De3(rebuild, model, frozen, degrade=degrade, statistics=statistics, seed=seed).to(where)
             defenses[f"sigma {frozen:g} frozen"] = fixed.frozen(seed)
-    source = open_source(data, split, len(model.config.mean), max_bad=max_bad)
+    classes = model.config.classes or model.config.num_classes
+    source = open_source(data, split, len(model.config.mean), classes=classes, max_bad=max_bad)
     chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
     view = EvalView(model.config.img_size[0])
     batches = open_loader(

@@ -12,6 +12,7 @@ from denim.nim.data.sources import (
     ManifestSource,
     Source,
     Subset,
+    match_classes,
     open_manifest,
     open_source,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Window",
     "keyed_globals",
     "loader_backends",
+    "match_classes",
     "open_loader",
     "open_manifest",
     "open_source",

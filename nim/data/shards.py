@@ -24,7 +24,7 @@ import re
 import shutil
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -68,12 +68,20 @@ def list_shards(folder: Path) -> list[str]:
     return shards
 
 
-def open_shards(root: Path, shards: Sequence[str], *, labelled: bool = True, cache: Path | None = None) -> Manifest:
+def open_shards(
+    root: Path,
+    shards: Sequence[str],
+    *,
+    labelled: bool = True,
+    check: Callable[[Sequence[str]], None] = lambda classes: None,
+    cache: Path | None = None,
+) -> Manifest:
     """The manifest of the images in shards: the one that is there if none of them has changed, else brought up to date.
 
     Shards of `pack` give the ids, labels, classes and order of what was packed. In others, the id of a sample is that
     of "shard/key" (see `sample_id`), for keys often begin anew in each shard: it stays when shards are added, removed
-    or listed in another order. Hidden members are ignored, and so are those with other extensions.
+    or listed in another order. Hidden members are ignored, and so are those with other extensions. Classes are the
+    labels that occur, in the order of their numbers; where no member says the name of a class, it is the number.
 
     Of a shard that is truncated, or damaged between members, the part before is used, and the rest counts as one bad
     image.
@@ -82,16 +90,24 @@ def open_shards(root: Path, shards: Sequence[str], *, labelled: bool = True, cac
         root: folder of the shards.
         shards: their names.
         labelled: False takes samples without labels too; where one has none, all have the class "".
+        check: called with the names of the classes before any image is decoded; may raise.
         cache: folder to keep the manifest in, instead of `root` or `cache_folder()`.
 
     Raises:
         ValueError: a file is no tar archive, or has no images; a sample has no label, or several images; two samples
-            have the same id; labels mean different classes in different shards.
+            have the same id; a label has several names, or a name several labels.
         OSError: a shard cannot be read, or the manifest cannot be written.
     """
     stamps = [(shard, info.st_size, info.st_mtime_ns) for shard in shards for info in [(root / shard).stat()]]
     key = hashlib.blake2b(json.dumps(stamps).encode(), digest_size=16).hexdigest()
-    made = index(root, key, lambda: list_members(root, shards, labelled=labelled), cache)
+
+    def samples() -> Listing:
+        listing = list_members(root, shards, labelled=labelled)
+        check(listing.classes)
+        return listing
+
+    made = index(root, key, samples, cache)
+    check(made.classes)
     if labelled and made.classes == ("",):  # from a call without labels; this one finds the sample that has none
         list_members(root, shards)
     manifest = ShardManifest(made.file, root, key)
@@ -155,7 +171,7 @@ class _Sample(NamedTuple):
     id: int
     position: int | None  # in what it was packed from
     label: int | None
-    title: str | None  # of its class
+    titles: dict[int, str]  # names of classes that it says
 
 
 def list_members(root: Path, shards: Sequence[str], *, labelled: bool = True) -> Listing:
@@ -164,26 +180,33 @@ def list_members(root: Path, shards: Sequence[str], *, labelled: bool = True) ->
     complete = True
     for number, shard in enumerate(_progress(shards, "listing shards")):
         mtime = (root / shard).stat().st_mtime_ns
-        for name, size, offset, id, position, label, title in _samples(root / shard):
+        for name, size, offset, id, position, label, said in _samples(root / shard):
             if label is None and labelled:
                 raise ValueError(
                     f"{root / shard}:{name} has no label: expected a whole number from 0 in a member with the "
                     'extension "cls", or under "label" in one with the extension "json"'
                 )
             complete &= label is not None
-            if label is not None and title is not None and titles.setdefault(label, title) != title:
-                raise ValueError(
-                    f"label {label} is class {title!r} in {root / shard}:{name}, and {titles[label]!r} in an "
-                    "earlier sample: these shards are of different data sets"
-                )
+            for k, title in said.items():
+                if titles.setdefault(k, title) != title:
+                    raise ValueError(
+                        f"label {k} is class {title!r} in {root / shard}:{name}, and {titles[k]!r} in an earlier "
+                        "sample: these shards are of different data sets"
+                    )
             found.add_member(name, label or 0, size, mtime, id, number, offset)
             positions.append(len(positions) if position is None else position)
     if not len(found):
         raise ValueError(f"no images in the shards in {root}: expected members with {' '.join(sorted(EXTENSIONS))}")
-    classes = [titles.get(label, str(label)) for label in range(max(found.labels) + 1)] if complete else [""]
-    listing = Listing(root, classes, shards)
+    names = (
+        {label: titles.get(label, str(label)) for label in sorted({*found.labels, *titles})} if complete else {0: ""}
+    )
+    numbers = {label: number for number, label in enumerate(names)}
+    if len(set(names.values())) < len(names):
+        twin = next(name for name in names.values() if [*names.values()].count(name) > 1)
+        raise ValueError(f"several labels in the shards in {root} have the class {twin!r}: give each class one label")
+    listing = Listing(root, [*names.values()], shards)
     for row in np.argsort(positions, kind="stable").tolist():
-        label = found.labels[row] if complete else 0
+        label = numbers[found.labels[row]] if complete else 0
         place = found.bytes[row], found.mtimes[row], found.ids[row], found.shard[row], found.offsets[row]
         listing.add_member(found.path(row), label, *place)
     return listing
@@ -216,15 +239,15 @@ def _samples(shard: Path) -> list[_Sample]:
             for image in images:
                 size = image.size if image.isreg() and not image.issparse() else -1
                 id = facts.get("id", sample_id(f"{shard.name}/{key}"))
-                known = (facts.get(name) for name in ("position", "label", "title"))
-                samples.append(_Sample(image.name, size, image.offset_data, id, *known))
+                place = image.name, size, image.offset_data, id
+                samples.append(_Sample(*place, facts.get("position"), facts.get("label"), facts.get("titles", {})))
         # A whole archive ends with zeros, though not with any number of them: a crash can leave those too.
         size = os.fstat(file.fileno()).st_size
         if os.pread(file.fileno(), BLOCK, tar.offset) != bytes(BLOCK) or size - tar.offset > PADDING:
             if len(samples) > 1 and samples[-1].label is None and samples[-2].label is not None:
                 samples.pop()  # its label was to follow
             name = f"(what was after byte {min(tar.offset, size)})"
-            samples.append(_Sample(name, BLOCK, tar.offset, sample_id(f"{shard.name}/{name}"), None, 0, None))
+            samples.append(_Sample(name, BLOCK, tar.offset, sample_id(f"{shard.name}/{name}"), None, 0, {}))
     return samples
 
 
@@ -246,7 +269,7 @@ def _key_and_extension(name: str) -> tuple[str, str]:
 
 
 def _facts(extension: str, content: bytes) -> dict[str, Any]:
-    """What a "cls" or "json" member says of label, and those of `pack` of id, position and title of the class too."""
+    """What a "cls" or "json" member says of label, and one of `pack` of id, position and names of classes too."""
     facts: dict[str, Any] = {}
     try:
         said = json.loads(content)
@@ -259,10 +282,12 @@ def _facts(extension: str, content: bytes) -> dict[str, Any]:
     if type(said.get("label")) is int and 0 <= said["label"] < CLASSES:
         facts["label"] = said["label"]
     match said:
-        case {"denim": {"id": int(id), "position": int(position)}} if _is_int64(id) and _is_int64(position):
+        case {"denim": {"id": int(id), "position": int(position), **rest}} if _is_int64(id) and _is_int64(position):
             facts |= {"id": id, "position": position}
-            if "class" in said:
-                facts["title"] = str(said["class"])
+            names = rest.get("classes")
+            facts["titles"] = dict(enumerate(map(str, names))) if isinstance(names, list) else {}
+            if "label" in facts and "class" in said:
+                facts["titles"][facts["label"]] = str(said["class"])
     return facts
 
 
@@ -290,9 +315,10 @@ def pack(manifest: Manifest, folder: Path, name: str, shard_bytes: int = 256_000
     """Write the valid images of a manifest to `folder/name-000000.tar`, ..., which then are all there, or none.
 
     A sample is a json member and the image, whose bytes are unchanged. The json holds label, class, path, and under
-    "denim" id and position, so that a source made from the shards is the same as one made from `manifest`: its batches,
-    crops and noise too. Samples lie in the order of their ids, which is a random one if those are hashes, as readers
-    want that stream shards. The same manifest gives the same bytes.
+    "denim" id and position, and that of the first sample of a shard all classes, so that a source made from the shards
+    is the same as one made from `manifest`: its batches, crops and noise too. Samples lie in the order of their ids,
+    which is a random one if those are hashes, as readers want that stream shards. The same manifest gives the same
+    bytes.
 
     Shards are made in a hidden folder beside `folder` that takes its name at the end. A call that was interrupted, or
     found the disk full, leaves the shards that were finished there, and the same call goes on after them. Where one is
@@ -408,6 +434,8 @@ def _write(file: Path, manifest: Manifest, rows: npt.NDArray[np.int64]) -> list[
             facts: dict[str, Any] = {"path": manifest.path(row), "denim": {"id": id, "position": row}}
             if manifest.classes != ("",):
                 facts = {"label": label, "class": manifest.classes[label], **facts}
+                if not tar.tell():  # a class without an image keeps its number
+                    facts["denim"]["classes"] = manifest.classes
             # Hexadecimal and of one length: no dots, and sorted as the samples are.
             key, kind = f"{id & (1 << 64) - 1:016x}", manifest.image_format(row)
             for extension, part in (

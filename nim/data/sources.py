@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ __all__ = [
     "ManifestSource",
     "Source",
     "Subset",
+    "match_classes",
     "open_manifest",
     "open_source",
     "splits",
@@ -34,7 +36,7 @@ __all__ = [
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 DIGITS_TEST_IMAGES = 600
-NAMED = 5  # bad files that a message names; `skipped` has them all
+NAMED = 5  # bad files or classes that a message names; `skipped` has all files
 
 
 class Source(Protocol):
@@ -200,7 +202,7 @@ class ManifestSource:
         channels: 3 (RGB) or 1 (luma).
         max_bad: the share of images, at most, that may be bad. They are left out, listed in `skipped` and summed up in
             one warning.
-        labelled: False lets a class have no image.
+        every_class: whether each class must have a valid image.
 
     Raises:
         ValueError: more bad images than `max_bad`, with the first of them; no valid image at all, or none of some
@@ -208,7 +210,7 @@ class ManifestSource:
     """
 
     def __init__(
-        self, manifest: Manifest, name: str, channels: int = 3, max_bad: float = 0.01, *, labelled: bool = True
+        self, manifest: Manifest, name: str, channels: int = 3, max_bad: float = 0.01, *, every_class: bool = True
     ) -> None:
         _check_channels(channels)
         if not 0 <= max_bad <= 1:
@@ -220,7 +222,7 @@ class ManifestSource:
             raise ValueError(f"none of the {total} images below {manifest.root} can be read: {_shorten(self.skipped)}")
         self.labels, self.ids, self.sizes = manifest.labels[:valid], manifest.ids[:valid], manifest.sizes[:valid]
         barren = np.flatnonzero(self.labels.bincount(minlength=len(self.classes)).numpy() == 0)
-        if labelled and len(barren):
+        if every_class and len(barren):
             raise ValueError(
                 f"no readable image for class {', '.join(repr(self.classes[label]) for label in barren)} in "
                 f"{manifest.root}: add images or take the class away"
@@ -296,14 +298,17 @@ class ImageFolder(ManifestSource):
         channels: 3 (RGB) or 1 (luma).
         labelled: False lets a class have no image, and takes a flat folder too: where there are images beside class
             folders, or no class folders at all, every image below counts, and all have the class "".
+        classes: names of classes, see `match_classes`; a folder that has others is refused before it is indexed, and
+            classes without images are allowed.
         max_bad: the share of images, at most, that may be bad.
         cache: folder to keep the manifest in, instead of `root` or `cache_folder()`.
         kept: a manifest of this folder (`Manifest.keep`), taken as it is: what has changed since shows when it is read.
 
     Raises:
         ValueError: `root` is missing, no folder or empty; it has split folders, but not this one; there are no class
-            folders; a class has no image, or none that can be read; no file at all can be read; more than `max_bad`
-            cannot; wrong channels or `max_bad`.
+            folders; a class has no image, or none that can be read, and `classes` was not given; the folder has classes
+            that are not in `classes`; no file at all can be read; more than `max_bad` cannot; wrong channels or
+            `max_bad`.
         OSError: a folder cannot be read, or the manifest cannot be written.
     """
 
@@ -314,13 +319,14 @@ class ImageFolder(ManifestSource):
         channels: int = 3,
         *,
         labelled: bool = True,
+        classes: Sequence[str] | int | None = None,
         max_bad: float = 0.01,
         cache: Path | None = None,
         kept: Path | None = None,
     ) -> None:
         _check_channels(channels)
-        manifest, name = open_manifest(root, split, labelled=labelled, cache=cache, kept=kept)
-        super().__init__(manifest, name, channels, max_bad, labelled=labelled)
+        manifest, name = open_manifest(root, split, labelled=labelled, classes=classes, cache=cache, kept=kept)
+        super().__init__(manifest, name, channels, max_bad, every_class=labelled and classes is None)
 
 
 class Subset:
@@ -377,6 +383,7 @@ def open_source(
     channels: int | None = None,
     *,
     labelled: bool = True,
+    classes: Sequence[str] | int | None = None,
     max_bad: float = 0.01,
     cache: Path | None = None,
     kept: Path | None = None,
@@ -389,6 +396,7 @@ def open_source(
         split: "train", "test", ...
         channels: 1 or 3; None takes what the source has (digits 1, others 3).
         labelled: False takes a flat folder too.
+        classes: those of a model or of another split: the labels are numbered as these are (see `match_classes`).
         max_bad: the share of images, at most, that may be bad.
         cache: folder for manifests and downloads, instead of the usual places.
         kept: for a folder, the manifest to take as it is.
@@ -398,46 +406,118 @@ def open_source(
             itself raises.
         OSError: what the source itself raises.
     """
+    source: Source
     if name_or_path == "digits":
         if channels not in (None, 1):
             raise ValueError(f"digits has one channel, got channels={channels}")
-        return Digits(split)
-    channels = 3 if channels is None else channels
-    if name_or_path in ("cifar10", "cifar100"):
-        return Cifar(str(name_or_path), split, channels, cache)
-    return ImageFolder(name_or_path, split, channels, labelled=labelled, max_bad=max_bad, cache=cache, kept=kept)
+        source = Digits(split)
+    elif name_or_path in ("cifar10", "cifar100"):
+        source = Cifar(str(name_or_path), split, channels or 3, cache)
+    else:
+        source = ImageFolder(
+            name_or_path, split, 3 if channels is None else channels,
+            labelled=labelled, classes=classes, max_bad=max_bad, cache=cache, kept=kept,
+        )  # fmt: skip
+    return source if classes is None else match_classes(source, classes)
+
+
+def match_classes(source: Source, classes: Sequence[str] | int) -> Source:
+    """The same images, their labels numbered as `classes` numbers the names: label k is `classes[k]`.
+
+    Wherever two lists of classes meet (a model and a data set, a training and a test set), names decide which classes
+    are the same, for the numbers of a data set change with each class that is missing. Classes without an image are
+    named in a warning.
+
+    Args:
+        source: labelled images.
+        classes: names, all different. Or, for a model that stores none, the number of its classes: then numbers are
+            matched if the names in the source are those numbers ("0", "1", ...), or if there are as many classes.
+
+    Raises:
+        ValueError: the source has a class that is not among them.
+    """
+    numbers = _class_numbers(source.classes, classes, source.name)
+    matched = copy.copy(source)
+    matched.labels = torch.tensor(numbers, dtype=torch.int64)[source.labels]
+    if isinstance(classes, int):
+        names = dict(zip(numbers, source.classes, strict=True))
+        matched.classes = tuple(names.get(number, str(number)) for number in range(classes))
+    else:
+        matched.classes = tuple(classes)
+    absent = np.flatnonzero(matched.labels.bincount(minlength=len(matched.classes)).numpy() == 0)
+    if len(absent):
+        named = _shorten([repr(matched.classes[number]) for number in absent], ", ")
+        warnings.warn(
+            f"{source.name} has no images of {len(absent)} of {len(matched.classes)} classes: {named}", stacklevel=2
+        )
+    return matched
+
+
+def _class_numbers(found: Sequence[str], classes: Sequence[str] | int, where: str) -> list[int]:
+    """The number in `classes` of every class that was found."""
+    if isinstance(classes, int):
+        if all(name.isdecimal() and name == str(int(name)) and int(name) < classes for name in found):
+            return [int(name) for name in found]
+        if len(found) == classes:
+            return list(range(classes))
+        raise ValueError(
+            f"{where} has {len(found)} classes ({_shorten(found, ', ')}), and a model that stores no names of classes "
+            f"has {classes}: nothing says which is which. Write the names, in the order of the model's outputs, under "
+            '"classes" in its config.json'
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in found if name not in numbers]:
+        raise ValueError(
+            f"{where} has {len(unknown)} of {len(found)} classes that are not among the {len(classes)} expected ones: "
+            f"{_shorten([repr(name) for name in unknown], ', ')}. Expected: "
+            f"{_shorten([repr(name) for name in classes], ', ')}. Classes are matched by name: rename these, or take "
+            "them away"
+        )
+    return [numbers[name] for name in found]
 
 
 def open_manifest(
-    root: str | Path, split: str, *, labelled: bool = True, cache: Path | None = None, kept: Path | None = None
+    root: str | Path,
+    split: str,
+    *,
+    labelled: bool = True,
+    classes: Sequence[str] | int | None = None,
+    cache: Path | None = None,
+    kept: Path | None = None,
 ) -> tuple[Manifest, str]:
     """The manifest of a folder of images, valid or not, and the name of the source. Arguments: see `ImageFolder`.
 
     Raises:
         ValueError: `root` is missing, no folder or empty; it has split folders, but not this one; there are no class
-            folders, or no images.
+            folders, or no images; there are classes that are not in `classes`.
         OSError: a folder cannot be read, or the manifest cannot be written.
     """
     root = Path(root).expanduser()
     base, name = _class_root(root, split)
+
+    def check(found: Sequence[str]) -> None:
+        if classes is not None:
+            _class_numbers(found, classes, str(base))
+
     if shards := list_shards(base):
         if kept is not None:
             return ShardManifest(kept, base), name
         if base == root and (part := [shard for shard in shards if split in _words(shard)]):
             # Several splits in one folder, which has one place for a manifest.
             shards, name, cache = part, f"{name}/{split}", (cache or cache_folder()) / split
-        return open_shards(base, shards, labelled=labelled, cache=cache), name
+        return open_shards(base, shards, labelled=labelled, check=check, cache=cache), name
     if kept is not None:
         return Manifest(kept, base), name
-    classes = tuple(folder.name for folder in _subfolders(base))
+    found = tuple(folder.name for folder in _subfolders(base))
     if not labelled and _has_images(base):
-        classes = ()
-    elif labelled and not classes:
+        found = ()
+    elif labelled and not found:
         raise ValueError(
             f"no class folders in {base}: expected {base}/<class>/<image> "
             f"or {root}/<split>/<class>/<image>, one folder for each class"
         )
-    listing = list_images(base, classes)
+    check(found)
+    listing = list_images(base, found)
     if not len(listing):
         raise ValueError(
             f"no images below {base}: expected files ending in {' '.join(sorted(EXTENSIONS))}, or shards ending in "
@@ -500,6 +580,6 @@ def _check_channels(channels: int) -> None:
         raise ValueError(f"channels must be 1 (greyscale) or 3 (RGB), got {channels}")
 
 
-def _shorten(bad: Sequence[str]) -> str:
-    more = len(bad) - NAMED
-    return "; ".join(bad[:NAMED]) + (f"; and {more} more" if more > 0 else "")
+def _shorten(items: Sequence[str], separator: str = "; ") -> str:
+    more = len(items) - NAMED
+    return separator.join(items[:NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
