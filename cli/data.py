@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from denim.nim.data import Source
+    from denim.nim.data import Manifest, Source
 
 COMMANDS = {
     "index": "decode every image once and keep the result (training does so at the first use of a folder)",
@@ -36,7 +36,7 @@ def index(folder: Annotated[Path, tyro.conf.Positional], split: str | None = Non
     Args:
         folder: Folder of class folders or of images, or of split folders (train, test, ...) that hold those.
         split: Split to index, such as train or test; without it, every split of the folder.
-        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
+        cache: Folder for the manifest; without it, the user's cache.
     """
     from denim.nim.data import open_manifest
 
@@ -48,6 +48,7 @@ def index(folder: Annotated[Path, tyro.conf.Positional], split: str | None = Non
             f"{len(manifest) - manifest.valid} bad; {manifest.decoded} decoded in {time.perf_counter() - start:.1f} s; "
             f"manifest {manifest.file}"
         )
+        _say_passed_over(title, manifest)
 
 
 def check(
@@ -62,14 +63,15 @@ def check(
         folder: Folder of class folders or of images, or of split folders (train, test, ...) that hold those.
         split: Split to check, such as train or test; without it, every split of the folder.
         out: Text file that also gets the list, one image per line, with a tab before the reason.
-        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
+        cache: Folder for the manifest; without it, the user's cache.
     """
     from denim.nim.data import open_manifest
     from denim.nim.files import atomic_write
 
     bad, total = [], 0
     for name in _splits(folder, split):
-        manifest, _ = open_manifest(folder, name, labelled=False, cache=cache)
+        manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
+        _say_passed_over(title, manifest)
         total += len(manifest)
         bad += [(manifest.where(row), manifest.fault(row)) for row in range(manifest.valid, len(manifest))]
     for path, fault in bad:
@@ -99,7 +101,7 @@ def stats(
         split: Split to describe, such as train or test; without it, every split of the folder.
         num_images: Number of images, drawn at random, over which mean and std are taken; 0 takes all.
         seed: Seed of that random choice.
-        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
+        cache: Folder for the manifest; without it, the user's cache.
     """
     from denim.nim.data import ManifestSource, open_manifest, open_source
 
@@ -110,6 +112,7 @@ def stats(
             manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
             source = ManifestSource(manifest, title, max_bad=1)
             _describe(source, manifest.format_counts(), num_images, seed)
+            _say_passed_over(title, manifest)
 
 
 def preview(
@@ -141,7 +144,7 @@ def preview(
         channels: Channels that the images are converted to, 1 or 3; without it, those of the data.
         seed: Seed of the run.
         epoch: Epoch of the run, counted from 0.
-        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
+        cache: Folder for the manifest; without it, the user's cache.
     """
     import torch
 
@@ -216,7 +219,7 @@ def pack(
         split: Split to pack, such as train or test; without it, every split of the folder.
         shard_size: Length of a shard: a number of bytes, or of kB, MB or GB such as 256MB.
         max_bad: Largest share of images that may be unreadable; they are left out, and above it nothing is written.
-        cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
+        cache: Folder for the manifest; without it, the user's cache.
     """
     from denim.nim.data import ManifestSource, open_manifest
     from denim.nim.data.shards import pack as pack_shards
@@ -241,6 +244,13 @@ def pack(
             f"{title}: {packed.samples} images in {packed.shards} shards, {packed.bytes / 1e6:.1f} MB, in {target}; "
             f"{len(source.skipped) + len(packed.lost)} bad ones left out; {time.perf_counter() - start:.1f} s"
         )
+
+
+def _say_passed_over(title: str, manifest: Manifest) -> None:
+    from denim.nim.data.manifest import count_passed_over
+
+    if said := count_passed_over(manifest.passed_over):
+        print(f"{title}: {said}")
 
 
 def _splits(folder: Path, split: str | None) -> list[str]:

@@ -51,6 +51,14 @@ def noise_compiled_in_this_process_alone():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """What tests index must not stay in the cache of whoever runs them, nor be found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def global_rng_untouched():
     """Fails where the test, or what it calls, reads or seeds the global torch generator."""

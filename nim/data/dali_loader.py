@@ -25,10 +25,10 @@ from denim.nim.data.views import DALI_MAGNITUDE, EvalView, TrainView, View, dali
 
 __all__ = ["DaliLoader", "problem", "reasons"]
 
-# DALI has no decoder for GIF, refuses some TIFF and PPM files (1-bit, plain text), gets others wrong without a word
-# (TIFF with alpha, PPM with another maximum than 255), and decodes of some damaged BMP files the whole but no window:
-# Pillow decodes these, DALI gets the pixels as they are.
-BY_PILLOW = frozenset(("BMP", "GIF", "PPM", "TIFF"))
+# DALI has no decoder for GIF and AVIF, refuses some TIFF and PPM files (1-bit, plain text), gets others wrong without a
+# word (TIFF with alpha, PPM with another maximum than 255), and decodes of some damaged BMP files the whole but no
+# window: Pillow decodes these, DALI gets the pixels as they are.
+BY_PILLOW = frozenset(("AVIF", "BMP", "GIF", "PPM", "TIFF"))
 QUEUE = 2  # batches that DALI works on at a time
 AHEAD = 2  # batches that are read before DALI takes them
 READERS = 2  # threads; more get in each other's way where files are small and at hand

@@ -14,13 +14,16 @@ from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 __all__ = ["EXTENSIONS", "Place", "Verdict", "decode", "judge", "open_place", "reason"]
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
 # Decoders by content, not by extension. Others stay shut: Pillow would start Ghostscript for PostScript named .jpg.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM", *(["AVIF"] if features.check("avif") else []))
+EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", *([".avif"] if "AVIF" in FORMATS else []),
+))  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -42,7 +45,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         width, height: of the upright image, its EXIF orientation applied; 0 for a bad one.
-        format: of the content, whatever the name says: JPEG, PNG, BMP, WEBP, GIF, TIFF or PPM; empty for a bad one.
+        format: of the content, whatever the name says: one of `FORMATS`; empty for a bad one.
         fault: why it cannot be used; empty if it can.
     """
 

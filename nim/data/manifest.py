@@ -7,6 +7,7 @@ images come first, so that sample k of a source is row k; what cannot be decoded
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,12 +38,27 @@ from torch import Tensor
 from denim.nim.data.decode import EXTENSIONS, Place, Verdict, judge_all, open_place
 from denim.nim.files import atomic_write
 
-__all__ = ["Listing", "Manifest", "ManifestError", "cache_folder", "index", "list_images", "sample_id"]
+__all__ = [
+    "Listing",
+    "Manifest",
+    "ManifestError",
+    "cache_folder",
+    "count_passed_over",
+    "index",
+    "list_images",
+    "passed_over",
+    "sample_id",
+]
 
-VERSION = "1"
-NAME = ".denim-manifest.safetensors"  # a file: other tools take a folder among class folders for a class
+VERSION = "2"
 CHUNK = 64  # images per question to a decoding process, and per entry of the journal
 IN_PROCESS = 256  # up to so many images, starting processes takes longer than decoding
+KINDS = 20  # of what is passed over, that are told apart
+# What systems and network storage put among a user's folders: thumbnails, waste, copies. Their pictures are nobody's.
+SYSTEM_FOLDERS = frozenset((
+    "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "lost+found",
+    "System Volume Information",
+))  # fmt: skip
 
 
 class ManifestError(ValueError):
@@ -59,8 +75,18 @@ def sample_id(path: str) -> int:
 
 
 def cache_folder() -> Path:
-    """The folder for what Denim keeps between runs: $XDG_CACHE_HOME/denim, or ~/.cache/denim."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "denim"
+    """The folder for what Denim keeps between runs: $XDG_CACHE_HOME/denim, or ~/.cache/denim.
+
+    Where there is no home folder either, it is a folder of this user's among the temporary files.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "denim"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users, as in many containers
+        return _temporary_folder()
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"denim-{os.getuid()}"
 
 
 class Listing:
@@ -70,6 +96,9 @@ class Listing:
         root: folder below which paths and shards are.
         classes: class names; label k is `classes[k]`.
         shards: tar files below `root` that hold the images, if images are not files of their own.
+
+    Attributes:
+        passed_over: what lies there and is no sample: how often, and the first of them, by kind.
     """
 
     def __init__(self, root: Path, classes: Sequence[str], shards: Sequence[str] = ()) -> None:
@@ -79,6 +108,7 @@ class Listing:
         self.paths = bytearray()
         self.ends, self.labels, self.bytes, self.mtimes = array("q"), array("q"), array("q"), array("q")
         self.ids, self.shard, self.offsets = array("q"), array("q"), array("q")
+        self.passed_over: dict[str, tuple[int, str]] = {}
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -115,6 +145,28 @@ class Listing:
         self.shard.append(shard)
         self.offsets.append(offset)
 
+    def pass_over(self, kind: str, path: str) -> None:
+        """Count something that is no sample.
+
+        Args:
+            kind: what it is, for people.
+            path: below `root`.
+        """
+        if kind not in self.passed_over and len(self.passed_over) >= KINDS:
+            kind = "of further kinds"
+        count, first = self.passed_over.get(kind, (0, path))
+        self.passed_over[kind] = count + 1, first
+
+    def pass_over_file(self, path: str) -> None:
+        """Count a file that is no sample for its name."""
+        name = path.rpartition("/")[2]
+        ending = os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path would cost as much as stat)
+        if ending in EXTENSIONS:
+            kind = "images outside of the class folders"
+        else:
+            kind = f"ending in {ending}" if ending else "without an ending"
+        self.pass_over(passed_over(name) or kind, path)
+
     def path(self, row: int) -> str:
         """The path of a sample below `root`, or its name in its shard."""
         return os.fsdecode(bytes(self.paths[self.ends[row - 1] if row else 0 : self.ends[row]]))
@@ -147,8 +199,8 @@ class Listing:
         return ids
 
     def key(self) -> str:
-        """A digest of all there is in the listing, and of nothing else: not of `root`, so a folder may be moved."""
-        digest = hashlib.blake2b(json.dumps((self.classes, self.shards)).encode(), digest_size=16)
+        """A digest of all there is in the listing, and of nothing else: not of `root`."""
+        digest = hashlib.blake2b(json.dumps((self.classes, self.shards, self.passed_over)).encode(), digest_size=16)
         for column in (self.paths, self.ends, self.labels, self.bytes, self.mtimes, self.ids, self.shard, self.offsets):
             digest.update(column)
         return digest.hexdigest()
@@ -157,7 +209,8 @@ class Listing:
 def list_images(root: Path, classes: Sequence[str]) -> Listing:
     """The image files below a folder, at any depth, through links too, sorted by the parts of their paths.
 
-    Hidden files and folders are ignored, and so are files whose extension is not that of an image.
+    Hidden files and folders, folders of thumbnails and of waste, and files whose extension is not that of an image are
+    passed over and counted.
 
     Args:
         root: folder.
@@ -169,18 +222,44 @@ def list_images(root: Path, classes: Sequence[str]) -> Listing:
     listing = Listing(root, classes or ("",))
     for label, prefix in enumerate(f"{name}/" for name in classes) if classes else [(0, "")]:
         _walk(listing, root / prefix, prefix, label, frozenset())
+    if classes:
+        for name in sorted(os.listdir(root)):  # noqa: PTH208 (names alone)
+            if name not in classes:
+                listing.pass_over_file(name)
     return listing
+
+
+def passed_over(name: str) -> str:
+    """What kind of file or folder has this name, if it is one that no data set means; else "".
+
+    Args:
+        name: of a file or folder, without what is above it.
+    """
+    return "hidden" if name.startswith(".") else f"named {name}" if name in SYSTEM_FOLDERS else ""
+
+
+def count_passed_over(kinds: Mapping[str, tuple[int, str]]) -> str:
+    """What was passed over, in words; empty where nothing was.
+
+    Args:
+        kinds: see `Listing.passed_over`.
+    """
+    said = [f"{count} {kind} (first: {first})" for kind, (count, first) in kinds.items()]
+    return f"passed over: {', '.join(said)}" if said else ""
 
 
 def _walk(listing: Listing, folder: Path, prefix: str, label: int, above: frozenset[tuple[int, int]]) -> None:
     own = folder.stat()
-    if (own.st_dev, own.st_ino) in above:  # a link to a folder above it
+    if (own.st_dev, own.st_ino) in above:
+        listing.pass_over("links to a folder above them", prefix.rstrip("/"))
         return
     above |= {(own.st_dev, own.st_ino)}
     with os.scandir(folder) as scan:
-        entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
-        if entry.is_dir():
+        if kind := passed_over(entry.name):
+            listing.pass_over(kind, prefix + entry.name)
+        elif entry.is_dir():
             _walk(listing, folder / entry.name, f"{prefix}{entry.name}/", label, above)
         elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:  # noqa: PTH122 (a Path would cost as much as stat)
             try:
@@ -189,6 +268,8 @@ def _walk(listing: Listing, folder: Path, prefix: str, label: int, above: frozen
             except OSError:  # a link to nothing
                 size, mtime = -1, 0
             listing.add(prefix + entry.name, label, size, mtime)
+        else:
+            listing.pass_over_file(prefix + entry.name)
 
 
 class Manifest:
@@ -204,6 +285,7 @@ class Manifest:
         root: as above.
         key: as above.
         classes: class names; label k is `classes[k]`.
+        passed_over: what lies there and is no sample: how often, and the first of them, by kind.
         valid: number of valid images; rows from there on are bad ones.
         decoded: number of images that were decoded to make it; 0 for one that was only opened.
         ids: int64 (rows,).
@@ -237,6 +319,8 @@ class Manifest:
             self._shards: list[str] = json.loads(header["shards"])
             self._formats: list[str] = json.loads(header["formats"])
             self._reasons: list[str] = json.loads(header["reasons"])
+            said: dict[str, list[Any]] = json.loads(header["passed_over"])
+            self.passed_over = {kind: (int(count), str(first)) for kind, (count, first) in said.items()}
             self.ids, self.labels, self.sizes = columns["ids"], columns["labels"], columns["sizes"]
             self.bytes, ends = columns["bytes"], columns["ends"]
             whole = [self.labels, self.sizes, self.bytes, ends, columns["mtimes"], columns["formats"]]
@@ -270,7 +354,7 @@ class Manifest:
         return str(self.root / f"{shard}:{self.path(row)}" if shard else self.root / self.path(row))
 
     def image_format(self, row: int) -> str:
-        """The format of the content: JPEG, PNG, BMP, WEBP, GIF, TIFF or PPM; empty for a bad one."""
+        """The format of the content: see `Verdict`; empty for a bad one."""
         return self._formats[int(self._columns["formats"][row])]
 
     def fault(self, row: int) -> str:
@@ -361,6 +445,7 @@ class Manifest:
             "denim_manifest": VERSION,
             "key": key,
             "limit": json.dumps(Image.MAX_IMAGE_PIXELS),
+            "passed_over": json.dumps(listing.passed_over),
             **{
                 name: json.dumps(list(values))
                 for name, values in (
@@ -389,28 +474,31 @@ def _place(root: Path, path: str, length: int, offset: int) -> Place:
     return Place(os.path.join(root, path), offset, length)  # noqa: PTH118 (a Path would cost as much as stat)
 
 
-def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | None = None) -> Manifest:
+def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | None = None, part: str = "") -> Manifest:
     """The manifest of a data set: the one that is there if it still holds, else one made by decoding what is new.
 
-    It is kept in `root` where that can be written to, else in `cache_folder()`. Samples of an earlier manifest that
-    have the same name, length and time of change are not decoded again, nor are those that an interrupted call had
-    done (a journal beside the manifest has them). Of several processes that ask at once, one does the work.
+    It is kept in the user's cache, never among the data: a manifest that came with a data set could name any file of
+    the machine as one of its images. Samples of an earlier manifest that have the same name, length and time of change
+    are not decoded again, nor are those that an interrupted call had done (a journal beside the manifest has them). Of
+    several processes that ask at once, one does the work.
 
     Args:
         root: folder of the data set.
         key: changes whenever the samples do, as `Listing.key` does.
         samples: makes the listing; called where there is something to decode.
-        cache: folder to keep the manifest in, instead.
+        cache: folder to keep the manifest in, instead of `cache_folder()`.
+        part: name of the part of the folder that the manifest is of, where one folder has several.
 
     Raises:
         ValueError: two samples have the same id.
         OSError: the manifest cannot be written; what was decoded is in the journal.
     """
-    places = _places(root, cache)
+    name = file_name(root, part)
+    folders = [cache] if cache is not None else [cache_folder() / "manifests", _temporary_folder() / "manifests"]
+    places = [folder / name for folder in folders if _is_trusted(folder)]
     if (manifest := _current(places, root, key)) is not None:
         return manifest
-    file = next((place for place in places if os.access(_existing(place.parent), os.W_OK)), places[-1])
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = _writable(folders) / name
     with _locked(file.with_suffix(".journal")) as journal:
         if (manifest := _current(places, root, key)) is not None:  # another process was faster
             return manifest
@@ -436,14 +524,46 @@ def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | No
     return manifest
 
 
-def _places(root: Path, cache: Path | None) -> list[Path]:
-    """Where the manifest of a folder may be, the preferred place first."""
-    name = f"{hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()}.safetensors"
-    return [cache / name] if cache is not None else [root / NAME, cache_folder() / name]
+def file_name(root: Path, part: str = "") -> str:
+    """The name of the manifest of a folder, or of a part of it, which holds for its absolute path."""
+    place = os.fsencode(root.resolve()) + b"\0" + os.fsencode(part)
+    return f"{hashlib.blake2b(place, digest_size=16).hexdigest()}.safetensors"
 
 
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.parent)
+def _writable(folders: Sequence[Path]) -> Path:
+    """The first of these folders that can be written to. It is made where it is absent."""
+    faults = []
+    for folder in folders:
+        try:
+            folder.parent.mkdir(0o700, parents=True, exist_ok=True)
+            folder.mkdir(0o700, exist_ok=True)
+            if not _is_trusted(folder) or not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            faults.append(f"{folder} ({error.strerror})")
+            continue
+        if faults:
+            warnings.warn(
+                f"manifests cannot be kept in {faults[0]} and are kept in {folder} for now: let XDG_CACHE_HOME name a "
+                "folder that can be written to",
+                stacklevel=5,
+            )
+        return folder
+    raise OSError(
+        f"the manifest cannot be written to {' or '.join(faults)}: name another folder for it (cache, --cache), or let "
+        "XDG_CACHE_HOME name one"
+    )
+
+
+def _is_trusted(folder: Path) -> bool:
+    """Whether nobody but this user has put it there: where all may write, others can leave links and files."""
+    if folder.parent != _temporary_folder():
+        return True
+    try:
+        info = folder.parent.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
 
 
 def _current(places: list[Path], root: Path, key: str) -> Manifest | None:
@@ -464,13 +584,19 @@ def _current(places: list[Path], root: Path, key: str) -> Manifest | None:
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """The journal, open, while no other process has it."""
     while True:
-        with path.open("a+b") as file:
+        # No link is followed: it would have its target overwritten.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(path, flags, 0o600)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(f"{path} is not a regular file: remove it")
+        with os.fdopen(handle, "a+b") as file:
             with contextlib.suppress(OSError):  # a file system without locks: two processes may do the work twice
                 fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink:
                 yield file
                 return
-        # Whoever had it has finished and removed it: this was the name of nothing.
+        # Whoever had it has finished and removed it: what is open here has no name any more.
 
 
 def _read_journal(journal: BinaryIO) -> Iterator[tuple[tuple[int, int, int], Verdict]]:

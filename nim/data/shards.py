@@ -22,9 +22,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -43,6 +44,8 @@ __all__ = ["Packed", "ShardManifest", "list_members", "list_shards", "open_shard
 BLOCK = 512  # of a tar archive: a header is one, contents are padded to whole ones
 OPEN_SHARDS = 256  # descriptors that a process keeps; systems allow 1024 or more
 PADDING = 1 << 20  # zeros at the end: writers fill the last record, of 10 KiB as a rule
+CHUNK = 1 << 20  # bytes of zeros that are looked through at a time
+FACTS = 1 << 22  # bytes of a "cls" or "json" member at most: the names of 100,000 classes fit
 CLASSES = 1 << 24  # a larger number is no label
 FORMAT_EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}  # others: the name of the format
 _T = TypeVar("_T")
@@ -72,9 +75,11 @@ def open_shards(
     root: Path,
     shards: Sequence[str],
     *,
+    others: Sequence[str] = (),
     labelled: bool = True,
     check: Callable[[Sequence[str]], None] = lambda classes: None,
     cache: Path | None = None,
+    part: str = "",
 ) -> Manifest:
     """The manifest of the images in shards: the one that is there if none of them has changed, else brought up to date.
 
@@ -89,24 +94,33 @@ def open_shards(
     Args:
         root: folder of the shards.
         shards: their names.
+        others: names of files beside them that are passed over.
         labelled: False takes samples without labels too; where one has none, all have the class "".
         check: called with the names of the classes before any image is decoded; may raise.
-        cache: folder to keep the manifest in, instead of `root` or `cache_folder()`.
+        cache: folder to keep the manifest in, instead of `cache_folder()`.
+        part: see `index`.
 
     Raises:
         ValueError: a file is no tar archive, or has no images; a sample has no label, or several images; two samples
             have the same id; a label has several names, or a name several labels.
         OSError: a shard cannot be read, or the manifest cannot be written.
     """
-    stamps = [(shard, info.st_size, info.st_mtime_ns) for shard in shards for info in [(root / shard).stat()]]
-    key = hashlib.blake2b(json.dumps(stamps).encode(), digest_size=16).hexdigest()
+    stamps = []
+    for shard in shards:
+        info = (root / shard).stat()
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
+            raise ValueError(f"{root / shard} is not a regular file: replace it, or remove it")
+        stamps.append((shard, info.st_size, info.st_mtime_ns))
+    key = hashlib.blake2b(json.dumps([stamps, *sorted(others)]).encode(), digest_size=16).hexdigest()
 
     def samples() -> Listing:
         listing = list_members(root, shards, labelled=labelled)
+        for name in others:
+            listing.pass_over_file(name)
         check(listing.classes)
         return listing
 
-    made = index(root, key, samples, cache)
+    made = index(root, key, samples, cache, part)
     check(made.classes)
     if labelled and made.classes == ("",):  # from a call without labels; this one finds the sample that has none
         list_members(root, shards)
@@ -180,7 +194,7 @@ def list_members(root: Path, shards: Sequence[str], *, labelled: bool = True) ->
     complete = True
     for number, shard in enumerate(_progress(shards, "listing shards")):
         mtime = (root / shard).stat().st_mtime_ns
-        for name, size, offset, id, position, label, said in _samples(root / shard):
+        for name, size, offset, id, position, label, said in _samples(root / shard, found):
             if label is None and labelled:
                 raise ValueError(
                     f"{root / shard}:{name} has no label: expected a whole number from 0 in a member with the "
@@ -205,6 +219,7 @@ def list_members(root: Path, shards: Sequence[str], *, labelled: bool = True) ->
         twin = next(name for name in names.values() if [*names.values()].count(name) > 1)
         raise ValueError(f"several labels in the shards in {root} have the class {twin!r}: give each class one label")
     listing = Listing(root, [*names.values()], shards)
+    listing.passed_over = found.passed_over
     for row in np.argsort(positions, kind="stable").tolist():
         label = numbers[found.labels[row]] if complete else 0
         place = found.bytes[row], found.mtimes[row], found.ids[row], found.shard[row], found.offsets[row]
@@ -212,16 +227,16 @@ def list_members(root: Path, shards: Sequence[str], *, labelled: bool = True) ->
     return listing
 
 
-def _samples(shard: Path) -> list[_Sample]:
+def _samples(shard: Path, listing: Listing) -> list[_Sample]:
+    """The images of a shard. Members that belong to none of them are passed over in `listing`."""
     samples: list[_Sample] = []
     with shard.open("rb") as file:
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (all that is open is `file`)
-        except tarfile.ReadError as error:
-            raise ValueError(f"{shard} is no tar archive ({error}): replace it, or remove it") from error
-        for key, members in groupby(_members(tar), lambda member: _key_and_extension(member.name)[0]):
+        archive = _Archive(file)
+        visible = (member for member in archive if not _passes_over(listing, shard, member))
+        for key, members in groupby(visible, lambda member: _key_and_extension(member.name)[0]):
             images: list[tarfile.TarInfo] = []
             dotted: list[tarfile.TarInfo] = []
+            others: list[str] = []
             facts: dict[str, Any] = {}
             for member in members:
                 extension = _key_and_extension(member.name)[1]
@@ -229,37 +244,113 @@ def _samples(shard: Path) -> list[_Sample]:
                     images.append(member)
                 elif f".{extension.rpartition('.')[2]}" in EXTENSIONS:
                     dotted.append(member)
-                elif extension in ("json", "cls") and member.isreg():
+                elif extension in ("json", "cls") and member.isreg() and member.size <= FACTS:
                     facts |= _facts(extension, os.pread(file.fileno(), member.size, member.offset_data))
+                else:
+                    others.append(member.name)
             if len(images) > 1 or (dotted and not images):
                 raise ValueError(
                     f"{shard}: which image belongs to the key {key!r}? {', '.join(m.name for m in images + dotted)}: "
                     "a key ends at the first dot of a file name; pack these images with other names"
                 )
+            for name in others + [member.name for member in dotted]:
+                listing.pass_over_file(f"{shard.name}:{name}")
+            if facts and not images:
+                listing.pass_over("labels without an image", f"{shard.name}:{key}")
             for image in images:
                 size = image.size if image.isreg() and not image.issparse() else -1
                 id = facts.get("id", sample_id(f"{shard.name}/{key}"))
                 place = image.name, size, image.offset_data, id
                 samples.append(_Sample(*place, facts.get("position"), facts.get("label"), facts.get("titles", {})))
-        # A whole archive ends with zeros, though not with any number of them: a crash can leave those too.
-        size = os.fstat(file.fileno()).st_size
-        if os.pread(file.fileno(), BLOCK, tar.offset) != bytes(BLOCK) or size - tar.offset > PADDING:
-            if len(samples) > 1 and samples[-1].label is None and samples[-2].label is not None:
+        cut_off = len(samples) > 1 and samples[-1].label is None and samples[-2].label is not None
+        if archive.damage is None and not archive.marked and cut_off:
+            archive.damage = archive.end
+        if archive.damage is not None:
+            if cut_off:
                 samples.pop()  # its label was to follow
-            name = f"(what was after byte {min(tar.offset, size)})"
-            samples.append(_Sample(name, BLOCK, tar.offset, sample_id(f"{shard.name}/{name}"), None, 0, {}))
+            name = f"(what was after byte {archive.damage})"
+            samples.append(_Sample(name, BLOCK, archive.damage, sample_id(f"{shard.name}/{name}"), None, 0, {}))
     return samples
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    try:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-            name = member.name.rpartition("/")[2]
-            if not member.isdir() and not name.startswith(".") and not (name.startswith("__") and name.endswith("__")):
-                yield member
-    except tarfile.ReadError:
-        return  # the file ends in the middle of a member
+class _Archive:
+    """The members of a tar file up to its real end, folders left out.
+
+    An archive ends with two blocks of zeros, and more where the writer fills a record. What follows them is read where
+    it is an archive too (`cat a.tar b.tar`); a file that ends with a whole member has lost nothing.
+
+    Attributes:
+        marked: whether the last archive in the file has its end mark.
+        damage: position of the first byte that belongs to no member and no end mark; None where there is none.
+        end: the length of the file.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.marked, self.end = False, os.fstat(file.fileno()).st_size
+        self.damage: int | None = None
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        start: int | None = 0
+        while start is not None:
+            stop = yield from self._one(start)
+            start = None
+            if stop is not None:
+                self.marked = os.pread(self._file.fileno(), BLOCK, stop) == bytes(BLOCK)
+                after = self._after_zeros(stop)
+                if after == self.end:
+                    # A crash of the system leaves zeros too, and more of them.
+                    self.damage = stop if self.end - stop > PADDING else None
+                elif self.marked:
+                    start = after
+                else:
+                    self.damage = stop
+
+    def _one(self, start: int) -> Generator[tarfile.TarInfo, None, int | None]:
+        """The members of the archive that begins at a position. Returns where it stops; None where it is damaged."""
+        self._file.seek(start)
+        stop, whole, empty = start, start, True
+        try:
+            tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 (all that is open is the file)
+            stop = tar.offset
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                # Some versions of Python take a negative length, and go back and forth for ever.
+                if member.size < 0 or tar.offset <= whole:
+                    break
+                empty, whole = False, tar.offset
+                if not member.isdir():
+                    yield member
+                if tar.offset > self.end and (member.issparse() or member.offset_data + member.size > self.end):
+                    self.damage = self.end
+                    return None
+            stop = tar.offset
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            if empty and start == 0 and not isinstance(error, RecursionError):
+                raise ValueError(f"{self._file.name} is no tar archive ({error}): replace it, or remove it") from error
+        if empty and start > 0:
+            self.damage = start
+            return None
+        return max(stop, whole)
+
+    def _after_zeros(self, position: int) -> int:
+        """The first block from a position on that has anything but zeros; the end of the file where none has."""
+        while position < self.end:
+            content = os.pread(self._file.fileno(), CHUNK, position)
+            zeros = len(content) - len(content.lstrip(b"\0"))
+            if zeros < len(content):
+                return position + zeros // BLOCK * BLOCK
+            position += len(content)
+        return self.end
+
+
+def _passes_over(listing: Listing, shard: Path, member: tarfile.TarInfo) -> bool:
+    """Whether a member belongs to no sample by its name, as those that macOS and packers put between the others."""
+    name = member.name.rpartition("/")[2]
+    passed = name.startswith(".") or (name.startswith("__") and name.endswith("__"))
+    if passed:
+        listing.pass_over("hidden", f"{shard.name}:{member.name}")
+    return passed
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds, noise_words
 from denim.nim.data.decode import EXTENSIONS, decode, reason
-from denim.nim.data.manifest import Manifest, cache_folder, index, list_images
+from denim.nim.data.manifest import Manifest, cache_folder, count_passed_over, index, list_images, passed_over
 from denim.nim.data.shards import ShardManifest, list_shards, open_shards
 
 __all__ = [
@@ -90,7 +91,7 @@ class EncodedSource(Source, Protocol):
         ...
 
     def image_format(self, index: int) -> str:
-        """The format of its content: JPEG, PNG, BMP, WEBP, GIF, TIFF or PPM."""
+        """The format of its content: see `Verdict`."""
         ...
 
 
@@ -269,7 +270,7 @@ class ManifestSource:
             raise self._vanished(index, error) from error
 
     def image_format(self, index: int) -> str:
-        """The format of its content: JPEG, PNG, BMP, WEBP, GIF, TIFF or PPM."""
+        """The format of its content: see `Verdict`."""
         return self.manifest.image_format(index)
 
     def _vanished(self, index: int, error: Exception) -> OSError:
@@ -281,8 +282,10 @@ class ImageFolder(ManifestSource):
 
     Without split folders every split is the same, whole set. Classes are the class folders in sorted order. The id of
     an image is that of its path below the folder that holds the class folders ("cat/0001.jpg", see `sample_id`), so it
-    stays when files are added, removed or listed in another order. Hidden files and folders are ignored, and so are
-    files whose extension is not that of an image.
+    stays when files are added, removed or listed in another order. Hidden files and folders, folders of thumbnails
+    (`@eaDir`, `__MACOSX`, ...) and files whose extension is not that of an image are passed over; the manifest counts
+    them (`Manifest.passed_over`). A split folder among folders with images that have no name of a split is an error:
+    it may be a class.
 
     A folder of WebDataset shards (`root/<split>/*.tar`, or `root/*.tar` with the split as a word in the names) is taken
     too, with the ids and classes that `open_shards` says.
@@ -301,14 +304,14 @@ class ImageFolder(ManifestSource):
         classes: names of classes, see `match_classes`; a folder that has others is refused before it is indexed, and
             classes without images are allowed.
         max_bad: the share of images, at most, that may be bad.
-        cache: folder to keep the manifest in, instead of `root` or `cache_folder()`.
+        cache: folder to keep the manifest in, instead of `cache_folder()`.
         kept: a manifest of this folder (`Manifest.keep`), taken as it is: what has changed since shows when it is read.
 
     Raises:
-        ValueError: `root` is missing, no folder or empty; it has split folders, but not this one; there are no class
-            folders; a class has no image, or none that can be read, and `classes` was not given; the folder has classes
-            that are not in `classes`; no file at all can be read; more than `max_bad` cannot; wrong channels or
-            `max_bad`.
+        ValueError: `root` is missing, no folder or empty; it has split folders, but not this one, or class folders
+            beside them; there are no class folders; a class has no image, or none that can be read, and `classes` was
+            not given; the folder has classes that are not in `classes`; no file at all can be read; more than `max_bad`
+            cannot; wrong channels or `max_bad`.
         OSError: a folder cannot be read, or the manifest cannot be written.
     """
 
@@ -502,10 +505,15 @@ def open_manifest(
     if shards := list_shards(base):
         if kept is not None:
             return ShardManifest(kept, base), name
-        if base == root and (part := [shard for shard in shards if split in _words(shard)]):
-            # Several splits in one folder, which has one place for a manifest.
-            shards, name, cache = part, f"{name}/{split}", (cache or cache_folder()) / split
-        return open_shards(base, shards, labelled=labelled, check=check, cache=cache), name
+        others = sorted({entry.name for entry in base.iterdir()} - {*shards}) + _beside(root, base)
+        part = [shard for shard in shards if split in _words(shard)] if base == root else []
+        if part:
+            others += [shard for shard in shards if not {split, *SPLIT_NAMES} & {*_words(shard.lower())}]
+            shards, name = part, f"{name}/{split}"
+        manifest = open_shards(
+            base, shards, others=others, labelled=labelled, check=check, cache=cache, part=split if part else ""
+        )
+        return manifest, name
     if kept is not None:
         return Manifest(kept, base), name
     found = tuple(folder.name for folder in _subfolders(base))
@@ -518,10 +526,12 @@ def open_manifest(
         )
     check(found)
     listing = list_images(base, found)
+    for path in _beside(root, base):
+        listing.pass_over_file(path)
     if not len(listing):
         raise ValueError(
             f"no images below {base}: expected files ending in {' '.join(sorted(EXTENSIONS))}, or shards ending in "
-            ".tar with no folders beside them"
+            f".tar with no folders beside them; {count_passed_over(listing.passed_over) or 'it has no files at all'}"
         )
     return index(base, listing.key(), lambda: listing, cache), name
 
@@ -553,6 +563,7 @@ def _class_root(root: Path, split: str) -> tuple[Path, str]:
     if not any(root.iterdir()):
         raise ValueError(f"{root} is empty: expected <split>/<class>/<image> or <class>/<image> in it")
     name = root.resolve().name
+    _refuse_ambiguity(root, split)
     if (root / split).is_dir():
         return root / split, f"{name}/{split}"
     # Without this, a data set that calls its test set "val" would become one with the classes "train" and "val".
@@ -561,8 +572,49 @@ def _class_root(root: Path, split: str) -> tuple[Path, str]:
     return root, name
 
 
+def _refuse_ambiguity(root: Path, split: str) -> None:
+    """Raise where a folder may be a split or a class: "train" among "bus" and "car" is both."""
+    folders = _subfolders(root)
+    named = [folder for folder in folders if _is_split(folder)]
+    if not named or ((root / split).is_dir() and split.lower() not in SPLIT_NAMES):
+        return
+    others = [folder for folder in folders if folder not in named and _holds_images(folder, frozenset())]
+    if others:
+        raise ValueError(
+            f"{root} has {', '.join(repr(folder.name) for folder in named)} beside {len(others)} folders with images "
+            f"that have no name of a split ({_shorten([repr(folder.name) for folder in others], ', ')}). If "
+            f"{named[0].name!r} is a split, name its own folder, {named[0]}, or move the other folders elsewhere; if "
+            f"it is a class, move all class folders into a new folder 'train' in {root}"
+        )
+
+
+def _holds_images(folder: Path, above: frozenset[tuple[int, int]]) -> bool:
+    """Whether there is an image, or a shard, anywhere below."""
+    own = folder.stat()
+    if (own.st_dev, own.st_ino) in above:
+        return False
+    above |= {(own.st_dev, own.st_ino)}
+    with os.scandir(folder) as scan:
+        entries = [entry for entry in scan if not passed_over(entry.name)]
+    files = (entry for entry in entries if not entry.is_dir())
+    if any(os.path.splitext(entry.name)[1].lower() in {".tar", *EXTENSIONS} for entry in files):  # noqa: PTH122
+        return True
+    return any(_holds_images(folder / entry.name, above) for entry in entries if entry.is_dir())
+
+
+def _beside(root: Path, base: Path) -> list[str]:
+    """What lies beside the split folders, relative to one of them."""
+    if base == root:
+        return []
+    return [f"../{entry.name}" for entry in sorted(root.iterdir()) if not _is_split(entry)]
+
+
+def _is_split(entry: Path) -> bool:
+    return entry.name.lower() in SPLIT_NAMES and entry.is_dir()
+
+
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not passed_over(entry.name))
 
 
 def _has_images(folder: Path) -> bool:

@@ -2,12 +2,15 @@
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from denim import cli
+from denim.nim.data import open_manifest
+from denim.nim.data.manifest import cache_folder
 
 
 def denim(*words, status=0):
@@ -42,7 +45,7 @@ def test_index_takes_every_split_and_decodes_once(folder, capsys):
         "set/train: 5 images in 2 classes, 0 bad; 5 decoded ",
     ]
     for line in first:
-        assert line.rpartition(" manifest ")[2].startswith(str(folder))
+        assert Path(line.rpartition(" manifest ")[2]).parent == cache_folder() / "manifests"
     denim("data", "index", folder, "--split", "train")
     assert "5 images in 2 classes, 0 bad; 0 decoded" in capsys.readouterr().out
 
@@ -67,6 +70,51 @@ def test_check_lists_what_is_bad(folder, tmp_path, capsys):
     assert lines == [f"{page}: not an image in a known format" for page in pages]
     assert summary == f"2 of 9 images in {folder} cannot be read (22.22%)"
     assert (tmp_path / "bad.txt").read_text() == "".join(f"{page}\tnot an image in a known format\n" for page in pages)
+
+
+def test_what_is_passed_over_is_said(folder, capsys):
+    for name in ("a.txt", "b.txt", "noending", "c.jfif", "d.AVIF", "e.pgm"):
+        (folder / "train" / "dark" / name).write_text("words")
+    (folder / "train" / "dark" / "@eaDir" / "0.png").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(folder / "train" / "dark" / "@eaDir" / "thumb.jpg")
+    (folder / "train" / "@eaDir").mkdir()
+    (folder / "README.md").touch()
+    said = (
+        "set/train: passed over: 2 named @eaDir (first: dark/@eaDir), 2 ending in .txt (first: dark/a.txt), "
+        "1 without an ending (first: dark/noending), 1 ending in .md (first: ../README.md)"
+    )
+    for words, status in ((["check"], 1), (["index"], 0), (["stats", "--split", "train"], 0)):
+        denim("data", words[0], folder, *words[1:], status=status)
+        assert said in capsys.readouterr().out.splitlines()
+    denim("data", "check", folder, "--split", "train", status=1)
+    assert "3 of 8 images" in capsys.readouterr().out  # .jfif, .AVIF and .pgm are images, though not these
+    Image.new("L", (4, 4)).save(folder / "train" / "stray.png")
+    manifest, _ = open_manifest(folder, "train")
+    assert manifest.passed_over["images outside of the class folders"] == (1, "stray.png")
+
+
+def test_a_folder_that_may_be_a_split_or_a_class(tmp_path, capsys):
+    for name in ("bus", "car", "train"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "set" / name / "0.png")
+    for words in (["check"], ["index"], ["index", "--split", "train"], ["stats"], ["preview"]):
+        denim("data", words[0], tmp_path / "set", *words[1:], status=2)
+        said = capsys.readouterr().err
+        assert "has 'train' beside 2 folders with images that have no name of a split ('bus', 'car')" in said
+        assert "if it is a class, move all class folders into a new folder 'train'" in said
+    # What the message says, either way.
+    denim("data", "check", tmp_path / "set" / "train")
+    assert "0 of 1 images" in capsys.readouterr().out
+    (tmp_path / "set").rename(tmp_path / "train")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "train").rename(tmp_path / "set" / "train")
+    denim("data", "check", tmp_path / "set")
+    assert "0 of 3 images" in capsys.readouterr().out
+    # Folders without images leave no doubt.
+    (tmp_path / "set" / "Annotations").mkdir()
+    (tmp_path / "set" / "Annotations" / "0.xml").touch()
+    denim("data", "check", tmp_path / "set")
+    assert "1 without an ending (first: ../Annotations)" in capsys.readouterr().out
 
 
 def test_check_where_all_are_bad(tmp_path, capsys):

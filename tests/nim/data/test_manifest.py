@@ -5,6 +5,7 @@ import pickle
 import random
 import shutil
 import signal
+import tempfile
 import threading
 from pathlib import Path
 from time import sleep
@@ -19,7 +20,7 @@ from PIL import Image
 
 from denim.nim.data import Listing, Manifest, ManifestError, manifest
 from denim.nim.data.decode import Place, Verdict, decode, judge, judge_all
-from denim.nim.data.manifest import NAME, index, list_images, sample_id
+from denim.nim.data.manifest import cache_folder, index, list_images, sample_id
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -29,6 +30,11 @@ def opened(root, cache=None):
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     listing = list_images(root, classes)
     return index(root, listing.key(), lambda: listing, cache)
+
+
+def file_of(root):
+    """The manifest of a folder, if there is one."""
+    return cache_folder() / "manifests" / manifest.file_name(root)
 
 
 def rows(found):
@@ -279,31 +285,91 @@ def test_only_what_changed_is_decoded_again(folder, noise_image, monkeypatch):
     assert decoded == ["ant/0000.png"]
 
 
-def test_a_folder_may_be_moved(folder, tmp_path):
-    before = rows(opened(folder))
-    folder.rename(tmp_path / "moved")
-    found = opened(tmp_path / "moved")
-    assert found.decoded == 0
-    assert rows(found) == before
-    assert found.where(0) == str(tmp_path / "moved" / "cat" / "0000.png")
+# --- where it is kept
 
 
-def test_where_the_folder_is_read_only_the_cache_has_it(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: folder not in (path, *path.parents) and access(path, mode))
+def test_nothing_is_written_among_the_data(folder, tmp_path):
+    before = sorted(folder.rglob("*"))
     found = opened(folder)
-    assert found.file.parent == tmp_path / "cache" / "denim"
-    assert not (folder / NAME).exists()
+    assert found.file.parent == cache_folder() / "manifests"
+    assert sorted(folder.rglob("*")) == before
     assert opened(folder).decoded == 0
     # Asked for by name, a place of its own.
     assert opened(folder, tmp_path / "mine").file.parent == tmp_path / "mine"
 
 
-def test_a_manifest_beside_the_data_serves_those_who_cannot_write_there(folder, monkeypatch):
-    opened(folder)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+def test_a_manifest_that_came_with_the_data_is_not_believed(folder, tmp_path):
+    """It could name any file of the machine as one of its images."""
+    Image.new("RGB", (3, 3)).save(tmp_path / "private.png")
+    listing = list_images(folder, ("cat", "dog"))
+    for row, path in enumerate([str(tmp_path / "private.png"), "cat/../../../../private.png"]):
+        forged = Listing(folder, ("cat", "dog"))
+        for k in range(len(listing)):
+            if k != row:
+                forged.add(listing.path(k), 0, 1, 1)
+        forged.add(path, 0, (tmp_path / "private.png").stat().st_size, 1)
+        for name in (".denim-manifest.safetensors", opened(folder).file.name):
+            Manifest.write(folder / name, forged, [judge(forged.place(k)) for k in range(len(forged))], listing.key())
+        found = opened(folder)
+        assert found.file.parent == cache_folder() / "manifests"
+        assert sorted(rows(found)) == sorted(listing.path(k) for k in range(len(listing)))
+
+
+def test_a_link_in_place_of_the_journal_is_not_followed(folder, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("data")
+    journal = opened(folder, tmp_path / "cache").file.with_suffix(".journal")
+    journal.with_suffix(".safetensors").unlink()
+    journal.symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic link"):
+        opened(folder, tmp_path / "cache")
+    assert precious.read_text() == "data"
+    journal.unlink()
+    os.mkfifo(journal)
+    with pytest.raises(OSError, match=r"\.journal is not a regular file"):
+        opened(folder, tmp_path / "cache")
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    return tmp_path / "tmp" / f"denim-{os.getuid()}"
+
+
+@pytest.mark.parametrize("home", ["none", "unwritable"])
+def test_without_a_cache_the_temporary_folder_serves(folder, tmp_path, monkeypatch, temporary, home):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if home == "none":
+
+        def homeless():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", homeless)
+        found = opened(folder)
+    else:
+        (tmp_path / "home").touch()  # no folder can be made in it, not even by root
+        monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+        with pytest.warns(UserWarning, match=r"manifests cannot be kept in .*: let XDG_CACHE_HOME name a folder"):
+            found = opened(folder)
+    assert found.file.parent == temporary / "manifests"
+    assert temporary.stat().st_mode & 0o077 == 0
     assert opened(folder).decoded == 0
+
+
+@pytest.mark.parametrize("who", ["a link", "writable for others"])
+def test_a_temporary_folder_that_others_made_is_not_trusted(folder, tmp_path, monkeypatch, temporary, who):
+    monkeypatch.setattr(manifest, "cache_folder", lambda: tmp_path / "file" / "denim")
+    (tmp_path / "file").touch()
+    if who == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        temporary.symlink_to(tmp_path / "elsewhere")
+    else:
+        temporary.mkdir()
+        temporary.chmod(0o777)
+    with pytest.raises(OSError, match=r"cannot be written to .* or .*: name another folder for it \(cache, --cache\)"):
+        opened(folder)
+    assert not list(tmp_path.glob("elsewhere/**/*.safetensors"))
 
 
 # --- damage
@@ -361,7 +427,7 @@ def test_a_manifest_of_another_folder(folder, tmp_path, make_folder):
     with pytest.raises(ManifestError, match=rf"{other.file} is that of another folder"):
         Manifest(other.file, folder, list_images(folder, ("cat", "dog")).key())
     # Copied to where that of this folder belongs, it is not taken for it.
-    shutil.copy(other.file, folder / NAME)
+    opened(folder).file.write_bytes(other.file.read_bytes())
     found = opened(folder)
     assert [found.path(k) for k in range(6)] == [f"{name}/000{k}.png" for name in ("cat", "dog") for k in range(3)]
 
@@ -370,7 +436,7 @@ def test_two_samples_with_one_id(folder, monkeypatch):
     monkeypatch.setattr(manifest, "sample_id", lambda path: 12 - path.count("1") - 5 * path.count("dog"))
     with pytest.raises(ValueError, match=r"dog/0000.png and .*dog/0002.png have the same id 7, .* rename or remove"):
         opened(folder)
-    assert not (folder / NAME).exists()
+    assert not list((cache_folder() / "manifests").glob(f"{file_of(folder).stem}*.safetensors"))
 
 
 def test_a_full_disk_leaves_nothing_half_written(folder, monkeypatch):
@@ -383,11 +449,11 @@ def test_a_full_disk_leaves_nothing_half_written(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.numpy, "save_file", full)
-        with pytest.raises(OSError, match=rf"cannot write the manifest {folder / NAME}: No space left on device"):
+        with pytest.raises(OSError, match=rf"cannot write the manifest {file_of(folder)}: No space left on device"):
             opened(folder)
-    kept = {path.name for path in folder.iterdir() if path.name.startswith(".")}
-    assert kept == {NAME, Path(NAME).with_suffix(".journal").name}
-    assert rows(Manifest(folder / NAME, folder)) == before
+    kept = {path.name for path in file_of(folder).parent.glob(f"*{file_of(folder).stem}*")}
+    assert kept == {file_of(folder).name, file_of(folder).with_suffix(".journal").name}
+    assert rows(Manifest(file_of(folder), folder)) == before
     assert rows(opened(folder)) == {path: row for path, row in before.items() if path != "cat/0000.png"}
 
 
@@ -415,11 +481,11 @@ def test_a_killed_indexing_goes_on(many, monkeypatch):
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    journal = (many / NAME).with_suffix(".journal")
+    journal = file_of(many).with_suffix(".journal")
     assert len(journal.read_bytes().splitlines()) == 1 + chunks
     with journal.open("ab") as file:
         file.write(b'[[123, 45, 67, 8, 9, "PN')
-    assert not (many / NAME).exists()
+    assert not file_of(many).exists()
     found = opened(many)
     assert found.decoded == 700 - chunks * manifest.CHUNK
     assert not journal.exists()
@@ -432,9 +498,10 @@ def test_a_journal_of_another_limit_counts_nothing(folder, monkeypatch):
     listing = list_images(folder, ("cat", "dog"))
     names = zip(listing.sample_ids().tolist(), listing.bytes, listing.mtimes, strict=True)
     entries = [[*name, 1, 1, "PNG", ""] for name in names]
-    journal = (folder / NAME).with_suffix(".journal")
+    journal = file_of(folder).with_suffix(".journal")
+    journal.parent.mkdir(parents=True, exist_ok=True)
     for limit, decoded in ((1, 6), (Image.MAX_IMAGE_PIXELS, 0)):
-        (folder / NAME).unlink(missing_ok=True)
+        file_of(folder).unlink(missing_ok=True)
         journal.write_text(f"{json.dumps([manifest.VERSION, limit])}\n{json.dumps(entries)}\n")
         assert opened(folder).decoded == decoded
 

@@ -377,9 +377,13 @@ def test_whatever_the_length_of_a_truncated_shard(tmp_path, noise_image):
             continue  # not one whole sample
         shard.write_bytes(whole[:length])
         os.utime(shard, ns=(length, length))
+        complete = sum(end <= length for end in ends[1::2])
+        if length >= ends[-1] or any(end <= length <= -(-end // 512) * 512 for end in ends[1::2]):
+            assert len(source(tmp_path / "s")) == complete  # it ends with a whole sample: nothing is lost
+            assert source(tmp_path / "s").skipped == ()
+            continue
         with pytest.warns(UserWarning, match="left out"):
             found = source(tmp_path / "s")
-        complete = sum(end <= length for end in ends[1::2])
         # Of an image without its label no label is known.
         assert len(found) == complete, length
         assert [found.encoded(k) for k in range(complete)] == list(images.values())[:complete]
@@ -388,6 +392,78 @@ def test_whatever_the_length_of_a_truncated_shard(tmp_path, noise_image):
         assert rest.endswith("before the image does")
     shard.write_bytes(whole[: ends[-1] + 512 * 4])
     assert source(tmp_path / "s").skipped == ()
+
+
+def archive(numbers, noise_image):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for k in numbers:
+            for name, part in ((f"{k}.cls", b"0"), (f"{k}.png", png(noise_image, k))):
+                info = tarfile.TarInfo(name)
+                info.size = len(part)
+                tar.addfile(info, io.BytesIO(part))
+        end = tar.offset
+    return content.getvalue(), end
+
+
+@pytest.mark.parametrize("zeros", [0, 512, 1024, 10240, 1000 * 512])
+def test_archives_that_were_joined_are_read_to_the_end(tmp_path, noise_image, zeros):
+    (first, end), (second, _) = archive(range(3), noise_image), archive(range(3, 5), noise_image)
+    joined = first[:end] + bytes(zeros) + second
+    (tmp_path / "s.tar").write_bytes(joined)
+    found = source(tmp_path)
+    assert [found.encoded(k) for k in range(5)] == [png(noise_image, k) for k in range(5)]
+    (tmp_path / "s.tar").write_bytes(first[:end] + bytes(zeros or 512) + b"no header".ljust(700, b"."))
+    with pytest.warns(UserWarning, match="left out"):
+        found = source(tmp_path)
+    assert len(found) == 3
+    assert found.skipped[0].startswith(f"{tmp_path}/s.tar:(what was after byte {end + (zeros or 512)})")
+
+
+@pytest.mark.parametrize("size", [-512, -1024, -(10**6)])
+def test_a_member_of_negative_length_ends_the_shard(tmp_path, noise_image, size):
+    """Python before 3.11.14 goes back by that length, and reads the same members for ever."""
+    content, end = archive(range(2), noise_image)
+    header = bytearray(tarfile.TarInfo("evil.png").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (size + (1 << 96)).to_bytes(12, "big")
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+    (tmp_path / "s.tar").write_bytes(content[:end] + bytes(header) + content)
+    with pytest.warns(UserWarning, match="left out"):
+        found = source(tmp_path)
+    assert len(found) == 2
+    assert found.skipped[0].startswith(f"{tmp_path}/s.tar:(what was after byte {end})")
+
+
+def test_a_pipe_is_no_shard(tmp_path, noise_image):
+    write_tar(tmp_path / "a.tar", [("0.png", png(noise_image))])
+    os.mkfifo(tmp_path / "b.tar")
+    with pytest.raises(ValueError, match=r"b\.tar is not a regular file"):
+        source(tmp_path, labelled=False)
+
+
+def test_members_and_files_that_are_passed_over_are_counted(tmp_path, noise_image):
+    members = [
+        ("a.png", png(noise_image)),
+        ("a.txt", b"words"),
+        ("a.seg.png", b"a mask"),
+        ("b.cls", b"0"),
+        ("._c", b""),
+    ]
+    write_tar(tmp_path / "s-train-0.tar", members)
+    write_tar(tmp_path / "s-val-0.tar", [("a.png", png(noise_image))])
+    write_tar(tmp_path / "extra.tar", [("a.png", png(noise_image))])
+    for name in ("old.tar.gz", "s.idx"):
+        (tmp_path / name).touch()
+    manifest, _ = open_manifest(tmp_path, "train", labelled=False)
+    assert manifest.passed_over == {
+        "ending in .txt": (1, "s-train-0.tar:a.txt"),
+        "images outside of the class folders": (1, "s-train-0.tar:a.seg.png"),
+        "labels without an image": (1, "s-train-0.tar:b"),
+        "hidden": (1, "s-train-0.tar:._c"),
+        "ending in .gz": (1, "old.tar.gz"),
+        "ending in .idx": (1, "s.idx"),
+        "ending in .tar": (1, "extra.tar"),
+    }
 
 
 def test_damage_between_members(tmp_path, noise_image):
