@@ -25,7 +25,7 @@ OPTIONS = {
 def says_cow(tmp_path):
     """A classifier that takes every picture for a cow."""
     encoder = preset("micro", img_size=16, patch_size=4, channels=3)
-    model = Classifier(ClassifierConfig.for_encoder(encoder, 3, classes=("ant", "bee", "cow"), images="noisy"))
+    model = Classifier(ClassifierConfig.for_encoder(encoder, 3, classes=("ant", "bee", "cow"), trained_on="noisy"))
     with torch.no_grad():
         model.head.weight.zero_()
         model.head.bias.copy_(torch.tensor([0.0, 0.0, 9.0]))
