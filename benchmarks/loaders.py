@@ -150,8 +150,8 @@ class _Repeated:
     def encoded(self, index: int) -> bytes:
         return self._source.encoded(index % len(self._source))
 
-    def image_format(self, index: int) -> str:
-        return self._source.image_format(index % len(self._source))
+    def plain_length(self, index: int) -> int:
+        return self._source.plain_length(index % len(self._source))
 
 
 def _dali(task: Task) -> Iterator[Tensor]:

@@ -35,11 +35,11 @@ def main(
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image, ImageOps, UnidentifiedImageError
 
     from denim.kernels import Domain, draw_seeds
     from denim.nim import Autoencoder, add_noise, reconstruct
     from denim.nim.data import EvalView, sample_rng
+    from denim.nim.data.decode import read_image
     from denim.nim.files import atomic_write
     from denim.nim.settings import pick_device
 
@@ -51,11 +51,7 @@ def main(
     model = Autoencoder.from_pretrained(denoiser).to(where)
     if model.config.channels not in (1, 3):
         raise ValueError(f"photos have 1 or 3 channels, this denoiser takes {model.config.channels}")
-    try:
-        with Image.open(photo) as opened:
-            image = ImageOps.exif_transpose(opened).convert("L" if model.config.channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{photo} cannot be read as an image: {error}") from error
+    image = read_image(photo, model.config.channels)
     pixels = EvalView(model.config.img_size[0])(image, sample_rng(seed, 0, 0))
     images = torch.tensor(pixels)[None].to(where)
     levels = torch.tensor(sigma, device=where)[:, None]

@@ -51,7 +51,7 @@ def open_loader(
         source: see `PlannedLoader`, as for all arguments that are not listed here.
         workers: processes (torch) or threads (DALI) that decode.
         backend: "auto", "dali" or "torch". Order, windows and flips are the same on both; pixels differ by rounding.
-        device: where DALI leaves its batches. Those of torch lie on the CPU.
+        device: where DALI leaves its batches. Those of torch lie on the CPU, pinned if this is a CUDA device.
 
     Raises:
         ValueError: an unknown backend, or one that cannot serve, with the reasons; and what the loader itself raises.
@@ -71,6 +71,7 @@ def open_loader(
         return TorchLoader(
             source, view, batch_size,
             seed=seed, shuffle=shuffle, last=last, workers=workers, rank=rank, world=world, max_bad=max_bad,
+            pin_memory=torch.device(device).type == "cuda",
         )  # fmt: skip
     return DaliLoader(
         source, view, batch_size,

@@ -9,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, cast
 
@@ -19,16 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from denim.nim.data.decode import MachineError
 from denim.nim.data.loader import Batch, PlannedLoader
 from denim.nim.data.sources import EncodedSource, Source
-from denim.nim.data.views import DALI_MAGNITUDE, EvalView, TrainView, View, dali_policy, sample_rng
+from denim.nim.data.views import DALI_MAGNITUDE, MOST_RESIZED, EvalView, TrainView, View, dali_policy, sample_rng
 
 __all__ = ["DaliLoader", "problem", "reasons"]
 
-# DALI has no decoder for GIF and AVIF, refuses some TIFF and PPM files (1-bit, plain text), gets others wrong without a
-# word (TIFF with alpha, PPM with another maximum than 255), and decodes of some damaged BMP files the whole but no
-# window: Pillow decodes these, DALI gets the pixels as they are.
-BY_PILLOW = frozenset(("AVIF", "BMP", "GIF", "PPM", "TIFF"))
 QUEUE = 2  # batches that DALI works on at a time
 AHEAD = 2  # batches that are read before DALI takes them
 READERS = 2  # threads; more get in each other's way where files are small and at hand
@@ -109,13 +106,17 @@ _Inputs = tuple[list[npt.NDArray[np.uint8]] | npt.NDArray[Any], ...]
 
 @dataclass
 class _Ready:
-    """A batch that is read, and what was found bad for it; without inputs where that was more than may be."""
+    """A batch that is read, and what was found bad for it.
+
+    Without inputs the run stops: more is bad than may be, or the machine cannot read an image.
+    """
 
     step: int
     chosen: npt.NDArray[np.int64]
     real: npt.NDArray[np.bool_]
     found: dict[int, str]
     inputs: _Inputs | None
+    failure: MachineError | None = None
 
 
 class DaliLoader(PlannedLoader):
@@ -127,8 +128,10 @@ class DaliLoader(PlannedLoader):
     0.03 levels, 15 at most. A sample's pixels depend on its file, its window and the view, and not on batch, rank or
     threads; they differ between the CPU and a GPU.
     In one channel, DALI takes the luma of a JPEG as it is stored, where Pillow computes it from clipped RGB: up to 4
-    levels; of other colour files it is 1 level at most, and of grey ones none. 16-bit PNGs differ by 1 level. BMP,
-    GIF, PPM and TIFF are decoded by Pillow.
+    levels; of other colour files it is 1 level at most, and of grey ones none.
+    DALI decodes what any decoder sees the same picture in, which is settled when a data set is indexed (see `Verdict`):
+    usual JPEG, PNG and WebP files. Of all others, and of images so thin that the whole of them would be huge when it is
+    resized, Pillow makes the view, with the same pixels as in `TorchLoader`.
     DALI's RandAugment ("dali-rand-m9-n2", see `TrainView`) has its randomness from the samples' generators too: after
     window and flip, each draws `integers(14, size=n)`, the operations as numbered by `OPERATIONS`, and then
     `integers(2, size=n)`, 1 where an operation that has a sign is negated. There DALI resizes views of every size.
@@ -137,8 +140,9 @@ class DaliLoader(PlannedLoader):
 
     **Bad files.** A batch with an image that DALI cannot decode would end the process (see `_Trial`). So each file is
     decoded alone before it is first taken into a batch of this loader, and again when its length has changed: a first
-    epoch takes up to twice as long. What fails there, Pillow decodes; what Pillow cannot decode either, or what has
-    another size than at the start, is bad. Files must not be overwritten in place by others of the same length.
+    epoch takes up to twice as long. What fails there, or has changed since, Pillow decodes; what Pillow cannot decode
+    either, or what has another size than at the start, is bad. Files must not be overwritten in place by others of the
+    same length.
 
     Args:
         workers: threads that decode; 0 takes as many as there are processors, at most 4. The result is the same.
@@ -147,7 +151,7 @@ class DaliLoader(PlannedLoader):
         others: as for `PlannedLoader`.
 
     Attributes:
-        sound: int32 (N,), length of the file with which DALI decoded it alone; 0 where it has not.
+        sound: bool (N,), whether DALI has decoded the file alone.
 
     Raises:
         ValueError: negative workers, something that DALI cannot do (see `reasons`), and as `PlannedLoader`.
@@ -180,9 +184,11 @@ class DaliLoader(PlannedLoader):
             source, view, batch_size, seed=seed, shuffle=shuffle, last=last, rank=rank, world=world, max_bad=max_bad
         )
         self.workers = workers or min(MOST_THREADS, _processors())
+        assert isinstance(view, (TrainView, EvalView))
+        self.view: TrainView | EvalView = view
         self._encoded = cast(EncodedSource, source)
         # What DALI refuses and Pillow does not. Like `sound` no part of the state: a resumed run finds the same.
-        self.sound = np.zeros(len(source), np.int32)
+        self.sound = np.zeros(len(source), np.bool_)
         self._refused: set[int] = set()
         self._trials: list[_Trial] = []
         # An epoch takes a pipeline from here and puts it back at its end: building takes as long as some batches.
@@ -198,6 +204,8 @@ class DaliLoader(PlannedLoader):
                 self.record(batch.found)
                 yield self.gather(images, batch.chosen, batch.real)
             if fed:
+                if fed[0].failure is not None:
+                    raise fed[0].failure
                 self.record(fed[0].found)  # raises: it stopped there, with more bad samples than may be
             self._idle.append(pipeline)
         finally:
@@ -233,7 +241,11 @@ class DaliLoader(PlannedLoader):
             chosen, real = self.plan(epoch, step, bad)
             indices = chosen.tolist()
             samples |= self._read(epoch, [index for index in dict.fromkeys(indices) if index not in samples])
-            failed = {index: str(samples[index]) for index in indices if isinstance(samples[index], OSError)}
+            errors = {index: error for index in indices if isinstance(error := samples[index], OSError)}
+            machines = [error for error in errors.values() if isinstance(error, MachineError)]
+            if machines:
+                return _Ready(step, chosen, real, found, None, machines[0])
+            failed = {index: str(error) for index, error in errors.items()}
             if not failed:
                 return _Ready(step, chosen, real, found, self._inputs([cast(_Sample, samples[i]) for i in indices]))
             found |= failed
@@ -246,21 +258,31 @@ class DaliLoader(PlannedLoader):
         read: _Read = {}
         for index, geometry in zip(indices, self._geometry(epoch, indices), strict=True):
             try:
-                read[index] = _Sample(self._content(index), geometry)
+                content = self._for_dali(index)
+                read[index] = self._by_pillow(epoch, index, geometry) if content is None else _Sample(content, geometry)
             except OSError as error:
                 read[index] = error
         return read
 
-    def _content(self, index: int) -> npt.NDArray[np.uint8]:
-        if index not in self._refused and self._encoded.image_format(index) not in BY_PILLOW:
-            content = np.frombuffer(self._encoded.encoded(index), np.uint8)
-            if len(content) and (len(content) == self.sound[index] or self._decodes(index, content)):
-                self.sound[index] = len(content)
-                return content
-            pixels = self._by_pillow(index)  # raises, most often
-            self._refused.add(index)
-            return pixels
-        return self._by_pillow(index)
+    def _for_dali(self, index: int) -> npt.NDArray[np.uint8] | None:
+        """The encoded image if DALI is to decode it."""
+        length = self._encoded.plain_length(index)
+        if length < 0 or index in self._refused or self._is_thin(index):
+            return None
+        content = np.frombuffer(self._encoded.encoded(index), np.uint8)
+        if len(content) == length and (self.sound[index] or self._decodes(index, content)):
+            self.sound[index] = True
+            return content
+        # It has changed, or DALI has no way with it: Pillow tells whether it is bad.
+        self._refused.add(index)
+        return None
+
+    def _is_thin(self, index: int) -> bool:
+        """Whether the whole of it, resized for `EvalView`, would take too much memory."""
+        if not isinstance(self.view, EvalView):
+            return False
+        width, height, *_ = self.view.geometry(*self.source.sizes[index].tolist())
+        return width * height > MOST_RESIZED
 
     def _decodes(self, index: int, content: npt.NDArray[np.uint8]) -> bool:
         """Whether DALI decodes it, to an image of the size that it had at the start."""
@@ -272,14 +294,16 @@ class DaliLoader(PlannedLoader):
         self._trials.append(trial)
         return size == tuple(self.source.sizes[index].tolist())
 
-    def _by_pillow(self, index: int) -> npt.NDArray[np.uint8]:
-        """The upright pixels of a sample, encoded as PGM or PPM."""
-        image = self.source.read(index)
-        expected = tuple(self.source.sizes[index].tolist())
-        if image.size != expected:  # the window was drawn for that
-            raise OSError(f"{self.source.where(index)} had {expected} pixels at the start and now has {image.size}")
-        header = f"P{5 if image.mode == 'L' else 6} {image.width} {image.height} 255\n"
-        return np.frombuffer(header.encode() + image.tobytes(), np.uint8)
+    def _by_pillow(self, epoch: int, index: int, geometry: tuple[int, ...]) -> _Sample:
+        """The view of a sample, made by Pillow as `TorchLoader` makes it, and encoded as PGM or PPM."""
+        view, side = self.view, self.view.size
+        if isinstance(view, TrainView):
+            view = replace(view, auto_augment=None)  # DALI's, which comes after
+        made = view(self.source.read(index), sample_rng(self.seed, epoch, int(self.source.ids[index])))
+        header = f"P{5 if made.shape[2] == 1 else 6} {side} {side} 255\n"
+        content = np.frombuffer(header.encode() + made.tobytes(), np.uint8)
+        whole = (side, side, 0, 0, 0) if isinstance(view, EvalView) else (0, 0, side, side, 0, *geometry[5:])
+        return _Sample(content, whole)
 
     def _geometry(self, epoch: int, indices: list[int]) -> list[tuple[int, ...]]:
         """What the view does to each image. In the order in which `_Pipeline` takes the numbers."""
@@ -287,7 +311,6 @@ class DaliLoader(PlannedLoader):
         if isinstance(self.view, EvalView):
             resized = (self.view.geometry(width, height) for width, height in sizes)
             return [(height, width, upper, left, 0) for width, height, left, upper in resized]
-        assert isinstance(self.view, TrainView)
         # One generator, its key set anew, is what `sample_rng` would make for each sample, ten times as fast.
         rng = sample_rng(self.seed, epoch, 0)
         state = cast(dict[str, Any], rng.bit_generator.state)

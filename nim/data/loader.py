@@ -7,7 +7,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from denim.nim.data.decode import MachineError
 from denim.nim.data.order import Order, keyed_words
 from denim.nim.data.sources import Source
 from denim.nim.data.views import View, sample_rng
@@ -37,7 +38,8 @@ class Batch:
     Attributes:
         images: uint8 (B, H, W, C).
         labels: int64 (B,).
-        ids: int64 (B,), the ids of the samples in their source.
+        ids: int64 (B,), the ids of the samples in their source. They stay on the host, wherever the images lie: what is
+            keyed by them on the host (levels, mixing) would have to wait for the device.
         real: bool (B,), False for rows that fill a place and must not be counted. None: all rows count.
     """
 
@@ -47,16 +49,16 @@ class Batch:
     real: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch on `device`."""
-        images, labels, ids = (x.to(device, non_blocking=non_blocking) for x in (self.images, self.labels, self.ids))
+        """The same batch with images, labels and `real` on `device`."""
+        images, labels = (x.to(device, non_blocking=non_blocking) for x in (self.images, self.labels))
         real = None if self.real is None else self.real.to(device, non_blocking=non_blocking)
-        return Batch(images, labels, ids, real)
+        return Batch(images, labels, self.ids, real)
 
     def counted(self) -> Batch:
         """The batch without the rows that are not real."""
         if self.real is None:
             return self
-        return Batch(self.images[self.real], self.labels[self.real], self.ids[self.real])
+        return Batch(self.images[self.real], self.labels[self.real], self.ids[self.real.to(self.ids.device)])
 
 
 class Loader(Protocol):
@@ -207,7 +209,7 @@ class PlannedLoader(ABC):
         return chosen, real
 
     def gather(self, images: Tensor, chosen: npt.NDArray[np.int64], real: npt.NDArray[np.bool_]) -> Batch:
-        """The batch of these images, which `plan` chose, with labels and ids on their device."""
+        """The batch of these images, which `plan` chose, with labels on their device."""
         batch = Batch(
             images, self.source.labels[chosen], self.source.ids[chosen], None if real.all() else torch.from_numpy(real)
         )
@@ -304,9 +306,11 @@ class TorchLoader(PlannedLoader):
 
     Args:
         workers: processes that decode; 0 decodes in this one.
+        pin_memory: leave the images in pinned memory, from which a copy to a CUDA device does not wait.
 
     Raises:
         ValueError: negative workers, and as `PlannedLoader`.
+        MachineError: while iterating; the machine cannot read an image. No image is bad for that.
         ChildProcessError: while iterating; a worker process died (killed, or out of memory).
     """
 
@@ -325,6 +329,7 @@ class TorchLoader(PlannedLoader):
         rank: int = 0,
         world: int = 1,
         max_bad: float = 0.01,
+        pin_memory: bool = False,
     ) -> None:
         if workers < 0:
             raise ValueError(f"workers must not be negative, got {workers}")
@@ -332,6 +337,7 @@ class TorchLoader(PlannedLoader):
             source, view, batch_size, seed=seed, shuffle=shuffle, last=last, rank=rank, world=world, max_bad=max_bad
         )
         self.workers = workers
+        self.pin_memory = pin_memory
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         # A generator of its own: DataLoader would otherwise draw a seed for its workers from the global one.
@@ -341,6 +347,7 @@ class TorchLoader(PlannedLoader):
                 batch_size=None,
                 sampler=range(start_step, self.steps_per_epoch),
                 num_workers=self.workers,
+                pin_memory=self.pin_memory,
                 generator=torch.Generator(),
             )
         )
@@ -355,22 +362,35 @@ class TorchLoader(PlannedLoader):
                     f"{error}; if memory ran out, take fewer workers (now {self.workers}) or a smaller batch; a run "
                     "goes on from its last checkpoint when resumed"
                 ) from error
-            self.record(decoded.found)
+            decoded = self._checked(decoded)
             if self.bad and not self.bad.keys().isdisjoint(decoded.chosen.tolist()):
                 # The worker began before an earlier batch, of another worker, found bad what it took.
-                decoded = _Decoder(self, epoch)[step]
-                self.record(decoded.found)
+                decoded = self._checked(_Decoder(self, epoch)[step])
             yield self.gather(decoded.images, decoded.chosen, decoded.real)
+
+    def _checked(self, decoded: _Decoded) -> _Decoded:
+        if decoded.failure:
+            raise MachineError(decoded.failure)
+        self.record(decoded.found)
+        return decoded
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A batch on its way from a worker, images in shared memory, and what the worker found bad for it."""
+    """A batch on its way from a worker, images in shared memory, and what the worker found bad for it.
+
+    `failure` is a fault of the machine, for which the run has to stop.
+    """
 
     images: Tensor
     chosen: npt.NDArray[np.int64]
     real: npt.NDArray[np.bool_]
     found: dict[int, str]
+    failure: str = ""
+
+    def pin_memory(self) -> _Decoded:
+        """The same, its images in pinned memory; torch's thread for that asks for it."""
+        return replace(self, images=self.images.pin_memory())
 
 
 class _Decoder(Dataset[_Decoded]):
@@ -393,6 +413,8 @@ class _Decoder(Dataset[_Decoded]):
                 if index not in views and index not in self.bad:
                     try:
                         image = loader.source.read(index)
+                    except MachineError as error:
+                        return _Decoded(torch.empty(0, dtype=torch.uint8), chosen, real, found, str(error))
                     except OSError as error:
                         self.bad[index] = found[index] = str(error)
                     else:

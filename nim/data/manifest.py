@@ -14,10 +14,12 @@ import json
 import os
 import queue
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from torch import Tensor
 
-from denim.nim.data.decode import EXTENSIONS, Place, Verdict, judge_all, open_place
+from denim.nim.data.decode import EXTENSIONS, PAUSES, MachineError, Place, Verdict, judge_all, open_place
 from denim.nim.files import atomic_write
 
 __all__ = [
@@ -53,6 +55,11 @@ __all__ = [
 VERSION = "2"
 CHUNK = 64  # images per question to a decoding process, and per entry of the journal
 IN_PROCESS = 256  # up to so many images, starting processes takes longer than decoding
+# Signals that others send, and the system where memory runs out; a decoder that fails sends others to itself.
+OUTSIDE = frozenset(
+    -number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+)
+NAMED = 5  # images that a message names
 KINDS = 20  # of what is passed over, that are told apart
 # What systems and network storage put among a user's folders: thumbnails, waste, copies. Their pictures are nobody's.
 SYSTEM_FOLDERS = frozenset((
@@ -323,7 +330,7 @@ class Manifest:
             self.passed_over = {kind: (int(count), str(first)) for kind, (count, first) in said.items()}
             self.ids, self.labels, self.sizes = columns["ids"], columns["labels"], columns["sizes"]
             self.bytes, ends = columns["bytes"], columns["ends"]
-            whole = [self.labels, self.sizes, self.bytes, ends, columns["mtimes"], columns["formats"]]
+            whole = [self.labels, self.sizes, self.bytes, ends, columns["mtimes"], columns["formats"], columns["plain"]]
             whole += [columns["shard"], columns["offsets"]] if self._shards else []
             fits = all(len(column) == len(self) for column in whole) and int(ends[-1:].sum()) == len(columns["paths"])
             self.valid = len(self) - len(columns["faults"])
@@ -356,6 +363,10 @@ class Manifest:
     def image_format(self, row: int) -> str:
         """The format of the content: see `Verdict`; empty for a bad one."""
         return self._formats[int(self._columns["formats"][row])]
+
+    def is_plain(self, row: int) -> bool:
+        """Whether any decoder sees the same picture in a sample; see `Verdict`."""
+        return bool(self._columns["plain"][row])
 
     def fault(self, row: int) -> str:
         """Why a sample cannot be used; empty for a valid one."""
@@ -407,7 +418,7 @@ class Manifest:
         same &= columns["mtimes"][rows] == np.array(listing.mtimes)
         for row, own in zip(np.flatnonzero(same).tolist(), rows[same].tolist(), strict=True):
             width, height = self.sizes[own].tolist()
-            yield row, Verdict(width, height, self.image_format(own), self.fault(own))
+            yield row, Verdict(width, height, self.image_format(own), self.fault(own), self.is_plain(own))
 
     @staticmethod
     def write(file: Path, listing: Listing, verdicts: Sequence[Verdict], key: str) -> None:
@@ -434,6 +445,7 @@ class Manifest:
             "mtimes": np.array(listing.mtimes, np.int64)[order],
             "sizes": np.array([verdict[:2] for verdict in verdicts], np.int32).reshape(-1, 2)[order],
             "formats": np.array([formats[verdict.format] for verdict in verdicts], np.uint8)[order],
+            "plain": np.array([verdict.plain for verdict in verdicts], np.uint8)[order],
             "faults": np.array([reasons[verdicts[row].fault] for row in order if verdicts[row].fault], np.int32),
             "ends": np.cumsum([len(path) for path in paths], dtype=np.int64),
             "paths": np.frombuffer(b"".join(paths), np.uint8),
@@ -512,11 +524,21 @@ def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | No
         known = dict(_read_journal(journal))
         verdicts.update((row, known[name]) for row, name in enumerate(names) if name in known)
         todo = [row for row in range(len(listing)) if row not in verdicts]
+        failed: dict[int, str] = {}
         for rows, new in _judge(listing, todo):
-            entries = [(*names[row], *verdict) for row, verdict in zip(rows, new, strict=True)]
+            failed |= {row: verdict.fault for row, verdict in zip(rows, new, strict=True) if verdict.passing}
+            judged = ((names[row], verdict) for row, verdict in zip(rows, new, strict=True) if not verdict.passing)
+            entries = [(*name, *verdict) for name, verdict in judged]
             journal.write(json.dumps(entries).encode() + b"\n")
             journal.flush()
             verdicts.update(zip(rows, new, strict=True))
+        if failed:
+            some = "; ".join(f"{listing.where(row)}: {fault}" for row, fault in [*failed.items()][:NAMED])
+            raise MachineError(
+                f"{len(failed)} of {len(listing)} images below {root} could not be read for the machine's sake: {some}"
+                ". They do not count as bad ones: remove the cause, or these files, and index again; what was decoded "
+                "is kept"
+            )
         Manifest.write(file, listing, [verdicts[row] for row in range(len(listing))], key)
         file.with_suffix(".journal").unlink()
     manifest = Manifest(file, root, key)
@@ -647,7 +669,7 @@ class _Judges:
         self._closed = False
         for process in [self._start() for _ in range(count)]:
             self._idle.put(process)
-        if self._ask([]) is None:  # no image is to blame
+        if not isinstance(self._ask([]), list):  # no image is to blame
             self._errors.seek(0)
             last = self._errors.read().strip().rpartition("\n")[2]
             self.__exit__()
@@ -666,14 +688,32 @@ class _Judges:
     def __call__(self, places: Iterable[Place]) -> list[Verdict]:
         asked = list(places)
         verdicts = self._ask(asked)
-        if verdicts is not None:
-            return verdicts
-        # Either one of them did it, or somebody killed the process: one by one, and twice, tells.
-        bad = [Verdict(0, 0, "", "kills the decoder")]
-        return [(self._ask([place]) or self._ask([place]) or bad)[0] for place in asked]
+        # Either one of them did it, or somebody killed the process: one by one tells.
+        return verdicts if isinstance(verdicts, list) else [self._alone(place) for place in asked]
 
-    def _ask(self, places: list[Place]) -> list[Verdict] | None:
-        """None where the process dies of it, or was dead."""
+    def _alone(self, place: Place) -> Verdict:
+        """The verdict on an image that may kill the decoder. A process that others kill says nothing of the image."""
+        deaths = []
+        for pause in (0.0, *PAUSES, 2 * PAUSES[-1]):
+            time.sleep(pause)
+            answer = self._ask([place])
+            if isinstance(answer, list):
+                return answer[0]
+            deaths.append(answer)
+            if sum(status not in OUTSIDE for status in deaths) == 2:
+                return Verdict(0, 0, "", "kills the decoder")
+        named = signal.Signals(-deaths[-1]).name if deaths[-1] < 0 else str(deaths[-1])
+        return Verdict(
+            0,
+            0,
+            "",
+            f"the process that decodes it is killed from outside ({named}); if memory ran out, let "
+            "fewer processes run beside it",
+            passing=True,
+        )
+
+    def _ask(self, places: list[Place]) -> list[Verdict] | int:
+        """The verdicts; the exit status where the process dies of it, or was dead."""
         process = self._idle.get()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -686,10 +726,12 @@ class _Judges:
         if answer.endswith("\n"):
             self._idle.put(process)
             return [Verdict(*verdict) for verdict in json.loads(answer)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)  # it closed its output: it is ending
         process.kill()
-        process.wait()
+        status = process.wait()
         self._idle.put(process if self._closed else self._start())
-        return None
+        return status
 
     def _start(self) -> subprocess.Popen[str]:
         # -P: the modules beside the script are not to be found under their bare names. A session of its own: an

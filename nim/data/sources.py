@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import re
 import warnings
@@ -17,7 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds, noise_words
-from denim.nim.data.decode import EXTENSIONS, decode, reason
+from denim.nim.data.decode import (
+    EXTENSIONS,
+    MachineError,
+    decode,
+    is_machines,
+    patiently,
+    read_content,
+    reason,
+)
 from denim.nim.data.manifest import Manifest, cache_folder, count_passed_over, index, list_images, passed_over
 from denim.nim.data.shards import ShardManifest, list_shards, open_shards
 
@@ -37,6 +46,7 @@ __all__ = [
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 DIGITS_TEST_IMAGES = 600
+GONE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG))
 NAMED = 5  # bad files or classes that a message names; `skipped` has all files
 
 
@@ -73,6 +83,7 @@ class Source(Protocol):
         """Image `index` (0 <= index < N), decoded and upright: mode L for one channel, RGB for three.
 
         Raises:
+            MachineError: the machine cannot read it: no permission, a failing disk, no memory. It is not a bad image.
             OSError: it could be read when the source was made and no longer can; the message names it.
         """
         ...
@@ -86,12 +97,15 @@ class EncodedSource(Source, Protocol):
         """Image `index` as it is in its file.
 
         Raises:
-            OSError: it cannot be read; the message names it.
+            MachineError, OSError: see `read`.
         """
         ...
 
-    def image_format(self, index: int) -> str:
-        """The format of its content: see `Verdict`."""
+    def plain_length(self, index: int) -> int:
+        """Length of the encoded image if any decoder sees the same picture in it (see `Verdict`); -1 if not.
+
+        What is not plain, or has another length now, only `read` may decode.
+        """
         ...
 
 
@@ -249,31 +263,47 @@ class ManifestSource:
         """Image `index`, decoded and upright, in mode L or RGB.
 
         Raises:
-            OSError: it could be read when the source was made and no longer can.
+            MachineError: the machine cannot read it.
+            OSError: it could be read when the source was made and no longer can, or has another size.
         """
+        width, height = self.sizes[index].tolist()
         try:
-            with self.manifest.open(index) as file:
-                return decode(file, self.channels)
-        except Exception as error:
-            raise self._vanished(index, error) from error
+            return patiently(lambda: decode(self._content(index), self.channels, (width, height)))
+        except Exception as error:  # Pillow's decoders raise nearly anything on malformed files
+            raise self._failure(index, error) from error
 
     def encoded(self, index: int) -> bytes:
         """Image `index` as it is in its file.
 
         Raises:
+            MachineError: the machine cannot read it.
             OSError: the file, or that part of the shard, is no longer there.
         """
         try:
-            with self.manifest.open(index) as file:
-                return file.read()
-        except OSError as error:
-            raise self._vanished(index, error) from error
+            return patiently(lambda: self._content(index))
+        except (OSError, ValueError, MemoryError) as error:
+            raise self._failure(index, error) from error
 
     def image_format(self, index: int) -> str:
         """The format of its content: see `Verdict`."""
         return self.manifest.image_format(index)
 
-    def _vanished(self, index: int, error: Exception) -> OSError:
+    def plain_length(self, index: int) -> int:
+        """Its length when it was indexed, if any decoder sees the same picture in it (see `Verdict`); -1 if not."""
+        return int(self.manifest.bytes[index]) if self.manifest.is_plain(index) else -1
+
+    def _content(self, index: int) -> bytes:
+        with self.manifest.open(index) as file:
+            return read_content(file)
+
+    def _failure(self, index: int, error: Exception) -> OSError:
+        # What has been removed is bad; but if the whole data set is gone, a disk has.
+        gone = isinstance(error, OSError) and error.errno in GONE and self.manifest.root.is_dir()
+        if is_machines(error) and not gone:
+            return MachineError(
+                f"{self.where(index)} cannot be read: {reason(error)}. The machine is at fault and not the image, "
+                "which does not count as a bad one: remove the cause, then start again or resume"
+            )
         return OSError(f"{self.where(index)} was readable at the start and no longer is: {reason(error)}")
 
 
@@ -358,7 +388,7 @@ class Subset:
         self.skipped: tuple[str, ...] = ()  # the whole has counted them against its limit
         if isinstance(source, EncodedSource):  # else this is none either
             self.encoded: Callable[[int], bytes] = self._encoded
-            self.image_format: Callable[[int], str] = self._image_format
+            self.plain_length: Callable[[int], int] = self._plain_length
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -375,9 +405,9 @@ class Subset:
         assert isinstance(self._source, EncodedSource)
         return self._source.encoded(int(self._chosen[index]))
 
-    def _image_format(self, index: int) -> str:
+    def _plain_length(self, index: int) -> int:
         assert isinstance(self._source, EncodedSource)
-        return self._source.image_format(int(self._chosen[index]))
+        return self._source.plain_length(int(self._chosen[index]))
 
 
 def open_source(

@@ -29,6 +29,9 @@ View = Callable[[Image.Image, np.random.Generator], npt.NDArray[np.uint8]]
 _WORD = (1 << 64) - 1
 CROP_ATTEMPTS = 10
 SMALL_IMAGE = 64
+MOST_RESIZED = (
+    1 << 24
+)  # pixels of the whole resized image: one of 12,000 x 1 would have 800 million at 256 on its shorter side
 DALI_MAGNITUDE = 30  # of DALI's RandAugment at most
 DALI_OPERATIONS = 10  # of it on one image at most; every further one enlarges DALI's graph
 
@@ -232,6 +235,11 @@ class EvalView:
     def __call__(self, image: Image.Image, _rng: np.random.Generator) -> npt.NDArray[np.uint8]:
         """View (size, size, C), uint8, of `image`."""
         width, height, left, upper = self.geometry(image.width, image.height)
+        if width * height > MOST_RESIZED:
+            # What is cut away is not made. Pillow takes the box in float32, so pixels may differ by rounding.
+            x, y = image.width / width, image.height / height
+            box = (left * x, upper * y, (left + self.size) * x, (upper + self.size) * y)
+            return _as_array(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         return _as_array(image.crop((left, upper, left + self.size, upper + self.size)))
 

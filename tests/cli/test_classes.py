@@ -15,7 +15,7 @@ OPTIONS = {
     "sigmas": (0.0,),
     "frozen": None,
     "attacks": ("fgsm:1/255,eot=1",),
-    "draws": 1,
+    "score_draws": 1,
     "loader": "torch",
     "examples": 0,
 }
@@ -67,7 +67,7 @@ def test_two_models(says_cow, tmp_path):
 def test_training_and_test_images(tmp_path, fill, monkeypatch):
     fill(tmp_path / "set/train", {"ant": 1, "cow": 1})
     fill(tmp_path / "set/val", {"ant": 1, "dog": 1})
-    monkeypatch.setattr(finetune_command, "finetune", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr("denim.nim.finetuning.finetune", lambda _: pytest.fail("trained"))
     config = FinetuneConfig(out=tmp_path / "out", denoiser=tmp_path / "denoiser", data=str(tmp_path / "set"))
     with pytest.raises(ValueError, match="val has 1 of 2 classes that are not among the 2 expected ones: 'dog'"):
         finetune_command.main(config)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from denim.nim.data import (
     BadSamplesError,
     Batch,
     EvalView,
+    ImageFolder,
     TorchLoader,
     TrainView,
     loader_backends,
@@ -24,6 +26,7 @@ from denim.nim.data import (
     open_source,
     sample_rng,
 )
+from denim.nim.data.decode import MachineError
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -61,7 +64,8 @@ def test_batches(in_memory):
     )
     moved = batches[0].to("meta")
     assert isinstance(moved, Batch)
-    assert {moved.images.device.type, moved.labels.device.type, moved.ids.device.type} == {"meta"}
+    assert {moved.images.device.type, moved.labels.device.type} == {"meta"}
+    assert moved.ids is batches[0].ids  # on the host: what is keyed by them there must not wait for a device
 
 
 def test_digits_batches(digits):
@@ -508,3 +512,76 @@ def test_cifar10_jpegs_load(tmp_path, data_folder):
     assert source.skipped == ()
     batch = next(TorchLoader(source, TrainView(32), 64).epoch(0))
     assert batch.images.shape == (64, 32, 32, 3)
+
+
+# --- faults of the machine
+
+CROP = TrainView(8)  # which both loaders make
+
+
+def refusing(monkeypatch, name, number, times=10**9):
+    """Opening this file fails with an error of the system."""
+    real, left = os.open, [times]
+
+    def opening(file, *args, **options):
+        if str(file).endswith(name) and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), file)
+        return real(file, *args, **options)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr("denim.nim.data.decode.PAUSES", (0, 0))
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO])
+def test_a_fault_of_the_machine_stops_the_run_and_makes_nothing_bad(
+    tmp_path, make_folder, monkeypatch, backend, number
+):
+    source = ImageFolder(make_folder(tmp_path), "train")
+    if backend == "dali" and loader_backends(source, CROP)["dali"]:
+        pytest.skip(f"no DALI: {loader_backends(source, CROP)['dali']}")
+    loader = open_loader(source, CROP, 2, backend=backend, shuffle=False)
+    refusing(monkeypatch, "dog/0000.png", number)
+    batches = loader.epoch(0)
+    assert len(next(batches).ids) == 2
+    with pytest.raises(MachineError, match=rf"dog/0000.png cannot be read: {os.strerror(number)}\. The machine"):
+        list(batches)
+    assert loader.bad == {}
+    monkeypatch.undo()
+    assert sorted(i for batch in loader.epoch(0) for i in batch.ids.tolist()) == sorted(source.ids.tolist())
+
+
+def test_it_reaches_the_run_from_a_worker_too(tmp_path, make_folder, monkeypatch):
+    source = ImageFolder(make_folder(tmp_path), "train")
+    refusing(monkeypatch, "dog/0000.png", errno.EACCES)  # workers are forks
+    with pytest.raises(MachineError, match=r"dog/0000\.png cannot be read: Permission denied"):
+        list(TorchLoader(source, CROP, 2, workers=1, shuffle=False).epoch(0))
+
+
+def test_a_fault_that_passes_is_not_noticed(tmp_path, make_folder, monkeypatch):
+    source = ImageFolder(make_folder(tmp_path), "train")
+    refusing(monkeypatch, "dog/0000.png", errno.EIO, times=2)
+    assert sum(len(batch.ids) for batch in TorchLoader(source, CROP, 2).epoch(0)) == 6
+
+
+def test_where_the_whole_folder_is_gone_a_disk_is(tmp_path, make_folder):
+    source = ImageFolder(make_folder(tmp_path / "disk"), "train")
+    (tmp_path / "disk").rename(tmp_path / "elsewhere")
+    with pytest.raises(MachineError, match="No such file or directory"):
+        list(TorchLoader(source, CROP, 2).epoch(0))
+
+
+# --- the host's side of a GPU
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_images_for_a_gpu_lie_in_pinned_memory(in_memory, monkeypatch, device):
+    """Without a GPU nothing can be pinned: a driver and the call are played."""
+    pinned = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor) or tensor)
+    loader = open_loader(in_memory(8), CROP, 4, backend="torch", device=device)
+    batches = list(loader.epoch(0))
+    assert len(batches) == 2
+    assert [tensor.shape for tensor in pinned] == [batch.images.shape for batch in batches if device == "cuda"]

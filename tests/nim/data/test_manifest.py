@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import io
 import json
 import os
@@ -19,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from denim.nim.data import Listing, Manifest, ManifestError, manifest
-from denim.nim.data.decode import Place, Verdict, decode, judge, judge_all
+from denim.nim.data import decode as decoder
+from denim.nim.data.decode import MachineError, Place, Verdict, decode, judge, judge_all
 from denim.nim.data.manifest import cache_folder, index, list_images, sample_id
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -106,7 +109,10 @@ def test_any_listing_comes_back(data, paths, tmp_path_factory):
     file = tmp_path_factory.mktemp("manifest") / "file"
     listing = Listing(Path("root"), ("a", "b"), ("x.tar", "y.tar"))
     positive = st.integers(0, 2**31 - 1)
-    verdict = st.builds(Verdict, positive, positive, st.sampled_from(["JPEG", "PNG"]), st.sampled_from(["", "", "bad"]))
+    faults = st.sampled_from(["", "", "bad"])
+    verdict = st.builds(
+        Verdict, positive, positive, st.sampled_from(["JPEG", "PNG"]), faults, st.booleans(), st.just(False)
+    )
     verdicts = [data.draw(verdict) for _ in paths]
     ids = data.draw(st.lists(INT64, min_size=len(paths), max_size=len(paths), unique=True))
     for k, path in enumerate(paths):
@@ -119,7 +125,8 @@ def test_any_listing_comes_back(data, paths, tmp_path_factory):
         assert os.fsencode(found.path(row)) == paths[k]
         assert found.ids[row] == ids[k]
         assert found.labels[row] == k % 2
-        assert (*found.sizes[row].tolist(), found.image_format(row), found.fault(row)) == verdicts[k]
+        said = *found.sizes[row].tolist(), found.image_format(row), found.fault(row), found.is_plain(row)
+        assert said == verdicts[k][:5]
         assert found.place(row) == Place(f"root/{'yx'[k % 2]}.tar", 512 * k, k)
         assert found.where(row) == f"root/{'yx'[k % 2]}.tar:{os.fsdecode(paths[k])}"
     assert dict(found.verdicts(listing)) == dict(enumerate(verdicts))
@@ -176,23 +183,44 @@ def test_every_kind_of_bad_file(folder, noise_image, monkeypatch):
     assert set(bad) == {f.name for f in cat.iterdir()} - {"0000.png", "0001.png", "0002.png", "a_folder.png"}
     assert "truncated" in bad["short.jpg"].lower()
     assert bad["dangling.png"] == bad["pipe.png"] == "not a regular file, nor a link to one"
-    assert "could be decompression bomb" in bad["absurd.png"]
+    assert bad["absurd.png"] == "1000 x 1 pixels, exceeds limit of 999 pixels"
 
 
-def test_a_file_without_permission(folder, monkeypatch):
-    real = open
+@contextlib.contextmanager
+def failing(number, times=10**9, error=None):
+    """Opening any file called 0001.png fails with this error of the system, so many times."""
+    real, left = os.open, [times]
 
-    def refusing(file, *args, **options):  # bits of permission do not bind root, who may run this
-        if str(file).endswith("0001.png"):
-            raise PermissionError(13, "Permission denied", file)
+    def opening(file, *args, **options):  # bits of permission do not bind root, who may run this
+        if str(file).endswith("0001.png") and left[0]:
+            left[0] -= 1
+            raise error or OSError(number, os.strerror(number), file)
         return real(file, *args, **options)
 
-    monkeypatch.setattr("builtins.open", refusing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", opening)
+        patch.setattr(decoder, "PAUSES", (0, 0))
+        yield
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO, errno.ENOENT, errno.ENOMEM])
+def test_a_fault_of_the_machine_is_no_verdict(folder, number):
+    with failing(number), pytest.raises(MachineError, match=rf"2 of 6 .*dog/0001.png: {os.strerror(number)}\. They do"):
+        opened(folder)
     found = opened(folder)
-    assert [(found.path(k), found.fault(k)) for k in range(found.valid, len(found))] == [
-        ("cat/0001.png", "Permission denied"),
-        ("dog/0001.png", "Permission denied"),
-    ]
+    assert (found.valid, found.decoded) == (6, 2)  # what could be decoded was kept
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_a_fault_that_passes_is_not_noticed(folder, number):
+    with failing(number, times=2):
+        assert opened(folder).valid == 6
+
+
+def test_want_of_memory_is_no_verdict(folder):
+    with failing(0, error=MemoryError()), pytest.raises(MachineError, match="not enough memory"):
+        opened(folder)
+    assert opened(folder).valid == 6
 
 
 @pytest.mark.parametrize("save", [{"format": "JPEG"}, {"format": "JPEG", "progressive": True}, {"format": "PNG"}])
@@ -212,7 +240,7 @@ def test_what_passes_can_be_decoded_and_nothing_else(tmp_path, noise_image, save
         path = tmp_path / str(trial)
         path.write_bytes(content)
         try:
-            size = decode(io.BytesIO(content), 3).size
+            size = decode(bytes(content), 3).size
         except Exception:
             size = (0, 0)
         (verdict,) = judge_all([Place(str(path), -1, len(content))])
