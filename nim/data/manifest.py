@@ -60,6 +60,21 @@ OUTSIDE = frozenset(
     -number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
 )
 NAMED = 5  # images that a message names
+# Of a manifest; "shard" and "offsets" where images are members of shards.
+COLUMNS: dict[str, type[np.generic]] = {
+    "ids": np.int64,
+    "labels": np.int64,
+    "bytes": np.int64,
+    "mtimes": np.int64,
+    "sizes": np.int32,
+    "formats": np.uint8,
+    "plain": np.uint8,
+    "faults": np.int32,
+    "ends": np.int64,
+    "paths": np.uint8,
+    "shard": np.int32,
+    "offsets": np.int64,
+}
 KINDS = 20  # of what is passed over, that are told apart
 # What systems and network storage put among a user's folders: thumbnails, waste, copies. Their pictures are nobody's.
 SYSTEM_FOLDERS = frozenset((
@@ -286,6 +301,7 @@ class Manifest:
         file: where it is.
         root: the folder of the data set.
         key: of what it has to be the manifest; None takes it as it is.
+        checked: whether this process, or the one that it is a part of, has opened it before: its values are believed.
 
     Attributes:
         file: as above.
@@ -301,10 +317,11 @@ class Manifest:
         bytes: int64 (rows,), length of the encoded image; -1 for what is no regular file.
 
     Raises:
-        ManifestError: no such file, truncated, of another version, or of another key.
+        ManifestError: no such file, truncated, of another version, of another key, or with values that cannot be: a
+            label that no class has, or a path that leads out of `root`.
     """
 
-    def __init__(self, file: Path, root: Path, key: str | None = None) -> None:
+    def __init__(self, file: Path, root: Path, key: str | None = None, *, checked: bool = False) -> None:
         self.file, self.root, self.decoded = file, root, 0
         try:
             with safetensors.safe_open(file, framework="pt") as content:
@@ -329,21 +346,62 @@ class Manifest:
             said: dict[str, list[Any]] = json.loads(header["passed_over"])
             self.passed_over = {kind: (int(count), str(first)) for kind, (count, first) in said.items()}
             self.ids, self.labels, self.sizes = columns["ids"], columns["labels"], columns["sizes"]
-            self.bytes, ends = columns["bytes"], columns["ends"]
-            whole = [self.labels, self.sizes, self.bytes, ends, columns["mtimes"], columns["formats"], columns["plain"]]
-            whole += [columns["shard"], columns["offsets"]] if self._shards else []
-            fits = all(len(column) == len(self) for column in whole) and int(ends[-1:].sum()) == len(columns["paths"])
+            self.bytes = columns["bytes"]
             self.valid = len(self) - len(columns["faults"])
+            if not checked and (why := self._inconsistency()):
+                raise ManifestError(f"the manifest {file} is damaged: {why}")
         except KeyError as error:
             raise ManifestError(f"the manifest {file} is damaged: it has no {error}") from error
-        if not fits:
-            raise ManifestError(f"the manifest {file} is damaged: its columns do not fit together")
+        except (TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, ManifestError):
+                raise
+            raise ManifestError(f"the manifest {file} is damaged: {error}") from error
         if key is not None and key != self.key:
             raise ManifestError(f"the manifest {file} is that of another folder, or {root} has changed since")
 
-    def __reduce__(self) -> tuple[type[Manifest], tuple[Path, Path, str]]:
+    def _inconsistency(self) -> str:
+        """Why `write` cannot have made it; empty if it can: then all that is read later is in its range."""
+        columns, rows = self._columns, len(self)
+        lists = (self.classes, self._shards, self._formats, self._reasons)
+        if not all(isinstance(name, str) for names in lists for name in names):
+            return "its names are not text"
+        expected = {name: dtype for name, dtype in COLUMNS.items() if self._shards or name not in ("shard", "offsets")}
+        for name, dtype in expected.items():
+            if columns[name].dtype != dtype or columns[name].ndim != 1 + (name == "sizes"):
+                return f"its column {name} is {columns[name].dtype} {columns[name].shape}"
+        fits = all(len(columns[name]) == rows for name in expected if name not in ("faults", "paths"))
+        fits = fits and columns["sizes"].shape[1] == 2
+        ends, paths = columns["ends"], columns["paths"]
+        if not fits or self.valid < 0 or int(ends[-1:].sum()) != len(paths) or (np.diff(ends, prepend=0) < 0).any():
+            return "its columns do not fit together"
+        most = 2**63 - 1
+        ranges = {
+            "labels": (columns["labels"], 0, len(self.classes) - 1),
+            "sizes": (columns["sizes"], 0, most),
+            "sizes of valid images": (columns["sizes"][: self.valid], 1, most),
+            "bytes": (columns["bytes"], -1, most),
+            "formats": (columns["formats"], 0, len(self._formats) - 1),
+            "plain": (columns["plain"], 0, 1),
+            "faults": (columns["faults"], 0, len(self._reasons) - 1),
+        }
+        if self._shards:
+            ranges |= {"shard": (columns["shard"], 0, len(self._shards) - 1), "offsets": (columns["offsets"], 0, most)}
+        for name, (column, least, largest) in ranges.items():
+            if column.size and not least <= int(column.min()) <= int(column.max()) <= largest:
+                return f"its column {name} is out of range"
+        outside = [name for name in self._shards if "/" in name or name in ("", ".", "..")]
+        if not self._shards:
+            starts = np.concatenate(([0], ends))[:rows]
+            absolute = np.flatnonzero(paths[starts[starts < len(paths)]] == ord("/"))
+            # Hardly any path has two dots in a row: only those that have are looked at.
+            dotted = np.flatnonzero((paths[:-1] == ord(".")) & (paths[1:] == ord(".")))
+            suspects = {*absolute.tolist(), *np.searchsorted(ends, dotted, "right").tolist()}
+            outside = [path for row in suspects if (path := self.path(row)).startswith("/") or ".." in path.split("/")]
+        return f"{outside[0]!r} is not below its folder" if outside else ""
+
+    def __reduce__(self) -> tuple[Callable[..., Manifest], tuple[type[Manifest], Path, Path, str]]:
         # Another process maps the same pages instead of receiving a copy.
-        return type(self), (self.file, self.root, self.key)
+        return _reopened, (type(self), self.file, self.root, self.key)
 
     def __len__(self) -> int:
         """Number of rows, valid or not."""
@@ -475,6 +533,10 @@ class Manifest:
             raise OSError(f"cannot write the manifest {file}: {error}") from error
 
 
+def _reopened(kind: type[Manifest], file: Path, root: Path, key: str) -> Manifest:
+    return kind(file, root, key, checked=True)
+
+
 class _Numbers(dict[str, int]):
     """Numbers strings in the order in which they come."""
 
@@ -590,7 +652,7 @@ def _is_trusted(folder: Path) -> bool:
 
 def _current(places: list[Path], root: Path, key: str) -> Manifest | None:
     for place in places:
-        if not place.exists():
+        if not place.is_file():
             continue
         try:
             manifest = Manifest(place, root)

@@ -474,7 +474,8 @@ def _sole(staging: Path, plan: str) -> Iterator[list[str]]:
         What earlier calls could not read.
     """
     staging.mkdir(exist_ok=True)
-    handle = os.open(staging, os.O_RDONLY)
+    # Not through a link: what is in the folder is removed.
+    handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

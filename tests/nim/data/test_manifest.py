@@ -108,7 +108,7 @@ def test_any_listing_comes_back(data, paths, tmp_path_factory):
     """Names are bytes to the system, and need not be text."""
     file = tmp_path_factory.mktemp("manifest") / "file"
     listing = Listing(Path("root"), ("a", "b"), ("x.tar", "y.tar"))
-    positive = st.integers(0, 2**31 - 1)
+    positive = st.integers(1, 2**31 - 1)
     faults = st.sampled_from(["", "", "bad"])
     verdict = st.builds(
         Verdict, positive, positive, st.sampled_from(["JPEG", "PNG"]), faults, st.booleans(), st.just(False)
@@ -418,6 +418,29 @@ def rewritten(file, version=None, **parts):
     safetensors.numpy.save_file(columns, file, metadata=header)
 
 
+def changed(file, name, change):
+    """The manifest with another column of this name."""
+    with safetensors.safe_open(file, framework="np") as content:
+        header = content.metadata()
+        columns = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    columns[name] = np.ascontiguousarray(change(columns[name].copy()))
+    safetensors.numpy.save_file(columns, file, metadata=header)
+
+
+def reheaded(file, **entries):
+    """The manifest with other entries in its header."""
+    with safetensors.safe_open(file, framework="np") as content:
+        columns = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        header = content.metadata() | entries
+    safetensors.numpy.save_file(columns, file, metadata=header)
+
+
+def upwards(paths):
+    """ "cat/..." becomes "../t...": as long as it was, and below another folder."""
+    paths[:3] = np.frombuffer(b"../", np.uint8)
+    return paths
+
+
 DAMAGES = {
     "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is truncated or damaged"),
     "half": (lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), "is truncated or damaged"),
@@ -429,6 +452,20 @@ DAMAGES = {
     "faults missing": (lambda file: rewritten(file, faults=None), "is damaged: it has no 'faults'"),
     "paths cut": (lambda file: rewritten(file, paths=slice(-1)), "is damaged: its columns do not fit"),
     "column cut": (lambda file: rewritten(file, labels=slice(-1)), "is damaged: its columns do not fit"),
+    "label of no class": (lambda file: changed(file, "labels", lambda x: x + 1), "its column labels is out of range"),
+    "negative label": (lambda file: changed(file, "labels", lambda x: x - 1), "its column labels is out of range"),
+    "float labels": (lambda file: changed(file, "labels", lambda x: x.astype(np.float32)), "labels is float32"),
+    "flat sizes": (lambda file: changed(file, "sizes", lambda x: x[:, 0]), "column sizes is int32"),
+    "wide sizes": (lambda file: changed(file, "sizes", lambda x: x.repeat(2, 1)), "columns do not fit"),
+    "no pixels": (lambda file: changed(file, "sizes", lambda x: 0 * x), "sizes of valid images is out of range"),
+    "unknown format": (lambda file: changed(file, "formats", lambda x: x + 9), "formats is out of range"),
+    "length below -1": (lambda file: changed(file, "bytes", lambda x: x - 10**9), "bytes is out of range"),
+    "ends go back": (lambda file: changed(file, "ends", lambda x: x[[1, 0, *range(2, len(x))]]), "do not fit"),
+    "absolute path": (lambda file: changed(file, "paths", lambda x: np.where(x == ord("c"), 47, x)), "not below"),
+    "path out": (lambda file: changed(file, "paths", upwards), r"'\.\./.*' is not below its folder"),
+    "header of numbers": (lambda file: reheaded(file, classes="[1, 2]"), "its names are not text"),
+    "header of a number": (lambda file: reheaded(file, reasons="3"), "is damaged: "),
+    "header that is no JSON": (lambda file: reheaded(file, formats="{"), "is damaged: "),
 }
 
 
