@@ -8,6 +8,8 @@ import torch
 from denim.benchmarks.case import BACKWARD, FORWARD, expected, share_of_error
 from denim.benchmarks.cases import CASES, AttackStart, AttackStep, DecodePatches, NoisePatchify, PatchLoss
 
+pytestmark = pytest.mark.slow
+
 
 def name(case) -> str:
     return f"{case.operation}, {case.name}"
