@@ -6,20 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from denim.benchmarks.baselines import linf_start, linf_step
 from denim.kernels import Stream, attack_start, attack_step, noise_words, patches
 
 
 def reference(pixels, origin, gradient, step_size, epsilon):
-    """The docstring's equivalent in float64."""
-    pixels, origin, gradient = (tensor.double().numpy() for tensor in (pixels, origin, gradient))
-
-    def column(size):
-        size = size.double().numpy() if isinstance(size, torch.Tensor) else np.float64(size)
-        return size.reshape(-1, *(1,) * (pixels.ndim - 1)) if size.ndim else size
-
-    moved = pixels + column(step_size) * np.sign(gradient)  # numpy's sign keeps NaN, torch's does not
-    moved = origin + (moved - origin).clip(-column(epsilon), column(epsilon))
-    return torch.from_numpy(moved.clip(0, 1))
+    """The baseline in float64. A NaN gradient gives NaN, where torch's sign gives 0."""
+    sizes = {
+        name: torch.as_tensor(size, dtype=torch.float64)
+        for name, size in (("step_size", step_size), ("epsilon", epsilon))
+    }
+    moved = linf_step(pixels.double(), origin.double(), gradient.double(), **sizes)
+    return moved.masked_fill(gradient.isnan(), float("nan"))
 
 
 def make(shape, dtype=torch.float32, seed=0):
@@ -142,10 +140,9 @@ def test_bad_input_is_refused(changes, error, message):
 
 
 def start_of(words, pixels, epsilon):
-    """The definition in float64: u = (word + 1/2) / 2^32."""
-    uniform = (words.double() + 0.5) / 2**32
-    epsilon = epsilon.double().reshape(-1, *(1,) * (pixels.dim() - 1)) if isinstance(epsilon, torch.Tensor) else epsilon
-    return (pixels.double() + epsilon * (2 * uniform.reshape(pixels.shape) - 1)).clamp(0, 1)
+    """The baseline in float64: u = (word + 1/2) / 2^32."""
+    uniform = ((words.double() + 0.5) / 2**32).reshape(pixels.shape)
+    return linf_start(pixels.double(), epsilon=torch.as_tensor(epsilon, dtype=torch.float64), uniform=uniform)
 
 
 SEEDS = torch.tensor([7, -3, 2**63 - 1])

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from denim.benchmarks.baselines import patchify_planes, unclamped_pixels
 from denim.kernels import decode_patches, noise_patchify, normalized_patches, patches
 
 # (B, H, W, C, patch)
@@ -39,44 +39,18 @@ def make(shape, statistics, dtype=torch.float64, source_dtype=torch.float64, lea
     return prediction.to(dtype), options
 
 
-def unpatch(patches, img_size, patch_size):
-    (height, width), p, lead = img_size, patch_size, patches.shape[:-2]
-    images = np.empty((*lead, patches.shape[-1] // p**2, height, width))
-    for index in range(patches.shape[-2]):
-        top, left = index // (width // p) * p, index % (width // p) * p
-        tile = patches[..., index, :].reshape(*lead, p, p, -1)
-        images[..., top : top + p, left : left + p] = np.moveaxis(tile, -1, -3)
-    return images
-
-
-def as_patches(images, patch_size):
-    p, (height, width) = patch_size, images.shape[-2:]
-    corners = [(r, c) for r in range(0, height, p) for c in range(0, width, p)]
-    tiles = [np.moveaxis(images[..., r : r + p, c : c + p], -3, -1) for r, c in corners]
-    return np.stack([tile.reshape(*images.shape[:-3], -1) for tile in tiles], axis=-2)
-
-
 def normal(channels):
     return tuple(values[:channels] for values in NORMAL)
 
 
 def reference(prediction, img_size, patch_size, mean, std, statistics=None, source=None, sigma=None):
-    """The docstring's equivalent in float64, before the clamp."""
-    patches, repeat = prediction.detach().double().numpy(), patch_size**2
-    if statistics == "input":
-        nhwc = source.numpy() / 255.0 if source.dtype == torch.uint8 else source.double().permute(0, 2, 3, 1).numpy()
-        normal, p = (nhwc - np.array(mean)) / np.array(std), patch_size
-        corners = [(r, c) for r in range(0, img_size[0], p) for c in range(0, img_size[1], p)]
-        t = np.stack([normal[:, r : r + p, c : c + p].reshape(len(nhwc), -1) for r, c in corners], axis=1)
-        patches = patches * np.sqrt(t.var(-1, ddof=1, keepdims=True) + 1e-6) + t.mean(-1, keepdims=True)
-    if statistics == "noisy":
-        t = source.detach().double().numpy()
-        n = (np.broadcast_to(sigma.double().numpy(), t.shape[:-2]) / 255) ** 2 * np.mean(1 / np.square(std))
-        n = n[..., None, None]
-        d = t.var(-1, ddof=1, keepdims=True) - n
-        v = (d + np.sqrt(d**2 + 4 * (n**2 * 2 / (t.shape[-1] - 1) + 1e-12))) / 2
-        patches = patches * np.sqrt(v + 1e-6) + t.mean(-1, keepdims=True)
-    return unpatch(patches * np.tile(std, repeat) + np.tile(mean, repeat), img_size, patch_size)
+    """The baseline in float64, before the clamp."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    if source is not None:
+        source = source.detach() if source.dtype == torch.uint8 else source.detach().double()
+    given = {"statistics": statistics, "source": source, "sigma": None if sigma is None else sigma.double()}
+    prediction = prediction.detach().double()
+    return unclamped_pixels(prediction, mean, std, img_size=img_size, patch_size=patch_size, **given)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -96,10 +70,10 @@ def test_equals_the_plain_computation(shape, statistics, dtype, source_dtype, gl
     assert pixels.dtype == (torch.float64 if exact else torch.float32)
     assert pixels.is_contiguous()
     unclamped = reference(prediction, **options)
-    expected = torch.from_numpy(unclamped.clip(0, 1))
+    expected = unclamped.clamp(0, 1)
     assert (expected == 0).any()
     assert (expected == 1).any()
-    assert (unclamped != unclamped.clip(0, 1)).mean() < 0.9
+    assert (unclamped != expected).double().mean() < 0.9
     # About ten float32 roundings of numbers up to 10; the difference of variances loses two more digits. Statistics of
     # images other than float64 are computed from float32 patches.
     rounded = statistics == "input" and source_dtype != torch.float64
@@ -118,12 +92,13 @@ def test_patches_are_the_normalised_pixels(shape, statistics, dtype, global_rng_
     patches = decode_patches(prediction, **options, normalize=(mean, std), dtype=dtype)
     assert patches.dtype == (dtype or torch.float64)
     assert patches.is_contiguous()
-    pixels = reference(prediction, **options).clip(0, 1)
-    expected = as_patches((pixels - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1)), shape[4])
+    pixels = reference(prediction, **options).clamp(0, 1)
+    centre, scale = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+    expected = patchify_planes((pixels - centre) / scale, shape[4])
     # Computed in float64 and rounded once: half a unit in the last place of the dtype, of float16's subnormals too.
     rounding = 0 if patches.dtype == torch.float64 else torch.finfo(patches.dtype).eps / 2
     smallest = max(1e-12, rounding * torch.finfo(patches.dtype).smallest_normal)
-    torch.testing.assert_close(patches.double(), torch.from_numpy(expected), rtol=rounding, atol=smallest)
+    torch.testing.assert_close(patches.double(), expected, rtol=rounding, atol=smallest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -143,9 +118,9 @@ def test_gradcheck(shape, statistics, lead, patches):
     """Saturated and unsaturated pixels. None is so close to 0 or 1 that a difference quotient would cross the kink."""
     prediction, options = make(shape, statistics, lead=lead, seed=1)
     unclamped = reference(prediction, **options)
-    assert np.minimum(np.abs(unclamped), np.abs(unclamped - 1)).min() > 1e-5
+    assert torch.minimum(unclamped.abs(), (unclamped - 1).abs()).min() > 1e-5
     saturated = (unclamped < 0) | (unclamped > 1)
-    assert 0 < saturated.mean() < 1
+    assert 0 < saturated.double().mean() < 1
     source = options.pop("source", None)
     options["normalize"] = normal(shape[3]) if patches else None
     inputs = [prediction.requires_grad_(), *([] if source is None else [source.requires_grad_()])]
@@ -230,10 +205,10 @@ def test_low_precision_gradient(statistics, dtype, patches):
     prediction, options = make(SHAPES[1], statistics, dtype, dtype, lead=(2,))
     upstream = torch.randn((2, 2, 3, 8, 12), generator=torch.Generator().manual_seed(3))
     # Predictions away from the kinks of the clamp, where the two precisions may fall on different sides.
-    unclamped = torch.from_numpy(reference(prediction, **options))
+    unclamped = reference(prediction, **options)
     upstream[(unclamped.abs() < 1e-3) | ((unclamped - 1).abs() < 1e-3)] = 0
     if patches:
-        upstream, options["normalize"] = torch.from_numpy(as_patches(upstream.numpy(), 4)), normal(3)
+        upstream, options["normalize"] = patchify_planes(upstream, 4), normal(3)
 
     def gradients(precision):
         tensors = {"prediction": prediction, **options}

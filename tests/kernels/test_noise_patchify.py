@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from denim.benchmarks.baselines import noisy_patches
 from denim.kernels import Domain, derive_seeds, draw_seeds, noise_patchify, normal_noise
 from denim.kernels import patches as layout
 from denim.kernels.patches import patchify, unpatchify
@@ -29,16 +29,14 @@ def make(shape, dtype, seed=0):
 
 
 def reference(images, sigma, seeds, patch_size, mean, std):
-    """The docstring's equivalent in float64, always as (S, R, B, L, D)."""
-    pixels = images.numpy() / 255.0 if images.dtype == torch.uint8 else images.double().permute(0, 2, 3, 1).numpy()
-    height, width, channels = pixels.shape[1:]
+    """The baseline in float64 on the operator's own noise: (S, R, B, L, D) with S and R always there."""
     sigma, seeds = torch.atleast_2d(sigma), torch.atleast_2d(seeds)
-    noise = normal_noise(seeds, (height, width, channels)).double().numpy()
-    levels = sigma.double().numpy()[:, None, :, None, None, None] / 255
-    noisy = (pixels - np.array(mean)) / np.array(std) + levels * noise[None] / np.array(std)
-    p = patch_size
-    tiles = [noisy[..., r : r + p, c : c + p, :] for r in range(0, height, p) for c in range(0, width, p)]
-    return torch.from_numpy(np.stack(tiles, axis=3)).flatten(4)
+    height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
+    noise = normal_noise(seeds, (height, width, len(mean))).double().movedim(-1, -3)
+    pixels = images if images.dtype == torch.uint8 else images.double()
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+    options = {"patch_size": patch_size, "noise": noise, "draws": seeds.shape[:-1], "dtype": torch.float64}
+    return noisy_patches(pixels, sigma.double(), mean, std, **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
