@@ -1,14 +1,10 @@
 """Every kernel as it is built for GPUs that are not here: what its machine code must hold, and its budgets."""
 
-import concurrent.futures
 import copy
 import json
-import multiprocessing
-import os
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from denim.cli import kernels as command
@@ -23,25 +19,10 @@ machine = pytest.importorskip("denim.benchmarks.machine_code.builds", reason=WHE
 cases = pytest.importorskip("denim.benchmarks.machine_code.cases", reason=WHERE)
 budgets_file = pytest.importorskip("denim.benchmarks.machine_code.budgets", reason=WHERE)
 disassembly = pytest.importorskip("denim.benchmarks.machine_code.disassembly", reason=WHERE)
-invariants = pytest.importorskip("denim.benchmarks.machine_code.invariants", reason=WHERE)
-limits_of = pytest.importorskip("denim.benchmarks.machine_code.roofline", reason=WHERE)
 
 BUILDS, TARGETS = cases.BUILDS, machine.TARGETS
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AVAILABLE = [target for target in TARGETS if machine.unavailable(target) is None]
-
-
-@pytest.fixture(scope="module")
-def built() -> dict:
-    return build_report.report()
-
-
-@pytest.fixture
-def run_in_process():
-    """Calls a function in a process of its own: this one's Triton is not told of a GPU."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        yield lambda function, *given: pool.submit(function, *given).result()
 
 
 def _count(entry: dict, *starts: str) -> int:
@@ -99,26 +80,7 @@ def test_a_call_launches_its_kernels_and_does_nothing_else(build, monkeypatch):
     assert operators.seen - memory == counted
 
 
-# --- what the machine code must hold
-
-
-@pytest.mark.parametrize("target", AVAILABLE)
-def test_machine_code_holds_what_it_must_and_nothing_that_it_must_not(built, target):
-    assert [text for one in BUILDS for text in invariants.broken_invariants(one, target, built[one.name][target])] == []
-
-
-def test_every_broken_invariant_is_noticed(built):
-    case = BUILDS[0]
-    entry = built[case.name]["sm_90"]
-    for opcode in ("MUFU.LG2", "MUFU.SIN", "MUFU.COS", "F2FP.BF16", "IMAD.WIDE.U32"):
-        without = {name: n for name, n in entry["opcodes"].items() if not name.startswith(opcode)}
-        (text,) = invariants.broken_invariants(case, "sm_90", entry | {"opcodes": without})
-        assert opcode in text
-    opcodes = entry["opcodes"]
-    wrong = ("REDG.E.ADD.F32", "DADD", "F2F.F64.F32", "I2F.F64.U32", "v_fma_f64", "global_atomic_add_f32")
-    for change in ({"spills": 8}, {"local": 2}, *({"opcodes": opcodes | {opcode: 1}} for opcode in wrong)):
-        assert len(invariants.broken_invariants(case, "sm_90", entry | change)) == 1
-    assert len(invariants.broken_invariants(case, "sm_90", entry | {"followers": ["s_nop", "v_mul_f32"]})) == 1
+# --- what the machine code of single kernels holds
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -353,99 +315,6 @@ def test_accesses_amount_to_the_bytes_of_the_launch(built, target):
         assert stored + loaded >= 0.999 * entry["moved"], build.name
 
 
-# --- budgets
-
-
-def test_every_kernel_keeps_to_its_budget(built):
-    # Where it is enforced, an upgrade or a Triton without a backend must not switch it off.
-    enforced = bool(os.environ.get("CI"))
-    assert list(TARGETS) == AVAILABLE or not enforced, [machine.unavailable(target) for target in TARGETS]
-    version, budgets = budgets_file.read_budgets()
-    if version != triton.__version__:
-        message = (
-            f"budgets were made with Triton {version}, this is {triton.__version__}, whose compiler counts otherwise: "
-            "run `denim kernels --update-budgets` and look at the difference"
-        )
-        (pytest.fail if enforced else pytest.skip)(message)
-    failures, _better = budgets_file.compare(budgets, built, complete=list(TARGETS) == AVAILABLE)
-    assert failures == []
-
-
-BEFORE = {
-    "registers": 48,
-    "occupancy": 0.625,
-    "spills": 0,
-    "local": 0,
-    "loads": {"4": 2, "16": 3},
-    "stores": {"16": 6},
-    "instructions": 28.8,
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "texts"),
-    [
-        ({"registers": 56, "occupancy": 0.5625}, ["occupancy 62.5% -> 56.2% (48 -> 56 registers)"]),
-        ({"spills": 8}, ["spills 0 -> 8"]),
-        ({"local": 2}, ["local-memory instructions 0 -> 2"]),
-        ({"loads": {"4": 14}}, ["loads 2 x 4 bytes + 3 x 16 bytes -> 14 x 4 bytes"]),
-        ({"stores": {"8": 12}}, ["stores 6 x 16 bytes -> 12 x 8 bytes"]),
-        ({"instructions": 29.7}, ["instructions per output element 28.80 -> 29.70 (+3.1%)"]),
-        ({"instructions": 29.7, "stores": {"8": 12}}, ["stores", "instructions"]),
-        # Within an occupancy step, within the tolerance, and one scalar more.
-        ({"registers": 47, "instructions": 29.6, "loads": {"4": 3, "16": 3}}, []),
-    ],
-)
-def test_what_became_worse_fails_with_before_and_after(change, texts):
-    failures, better = budgets_file.compare({"k": {"sm_90": BEFORE}}, {"k": {"sm_90": BEFORE | change}}, complete=True)
-    assert len(failures) == len(texts)
-    for failure, text in zip(failures, texts, strict=True):
-        assert failure.startswith("k, sm_90: ")
-        assert text in failure
-    assert better == []
-
-
-def test_spills_fail_even_where_the_budget_has_some():
-    spilling = BEFORE | {"spills": 8}
-    failures, _ = budgets_file.compare({"k": {"sm_90": spilling}}, {"k": {"sm_90": spilling}}, complete=True)
-    assert failures == ["k, sm_90: spills 8 -> 8"]
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"registers": 40, "occupancy": 0.75}, "occupancy 62.5% -> 75.0%"),
-        ({"instructions": 24.0}, "28.80 -> 24.00 (-16.7%)"),
-    ],
-)
-def test_what_became_better_is_said(change, text):
-    failures, (better,) = budgets_file.compare(
-        {"k": {"sm_90": BEFORE}}, {"k": {"sm_90": BEFORE | change}}, complete=True
-    )
-    assert failures == []
-    assert text in better
-
-
-def test_entries_without_counterpart_fail_and_say_what_to_do():
-    failures, _ = budgets_file.compare({}, {"new": {"sm_90": BEFORE}}, complete=True)
-    assert "new, sm_90: has no budget" in failures[0]
-    assert "--update-budgets" in failures[0]
-    kept = {"old": {"sm_80": BEFORE, "sm_90": BEFORE}}
-    failures, _ = budgets_file.compare(kept, {"old": {"sm_90": BEFORE}}, complete=True)
-    assert failures[0].startswith("old, sm_80: has a budget but is not built")
-    assert budgets_file.compare(kept, {"old": {"sm_90": BEFORE}}, complete=False) == ([], [])
-
-
-def test_a_report_keeps_to_the_budgets_made_from_it(built, tmp_path):
-    path = tmp_path / "budgets.json"
-    path.write_text(budgets_file.budgets_text(built))
-    version, budgets = budgets_file.read_budgets(path)
-    assert version == triton.__version__
-    assert budgets_file.compare(budgets, built, complete=True) == ([], [])
-    with pytest.raises(ValueError, match="update-budgets"):
-        budgets_file.read_budgets(tmp_path / "none")
-
-
 # --- arithmetic of the report
 
 
@@ -488,16 +357,6 @@ def test_a_loop_that_sums_is_counted_per_output(monkeypatch):
     entry = build_report.analyse(one, "sm_90", work)
     assert entry["by_loop"] == pytest.approx([2 / 4, 5 / 4])
     assert entry["instructions"] == pytest.approx((2 + 8 * 5) / 4)
-
-
-def test_the_largest_limit_binds():
-    gpu = limits_of.GPU("", multiprocessors=100, clock=1e9, bandwidth=1e12)
-    given = {"issue": 4000.0, "multiply": 500.0, "integer": 1000.0, "special": 900.0}
-    limits = limits_of.roofline(gpu, 1e6, given)
-    expected = {"memory": 1.0, "issue": 0.01, "multiply": 0.0025, "integer": 0.005, "special": 0.018}
-    assert limits.pop("binds") == "memory"
-    assert limits == pytest.approx(expected)
-    assert limits_of.roofline(gpu, 1e3, given)["binds"] == "special"
 
 
 # --- the command
@@ -600,37 +459,3 @@ def test_another_triton_is_not_compared_and_that_is_said(instant, capsys):
     (instant / "budgets.json").write_text(text)
     command.main(baselines=False)
     assert "not compared: the budgets were made with Triton 0.0.1" in capsys.readouterr().out
-
-
-# --- what one would have otherwise
-
-
-def test_eager_traffic_is_what_each_operation_reads_and_writes():
-    def chain(x, scale):
-        planes = x.permute(0, 2, 1)  # a view
-        return (planes.float() * scale[:, None, None]).reshape(2, -1)  # and a copy
-
-    x = torch.empty(2, 3, 4, dtype=torch.uint8, device="meta")
-    scale = torch.empty(2, device="meta", requires_grad=True)
-    got = inductor.eager(chain, [x, scale], images=2)
-    cast, multiply, copied = 24 * (1 + 4), 24 * 4 * 2 + 8, 24 * 4 * 2
-    assert got["forward"] == {"kernels": 3, "moved": (cast + multiply + copied) / 2}
-    # Of the product: the gradient times the pixels, and the sum over them.
-    assert got["backward"]["kernels"] >= 2
-
-
-@pytest.mark.skipif(inductor.unavailable() is not None, reason=str(inductor.unavailable()))
-def test_compiled_attack_step_is_one_kernel_that_moves_the_same_bytes(run_in_process):
-    kinds = run_in_process(inductor._count_baselines, "attack_step, fp32")["forward"]
-    (kernel,) = kinds["compiled"]
-    pixels = 3 * 224 * 224 * 4
-    # Pixels, origin and gradient in, pixels out, and the sizes of 64 samples; eager writes what it reads again.
-    assert kernel["moved"] == pytest.approx(4 * pixels, rel=1e-4)
-    assert kinds["eager"]["moved"] > 3 * kernel["moved"]
-    assert 5 < kernel["instructions"] < 50
-    assert kernel["stores"] == {"16": 2}
-
-
-def test_budget_of_an_entry_keeps_what_is_compared(built):
-    entry = built[BUILDS[0].name]["sm_90"]
-    assert set(budgets_file.budget(entry)) == set(BEFORE)

@@ -1,0 +1,40 @@
+"""The limits of a GPU, against those that its documents give."""
+
+import pytest
+
+WHERE = "Triton is a dependency on Linux x86-64 alone"
+machine = pytest.importorskip("denim.benchmarks.machine_code.builds", reason=WHERE)
+roofline = pytest.importorskip("denim.benchmarks.machine_code.roofline", reason=WHERE)
+
+
+# From NVIDIA's occupancy calculator and, for AMD, registers of a lane over registers of a wave.
+@pytest.mark.parametrize(
+    ("target", "registers", "warps", "shared", "share"),
+    [
+        ("sm_90", 32, 4, 0, 1.0),
+        ("sm_90", 33, 4, 0, 0.75),  # 40 registers: 12 blocks of 4 warps
+        ("sm_90", 48, 4, 0, 0.625),
+        ("sm_90", 64, 4, 0, 0.5),
+        ("sm_90", 128, 4, 0, 0.25),
+        ("sm_90", 255, 8, 0, 0.125),
+        ("sm_90", 16, 1, 0, 0.5),  # 32 blocks of one warp
+        ("sm_90", 32, 4, 32 << 10, 0.375),  # 6 blocks of 33 KB in 228 KB
+        ("sm_80", 32, 4, 32 << 10, 0.25),  # 4 blocks of 33 KB in 164 KB
+        ("gfx942", 64, 4, 0, 1.0),
+        ("gfx942", 65, 4, 0, 0.875),
+        ("gfx942", 128, 2, 0, 0.5),
+        ("gfx942", 16, 4, 32 << 10, 0.25),  # 2 workgroups of 32 KB in 64 KB
+    ],
+)
+def test_occupancy(target, registers, warps, shared, share):
+    assert roofline.occupancy(machine.TARGETS[target], registers, warps, shared) == share
+
+
+def test_the_largest_limit_binds():
+    gpu = roofline.GPU("", multiprocessors=100, clock=1e9, bandwidth=1e12)
+    given = {"issue": 4000.0, "multiply": 500.0, "integer": 1000.0, "special": 900.0}
+    limits = roofline.roofline(gpu, 1e6, given)
+    expected = {"memory": 1.0, "issue": 0.01, "multiply": 0.0025, "integer": 0.005, "special": 0.018}
+    assert limits.pop("binds") == "memory"
+    assert limits == pytest.approx(expected)
+    assert roofline.roofline(gpu, 1e3, given)["binds"] == "special"
