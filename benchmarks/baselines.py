@@ -1,8 +1,8 @@
-"""What a user would have without the fused operations: the published chains of single PyTorch operations.
+"""The baselines: what each fused operation computes, as a chain of ordinary PyTorch operations.
 
-Each computes what the operation named in its docstring does, and is differentiable by autograd. They are what tests,
-benchmarks and the ahead-of-time report compare with, eager or through `torch.compile`; Denim's models never call them.
-Unlike the operations they check nothing.
+Each computes what the operation named in its docstring computes, and is differentiable by autograd. In float64 it is
+the definition that tests and `gpu-check` compare with. Benchmarks and the ahead-of-time report compare speed with it,
+eager and through `torch.compile`. Denim's models never call it. Unlike the operations it checks no arguments.
 """
 
 from __future__ import annotations

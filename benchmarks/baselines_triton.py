@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
-"""Noise and patchify as one would write it first: what the fused kernel is compared with.
+"""A naive Triton kernel for noise and patches, which the fused kernel is compared with.
 
-One thread per few elements of the output, found by division and remainder; one `tl.randn` per element.
+Each thread makes a few elements of the output. It finds their pixels by division and remainder, and calls `tl.randn`
+once for each element.
 """
 
 from __future__ import annotations

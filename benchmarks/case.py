@@ -1,4 +1,4 @@
-"""What a case of an operation is: tensors of one kind, the operation on them, and the definition of its result.
+"""What a case is: an operation on one kind of input, with its tensors, its definition and its allowed errors.
 
 The cases themselves are in `denim.benchmarks.cases`. This module needs torch alone.
 """
@@ -57,11 +57,11 @@ class Case(abc.ABC):
 
     Attributes:
         batch: images, or samples.
-        threads: of a program of the Triton kernel, where the launcher lets choose; None takes the launcher's choice.
-        what: words that tell the case from one of the same fields.
-        built: passes that are compiled ahead of time, of `triton_kernels`.
-        timed: `FORWARD` or `BOTH`, as `denim bench kernels` times them.
-        compared: whether the report counts the chain under `torch.compile` beside the built passes.
+        threads: threads of a program, if the launcher has a choice; None takes its first configuration.
+        what: words that distinguish the case from others of the same `kind`.
+        built: passes (keys of `triton_kernels`) that are compiled ahead of time.
+        timed: passes that `denim bench kernels` times together: `FORWARD` or `BOTH`.
+        compared: whether the report counts the baselines of the case beside its built passes.
     """
 
     batch: int = 2
@@ -74,7 +74,7 @@ class Case(abc.ABC):
     operation: ClassVar[str]
     """Name in `denim.kernels` and in `torch.ops.denim`."""
     triton_kernels: ClassVar[Mapping[str, str]]
-    """Names of the Triton kernels by the pass that they make; forward ones in the order in which they run."""
+    """Names of the Triton kernels by pass. Those of the forward launcher stand in the order in which they run."""
     draws_numbers: ClassVar[str] = ""
     """"normal" or "uniform", if the forward pass draws random numbers."""
     bitwise: ClassVar[bool] = False
@@ -87,13 +87,16 @@ class Case(abc.ABC):
 
     @property
     def name(self) -> str:
-        """Tells the case from the others of its operation."""
+        """A name that no other case of the operation has."""
         parts = (self.kind, self.what, f"{self.threads} threads" if self.threads else "")
         return ", ".join(part for part in parts if part)
 
     @abc.abstractmethod
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
-        """Tensors of the public operation, by the names of its arguments; reproducible for one kind of device."""
+        """Tensors for the public operation, by the names of its arguments.
+
+        They are the same in every call on a device.
+        """
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -113,15 +116,15 @@ class Case(abc.ABC):
         """The public operation."""
 
     def constants(self, device: torch.device | str, dtype: torch.dtype = FP32) -> dict[str, Tensor]:
-        """Small tensors that the chain takes beside the inputs, as a user keeps them on the device."""
+        """Small tensors that the chain takes beside the inputs, such as the mean and std of the channels."""
         return {}
 
     @abc.abstractmethod
     def chain(self, **tensors: Tensor) -> Tensor:
-        """The baseline as a user would run it, on inputs and `constants`, with noise of its own."""
+        """The baseline as a user runs it: on the inputs and `constants`, with noise from torch's global generator."""
 
     def definition(self, **inputs: Tensor) -> Tensor:
-        """The baseline in float64 on the noise of the operation, from inputs whose floats are float64."""
+        """The baseline in float64 on the noise of the operation. Floating point inputs must be float64."""
         device = next(iter(inputs.values())).device
         return self.chain(**inputs, **self.constants(device, torch.float64))
 
@@ -133,26 +136,26 @@ class Case(abc.ABC):
     def errors(
         self, inputs: Mapping[str, Tensor], exact: Sequence[Tensor], upstream: Tensor | None
     ) -> list[Tensor | float]:
-        """Largest error of the result and of each gradient, before it is stored in its dtype.
+        """The largest errors allowed to the result and to each gradient before they are rounded to their dtype.
 
         Args:
-            inputs: with floats in float64.
-            exact: result and gradients by the definition.
-            upstream: in float64; None without gradients.
+            inputs: the inputs, floating point ones in float64.
+            exact: result and gradients by the definition, float64.
+            upstream: gradient of the result in float64; None if there are no gradients.
         """
 
     @abc.abstractmethod
     def resized(self, batch: int, side: int) -> Case:
-        """The case on `batch` square images of real work."""
+        """The same kind of input in the size of real work: `batch` images of `side` x `side`."""
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """Sides of the images that it is timed with."""
+        """Sides of the images on which the case is timed."""
         return (SIDE, SMALL_SIDE)
 
     @property
     def outer(self) -> int:
-        """Results of one image: the levels times the draws."""
+        """Number of results per image: levels times draws."""
         return 1
 
     def loops(self, part: str) -> tuple[int, ...]:
@@ -160,11 +163,11 @@ class Case(abc.ABC):
         return ()
 
     def passes_over(self, part: str) -> Mapping[str, int]:
-        """How often the kernel of a pass goes through an input, where that is more than once."""
+        """How often the kernel of a pass reads an input, for inputs that it reads more than once."""
         return {}
 
     def naive(self, **inputs: Tensor) -> Callable[[], object] | None:
-        """A call of a Triton kernel written naively, if there is one; it draws noise of its own."""
+        """A function that launches the naive Triton kernel; None if the case has none. Its noise is from `tl.randn`."""
         return None
 
 
@@ -271,7 +274,7 @@ class SampleCase(Case):
         shape: of one sample.
         dtype: of the pixels.
         odd: the number of elements of a sample is odd, so that samples do not begin at multiples of 16 bytes.
-        sizes: per sample ("each"), "float64" or "strided" per sample, or one for all ("one").
+        epsilon: radii: a float32 of each sample ("each"), a "float64" of each, "strided" in memory, or "one" for all.
         strided: tensors are not contiguous.
     """
 

@@ -1,4 +1,4 @@
-"""The noise contract in float64: what every implementation of it is measured against."""
+"""The noise contract in float64, which every implementation is compared with."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""All that needs a GPU, in one command: `make gpu-check`, or `python -m benchmarks.gpu_check [--out DIR] [--quick]`.
+"""Checks and measures what needs a GPU: `make gpu-check`, or `python -m benchmarks.gpu_check [--out DIR] [--quick]`.
 
-Needs the repository and an installed torch, triton and timm, nothing else, and takes less than eight minutes. Writes
-report.json and report.md, anew after every part, so that an interrupted run keeps what it found. Exit status: 0 all
-passed, 1 something failed, 2 there is no GPU.
+It needs the repository, torch, triton and timm, and takes less than eight minutes. report.json and report.md are
+written again after every part, so that an interrupted run keeps its results. The exit status is 0 if all passed, 1 if
+something failed, and 2 if there is no GPU.
 
-Every part is a process of its own with a time limit: a kernel that hangs, crashes, or leaves the device unusable for
-its process fails alone, and the rest goes on. What the parts do is in `gpu_operators` and `gpu_models`.
+Every part is a process of its own with a time limit. If a kernel hangs, crashes, or leaves the device unusable for its
+process, that part fails and the others continue. What the parts do is in `gpu_operators` and `gpu_models`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def stages() -> list[list[Part]]:
     checks += [Part("denim.benchmarks.gpu_operators:operation", 165, (name,)) for name in OPERATIONS]
     checks.append(Part("denim.benchmarks.gpu_operators:attention", 165))
     checks.append(Part("denim.benchmarks.gpu_models:compiled_and_captured", 165))
-    # Last what keeps its use when the time is up in the middle of it: many numbers, each by itself.
+    # The last part makes many independent numbers, so those before the deadline are of use.
     timed = [("pretraining", 150), ("sweep", 60), ("kernel_times", 150)]
     return [checks, *([Part(f"denim.benchmarks.gpu_models:{name}", time, autotune=True)] for name, time in timed)]
 
@@ -96,7 +96,7 @@ def use_repository(folder: Path = ROOT / "build" / "gpu-check") -> None:
 
 
 def _work(connection: Connection, part: Part, device: str, sizes: str) -> None:
-    """What the process of a part does: send its rows, then how it ended."""
+    """Run a part, in a process of its own: send its rows, then how it ended."""
     failed = False
     if not part.autotune:
         os.environ["DENIM_AUTOTUNE"] = "0"
@@ -107,7 +107,7 @@ def _work(connection: Connection, part: Part, device: str, sizes: str) -> None:
                 break
             failed = failed or not row.passed
             connection.send(asdict(row))
-    except BaseException:  # whatever it is, it belongs into the report
+    except BaseException:  # every failure is reported
         connection.send(("failed", traceback.format_exc()))
     else:
         connection.send(("failed" if failed else "passed", ""))
@@ -123,7 +123,7 @@ def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = 
         sizes: a key of `gpu_rows.SIZES`.
         deadline: in time.monotonic(); nothing runs longer. A part without a second left is not started.
     """
-    # Forked processes cannot use CUDA once their parent has looked at it.
+    # Spawned, since a forked process cannot use CUDA after its parent has initialised it.
     context = multiprocessing.get_context("spawn")
     running: dict[Any, tuple[Part, Any, float, float]] = {}
     for part in parts:
@@ -158,7 +158,7 @@ def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = 
                 part.status, part.error = "out of time", f"stopped after {time.monotonic() - start:.0f} s"
                 process.kill()
             process.join(10)
-            if process.is_alive():  # its report is in; what hangs is its end
+            if process.is_alive():  # it has reported, and hangs while it ends
                 process.kill()
                 process.join()
             receiver.close()
@@ -208,7 +208,7 @@ def _number(row: Row) -> str:
 
 
 def markdown(found: dict[str, Any], parts: list[Part]) -> str:
-    """The report, to read."""
+    """The report in Markdown."""
     ended = [part for part in parts if part.status != "not run"]
     good = sum(part.status == "passed" for part in parts)
     lines = ["# GPU check", "", f"{good} of {len(parts)} parts passed, {len(ended)} have ended.", ""]
@@ -232,7 +232,7 @@ def markdown(found: dict[str, Any], parts: list[Part]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step: a reader, or an interrupted run, never sees half a file."""
+    """Write a file atomically."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     with os.fdopen(handle, "w") as file:
         file.write(text)
@@ -244,7 +244,10 @@ def _write(path: Path, text: str) -> None:
 def check(
     plan: list[list[Part]], device: str, sizes: str, out: Path, *, seconds: float = DEADLINE
 ) -> tuple[bool, list[Part]]:
-    """Run a plan, write the reports after every part; whether all of it passed, and the parts."""
+    """Run the stages of a plan, and write the reports after every part.
+
+    Returns whether all parts passed, and the parts.
+    """
     deadline = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
     parts, found = [part for stage in plan for part in stage], facts(device)
@@ -254,7 +257,7 @@ def check(
             asdict(part) | {"rows": [asdict(row) | {"passed": row.passed} for row in part.rows]} for part in parts
         ]
         passed = all(part.status == "passed" for part in parts)
-        # NaN is not JSON: as text, it is still told from a number.
+        # JSON has no NaN; it is written as text.
         text = json.dumps(_finite({"passed": passed, "sizes": sizes, "facts": found, "parts": records}), indent=1)
         _write(out / "report.json", text + "\n")
         _write(out / "report.md", markdown(found, parts))

@@ -1,6 +1,7 @@
-"""Whole steps and speeds, as `benchmarks.gpu_check` measures them: functions that yield checks and measured numbers.
+"""The parts of `benchmarks.gpu_check` that run models: whole steps, and times of kernels.
 
-Each takes the kind of device and the name of the sizes, and also runs on the CPU, which the tests do at "tiny" sizes.
+Each part is a function of the kind of device and the name of the sizes that yields checks and measured numbers. It also
+runs on the CPU, as the tests do at "tiny" sizes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from denim.kernels import Domain, derive_seeds, draw_seeds
 
 __all__ = ["compiled_and_captured", "kernel_times", "model_flops", "pretraining", "sweep"]
 
-# Dense bf16 with float32 accumulation, from NVIDIA's data sheets (where those count sparsity: half). Whole names as the
-# driver tells them: a slice of a GPU has another name, and is not in the table.
+# Dense bf16 with float32 accumulation, by NVIDIA's data sheets (half the number where they count sparsity). The keys
+# are the driver's names; a slice of a GPU has another name and is not in the table.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,  # A100 data sheet
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -85,7 +86,7 @@ def _gradients(model: nn.Module) -> Tensor:
 
 
 def compiled_and_captured(device: str, sizes: str) -> Iterator[Row]:
-    """noise_patchify, autoencoder and patch_loss in one compiled graph, and replayed as a CUDA graph."""
+    """One compiled graph of noise_patchify, autoencoder and patch_loss; and a CUDA graph of them, replayed."""
     size = SIZES[sizes]
     model = _autoencoder(device, size.small)
     images, sigma, seeds = _batch(device, model, 4)
@@ -140,7 +141,7 @@ def model_flops(model: Any, loss: Callable[[], Tensor]) -> int:
 
     from denim.nim.attention import set_attention
 
-    # Plain products: fused attention would also count what its backward computes again, or not be counted at all.
+    # Plain products, since the backward of fused attention computes products again, and some kernels are not counted.
     set_attention(model, "math")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss().backward()
@@ -170,7 +171,7 @@ def _pretraining(device: str, size: Sizes, batch: int) -> Iterator[Row]:
     model = _autoencoder(device, size.large)
     images, sigma, seeds = _batch(device, model, batch)
     precision = functools.partial(torch.autocast, device, torch.bfloat16)
-    # In float32, in parts of equal size: whole, their activations may not fit.
+    # In float32, in parts of equal size: the activations of the whole batch may not fit.
     part = min(batch, 16)
     exact = 0.0
     for first in range(0, batch, part):
@@ -245,7 +246,7 @@ def sweep(device: str, sizes: str) -> Iterator[Row]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier = Classifier(ClassifierConfig.for_encoder(denoiser.config, 1000)).to(device).eval()
-        # The published initialisation makes all logits alike, and a comparison of them empty.
+        # With the published initialisation all logits are nearly equal, and a wrong draw would not show.
         nn.init.normal_(classifier.head.weight, std=0.05)
     pixels = (_images(device, denoiser, size.images) / 255).permute(0, 3, 1, 2).contiguous()
     seeds = draw_seeds(0, Domain.SCORE, torch.arange(size.images, device=device), draws)
@@ -276,7 +277,7 @@ def sweep(device: str, sizes: str) -> Iterator[Row]:
 
 
 def kernel_times(device: str, sizes: str) -> Iterator[Row]:
-    """`denim bench kernels`: times with a cold L2, against the published chain and what else a user would have."""
+    """Times of `denim bench kernels` with a cold L2, beside those of the baselines."""
     from denim.benchmarks import kernels as bench
 
     batch, seen = (1 if sizes == "tiny" else None), set()

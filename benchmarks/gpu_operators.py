@@ -1,8 +1,8 @@
-"""The operators, as `benchmarks.gpu_check` compares them: functions that yield checks and measured numbers.
+"""The parts of `benchmarks.gpu_check` that compare operators with their definitions.
 
-Each takes the kind of device and the name of the sizes. On the CPU the operators run their references, so every part
-also runs where there is no GPU: what the tests do, at "tiny" sizes. Only Triton's own words and instructions need a GPU
-(or the interpreter).
+Each part is a function of the kind of device and the name of the sizes that yields checks. On the CPU the operators run
+their references, so every part also runs without a GPU, as the tests do at "tiny" sizes. Only the words and
+instructions of the Triton kernels need a GPU (or the interpreter).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def relative_rms(got: Tensor, exact: Tensor) -> float:
 
 
 def generator(device: str, sizes: str) -> Iterator[Row]:
-    """Words bit for bit those of the torch twin on the CPU; normals within the contract."""
+    """Words are those of the torch reference on the CPU, bit for bit; normals are within the contract."""
     ends = torch.tensor([0, 1, -1, -(2**63), 2**63 - 1, 0x0123456789ABCDEF])
     ids = torch.arange(-8, 8)
     seeds = torch.cat([ends, derive_seeds(2**40, Domain.TRAINING, ids, 3, 5)])
@@ -43,8 +43,8 @@ def generator(device: str, sizes: str) -> Iterator[Row]:
         from denim.benchmarks.instructions_triton import philox_words
 
         differing = philox_words(seeds.cuda(), 523).cpu() != noise_words(seeds, 4 * 523)
-        yield Row("words of the kernels that differ from the torch twin's", int(differing.sum()), limit=0)
-    # A draw in bounded pieces.
+        yield Row("words of the kernels that differ from the torch reference's", int(differing.sum()), limit=0)
+    # In pieces, so that memory does not grow with the number of draws.
     draws, worst = SIZES[sizes].draws, 0.0
     positions = min(draws, 1 << 20)
     for first in range(0, draws // positions, 4):
@@ -64,7 +64,7 @@ def instructions(device: str, sizes: str) -> Iterator[Row]:
     where, count = torch.device(device), SIZES[sizes].words
     kind = gpu_of(where).instructions
     worst = instruction_errors(where, kind, count=count)
-    # What the bound of the contract assumes: PTX ISA, sections on lg2, sin and cos.
+    # The contract assumes these limits: PTX ISA, sections on lg2, sin and cos.
     limits = {"lg2": 2.0**-22, "cos": 2.0**-20.5, "sin": 2.0**-20.5}
     for name, (error, word) in worst.items():
         yield Row(f"{name}, {kind}: largest error over {count} words", error, "", limits.get(name), f"at {word:#010x}")

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (The bodies under triton.jit are Triton's language, which mypy takes for Python.)
-"""The generator's approximate instructions measured over all words, on the device, against its float64 functions."""
+"""Measures the generator's approximate instructions over all words on a GPU, against float64 functions of the GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEASURES = ("lg2", "cos", "sin", "cosine of the angle", "sine of the angle", "ra
 
 
 class Worst(NamedTuple):
-    """The largest error that was found, and the word where."""
+    """The largest error that was found, and the word that it was found at."""
 
     error: float
     word: int

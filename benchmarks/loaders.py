@@ -1,4 +1,4 @@
-"""`denim bench data`: how fast the loaders feed the user's own images, and in how much memory, against others.
+"""`denim bench data`: speed and memory of the loaders on the user's own images, beside those of other loaders.
 
 All decode the same files on as many threads or processes, cut random windows of the same distribution, resize them
 bicubically with anti-aliasing, flip half of them, and give batches of uint8. They take turns in one process, and the
@@ -37,7 +37,7 @@ from denim.nim.data.views import TrainView, sample_rng
 __all__ = ["LOADERS", "WHAT", "Comparison", "Record", "Task", "compare", "open_task", "reason", "run"]
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
-EPOCH = 1 << 18  # images in an epoch at least: to begin one costs some loaders more than a batch
+EPOCH = 1 << 18  # images in an epoch at least, since some loaders need more time to begin one than for a batch
 IMAGES = 2000  # of the folder, at most
 WARM_UP = 8  # batches
 FEWEST = 4  # batches in a turn
@@ -46,7 +46,7 @@ SAMPLING = 0.02  # seconds between two looks at the memory
 
 @dataclass(frozen=True)
 class Task:
-    """What the loaders are to do.
+    """The work of the loaders.
 
     Attributes:
         source: images.
@@ -70,7 +70,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured of a loader.
+    """Measurements of a loader.
 
     Attributes:
         name: one of `LOADERS`.
@@ -128,7 +128,7 @@ def open_task(
 
 
 class _Repeated:
-    """A source, as often as it takes for an epoch to be long."""
+    """A source that repeats another one until an epoch has at least `EPOCH` images."""
 
     def __init__(self, source: EncodedSource) -> None:
         times = -(-EPOCH // len(source))
@@ -171,7 +171,7 @@ def _torch(task: Task) -> Iterator[Tensor]:
 
 
 class _Files(Dataset[tuple[Tensor, int]]):
-    """What torchvision's ImageFolder does for an index."""
+    """A data set like torchvision's ImageFolder."""
 
     def __init__(self, task: Task) -> None:
         from torchvision.datasets.folder import default_loader
@@ -328,7 +328,7 @@ def _turn(name: str, task: Task, seconds: float) -> float:
             raise RuntimeError(f"{name} gives {images.dtype} {tuple(images.shape)}, expected uint8 {expected}")
     call = functools.partial(next, batches)
     times = measure({name: call}, torch.device("cpu"), seconds=seconds, least=FEWEST)[name]
-    # The mean: a batch that was made ahead takes no time at all.
+    # The mean, since batches that were made in advance take no time.
     rate = len(times) * task.batch_size / sum(times)
     del batches, call  # ends its threads and processes
     gc.collect()

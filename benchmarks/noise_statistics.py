@@ -1,4 +1,4 @@
-"""Is the noise what the contract says: `make noise-statistics`, or `python -m benchmarks.noise_statistics --draws 1e8`.
+"""Checks the distribution of the noise: `make noise-statistics`, or `python -m benchmarks.noise_statistics`.
 
 Draws `normal_noise` for many seeds and compares it with its float64 definition element by element, and with the
 standard normal distribution in moments, Kolmogorov-Smirnov distance, tails and correlations. Exits with 1 and the
@@ -40,7 +40,7 @@ TAILS = (3, 4, 5, 6)
 
 @dataclass(frozen=True)
 class Check:
-    """One row: a number and how far from its expectation it may be, by a limit or by a p-value of at least ALPHA."""
+    """One measured number and its verdict, by a limit or by a p-value that must be at least ALPHA."""
 
     name: str
     value: float
@@ -70,7 +70,7 @@ class Statistics:
         error = (noise.double() - exact).abs()
         self.largest_error = torch.maximum(self.largest_error, error.max())
         self.error += error.sum()
-        x = noise.double().nan_to_num()  # a NaN fails the largest error; the histogram could not place it
+        x = noise.double().nan_to_num()  # a NaN fails the largest error; it has no place in the histogram
         self.count += x.numel()
         square = x.square()
         self.powers += torch.stack([x.sum(), square.sum(), (square * x).sum(), square.square().sum()])
@@ -143,7 +143,7 @@ def _worst_z(name: str, z: Tensor, n: Tensor) -> Check:
 
 
 def measure(draws: int, device: torch.device, seed: int = 0) -> tuple[int, list[Check]]:
-    """At least `draws` draws, in whole pairs of seeds that differ by one bit: how many, and every check."""
+    """Check at least `draws` draws, in pairs of seeds that differ by one bit. Returns their number, and every check."""
     pairs = -(-draws // (2 * POSITIONS))
     statistics = Statistics(device)
     for first in range(0, pairs, PAIRS):

@@ -1,4 +1,4 @@
-"""The budgets that kernels are held against: `budgets.json`, its reader, its writer, and the comparison."""
+"""The budgets of the kernels in `budgets.json`: reading, writing, and comparing a report with them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import triton
 __all__ = ["BUDGETS", "budget", "budgets_text", "compare", "read_budgets"]
 
 BUDGETS = Path(__file__).parent / "budgets.json"
-# Fewer than this share of instructions more is noise of the compiler's; more is a change of the kernel's.
+# A number of instructions that grows by less than this share passes: compilers reorder code for no visible reason.
 TOLERANCE = 0.03
 
 
 def _width(accesses: Mapping[str, int]) -> int:
-    """The width, in bytes, that at least half of the bytes move in, or wider ones; 0 without accesses."""
+    """The largest width such that at least half of the bytes move in accesses as wide, in bytes; 0 without accesses."""
     total = sum(int(width) * n for width, n in accesses.items())
     wide = 0
     for width in sorted(map(int, accesses), reverse=True):
@@ -28,7 +28,7 @@ def _width(accesses: Mapping[str, int]) -> int:
 
 
 def budget(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What the budget file keeps of one entry of the report."""
+    """The part of an entry of the report that the budget file keeps."""
     return {
         "registers": entry["registers"],
         "occupancy": round(entry["occupancy"], 4),
@@ -45,7 +45,7 @@ def _accesses(accesses: Mapping[str, int]) -> str:
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What became worse than a budget allows, and what became better."""
+    """Two lists of sentences: what is worse than the budget allows, and what is better than the budget."""
     worse: list[str] = []
     better: list[str] = []
 
@@ -61,7 +61,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[
     for name, what in (("spills", "spills"), ("local", "local-memory instructions")):
         if after[name] or before[name]:
             note(
-                # Any at all is too many, whatever the budget says.
+                # None is allowed, whatever the budget says.
                 1 if after[name] else -1,
                 f"{what} {before[name]} -> {after[name]}",
             )
@@ -79,15 +79,15 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[
 def compare(
     budgets: Mapping[str, Any], built: Mapping[str, Mapping[str, Any]], complete: bool
 ) -> tuple[list[str], list[str]]:
-    """Hold a report against the budgets.
+    """Compare a report with the budgets.
 
-    A kernel fails that has lost occupancy, that spills or uses local memory, most of whose bytes move in narrower
-    accesses, or that has over 3 % more instructions.
+    A kernel fails if it loses occupancy, spills or uses local memory, moves most of its bytes in narrower accesses, or
+    has over 3 % more instructions.
 
     Args:
-        budgets: {case: {target: `budget`}}.
+        budgets: {build: {target: `budget`}}.
         built: from `report`.
-        complete: the report holds every case and target, so a budget without an entry is out of date.
+        complete: the report holds every build and target, so a budget without an entry is out of date.
 
     Returns:
         Failures and improvements, a line each with what was before and what is now.
@@ -115,7 +115,7 @@ def compare(
 
 
 def read_budgets(path: Path | None = None) -> tuple[str, dict[str, Any]]:
-    """Triton's version when the budgets were made, and {case: {target: `budget`}}.
+    """The version of Triton that the budgets were made with, and {build: {target: `budget`}}.
 
     Raises:
         ValueError: there is no such file.
@@ -128,7 +128,7 @@ def read_budgets(path: Path | None = None) -> tuple[str, dict[str, Any]]:
 
 
 def budgets_text(built: Mapping[str, Mapping[str, Any]]) -> str:
-    """The budget file that a report amounts to: one line per case and target, for readable differences."""
+    """The text of a budget file for a report: one line per build and target, so that differences are readable."""
     cases = []
     for name, targets in built.items():
         lines = ",\n".join(f"   {json.dumps(target)}: {json.dumps(budget(entry))}" for target, entry in targets.items())

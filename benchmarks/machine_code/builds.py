@@ -1,6 +1,6 @@
-"""Triton kernels built for GPUs that are not here.
+"""Builds Triton kernels for GPUs that the machine need not have.
 
-Only for processes of their own: Triton is told of a GPU that the machine does not have.
+Triton's driver is replaced for the whole process, so builds run in processes of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TARGETS = {
 
 
 class NoDevice:
-    """As much of a driver as building needs."""
+    """The part of a Triton driver that a build needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -66,7 +66,7 @@ def unavailable(target: str) -> str | None:
 
 
 def build(target: GPUTarget, kernels: Sequence[Any], launch: Callable[[], object]) -> list[Built]:
-    """Call the launcher `launch`, and build what it would launch of `kernels`, in its order, without launching."""
+    """Call `launch`, and build those of `kernels` that it would launch, in its order. Nothing is launched."""
     driver.set_active(NoDevice(target))
     built: list[Built] = []
     for function in kernels:

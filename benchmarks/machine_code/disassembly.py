@@ -1,4 +1,4 @@
-"""What the machine code of a built kernel consists of: NVIDIA's SASS and AMD's GCN, parsed and counted."""
+"""Parses the machine code of a built kernel, NVIDIA's SASS or AMD's GCN, and counts its instructions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["CLASSES", "access_bytes", "machine_code", "opcode_class"]
 LOCAL = ("LDL", "STL", "scratch_")
 TRANSCENDENTAL = ("v_log_f32", "v_sin_f32", "v_cos_f32")
 
-# Of instructions, by what executes them. "multiply" is integer multiplication, a rate of its own; "other" moves,
-# shuffles, reads constants, computes for a whole warp at once (uniform, scalar), waits and branches.
+# Instructions by the unit that executes them. "multiply" is integer multiplication, which has a rate of its own.
+# "other" are moves, shuffles, reads of constants, computations for a whole warp (uniform, scalar), waits and branches.
 CLASSES = ("integer", "multiply", "float", "special", "conversion", "memory", "other")
 _NVIDIA_CLASSES = (
     ("special", r"MUFU"),
@@ -66,7 +66,7 @@ def _by_depth(lines: Iterable[tuple[str, str, str | None]]) -> tuple[list[Counte
     skips: list[range] = []
     for place, target in branches:
         end = labels.get(target)
-        # A jump to itself fills up the code behind its end.
+        # A jump to itself is padding behind the end of the code.
         if end is not None and end < place:
             loops[end] = place
         elif end is not None and end > place:
@@ -144,7 +144,7 @@ def amd_machine_code(built: Any) -> dict[str, Any]:
 
 
 def machine_code(built: Any, target: GPUTarget) -> dict[str, Any]:
-    """What a built kernel consists of.
+    """Count the instructions of a built kernel.
 
     Returns:
         `opcodes` with their counts; of these `depths`, by the number of loops around them, and apart from these `slow`

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="arg-type, assignment"
-"""What a user would have without the fused kernels, counted like them: `torch.compile`'s kernels and eager PyTorch.
+"""Counts the baselines as the report counts kernels: those of `torch.compile`, the naive kernel, and eager PyTorch.
 
 `torch.compile` needs a GPU to compile for one. Here its parts are driven one by one on tensors without memory and a
-stand-in for an H100: AOTAutograd cuts a function into forward and backward, Inductor writes Triton kernels for both and
-chooses their launch configurations, and Triton builds them. That reaches into private modules of torch 2.14, so other
-versions are refused, and only the report uses it.
+stand-in for an H100: AOTAutograd separates forward and backward, Inductor writes Triton kernels for both and chooses
+their launch configurations, and Triton builds them. This uses private modules of torch 2.14, so other versions are
+refused, and only the report uses it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ H100 = SimpleNamespace(
 )
 
 
-# Rows of the table that are compared, and of each the chain on inputs without memory, in one list of tensors.
+# The rows of the case table whose baselines are counted.
 COMPARED = tuple(case for case in CASES if case.compared)
 
 
@@ -67,7 +67,7 @@ def _chain(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The baseline of a case as a function of a list of tensors, and the tensors, in the sizes of real work."""
     inputs = case.inputs("meta")
     for name in case.leaves:
-        # A gradient is taken where the report has a kernel for it.
+        # A gradient is taken if the report has a kernel for it.
         inputs[name].requires_grad_(BACKWARD in case.built)
     tensors = {name: value for name, value in inputs.items() if name != "seeds"} | case.constants("meta")
 
@@ -94,7 +94,7 @@ class _Driver(NoDevice):
 
 @contextlib.contextmanager
 def _pretend() -> Iterator[None]:
-    """Inductor asks torch about the GPU that it writes for."""
+    """Inside, torch answers Inductor's questions about the GPU as an H100 would be answered."""
     from torch._dynamo.device_interface import CudaInterface
 
     driver.set_active(_Driver(TARGETS[TARGET]))
@@ -116,7 +116,7 @@ def _pretend() -> Iterator[None]:
 
 
 def _graphs(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[tuple[Any, list[Tensor]]]:
-    """The forward graph and, if an input demands it, the backward graph, cut as `torch.compile` cuts them."""
+    """The forward graph and, if an input demands it, the backward graph, separated as by `torch.compile`."""
     from torch._functorch.aot_autograd import aot_function
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -135,7 +135,7 @@ def _graphs(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[t
         partition_fn=min_cut_rematerialization_partition,
         decompositions=select_decomp_table(),
     )
-    # On the CPU, since backward on a GPU's tensors asks for the GPU.
+    # On CPU tensors, since a backward pass on CUDA tensors needs a GPU.
     result = traced(*inputs)
     if result.requires_grad:
         result.backward(torch.ones_like(result))
@@ -195,7 +195,7 @@ def _build(name: str, text: str, arguments: Sequence[str], images: int, elements
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         tuner = getattr(module, name)
-        # The first of Inductor's choices, which is the only one unless it is told to measure.
+        # Inductor has one choice of a configuration unless it is told to measure.
         choice = tuner.configs[0]
         meta = tuner._create_compile_meta(choice)
         options = tuner._create_compile_options(choice, meta)
@@ -217,7 +217,7 @@ def _build(name: str, text: str, arguments: Sequence[str], images: int, elements
         for axis, size in numels.items()
         if axis[0] == "r" and f"{axis[:2].upper()}_BLOCK" in blocks
     )
-    # Inductor's own estimate of the bytes that a kernel has to move, which does not tell reads from writes.
+    # Inductor's own estimate of the bytes that a kernel has to move. It does not separate reads and writes.
     moved = round(tuner.inductor_meta["kernel_num_gb"] * 1e9)
     built = Built(kernel.asm, kernel.metadata, programs)
     entry = analyse(built, TARGET, Work(images, elements, moved, moved, moved, tuple(n for n in trips if n > 1)))
@@ -260,7 +260,7 @@ def compiled(
     return passes
 
 
-# Operations that move nothing though they are no views.
+# Operations that are not views and still move nothing.
 FREE = ("aten::empty", "aten::_reshape_alias", "aten::_unsafe_view", "aten::detach")
 
 
@@ -327,7 +327,7 @@ def naive(case: Case) -> dict[str, Any] | None:
 
 
 def _sum(kernels: Sequence[dict[str, Any]], elements: float) -> dict[str, Any]:
-    """Kernels that run one after another: each waits for memory or issues, none overlaps with the next."""
+    """The sum over kernels that run one after another. Their bounds add, since no kernel overlaps with the next."""
     return {
         "kernels": len(kernels),
         "moved": sum(kernel["moved"] for kernel in kernels),

@@ -1,7 +1,7 @@
-"""The ahead-of-time report: every kernel built for GPUs that are not here, counted, and held against its budget.
+"""The ahead-of-time report: every kernel, built for GPUs that the machine need not have, and counted.
 
-All numbers are static. They come from machine code and from data sheets; nothing was run. A roofline time is a lower
-bound that no kernel can beat, not a time that it takes.
+All numbers are static. They come from machine code and from data sheets; nothing is run. A roofline time is a lower
+bound of the time that a kernel takes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _bytes_of(opcodes: Mapping[str, int], kind: str) -> int:
 
 
 def analyse(built: Built, target: str, work: Work) -> dict[str, Any]:
-    """What one kernel costs, per output element and per image. Static: nothing is run.
+    """Count what one kernel costs per output element and per image. Nothing is run.
 
     A loop counts as often as it runs (`work.trips`). Where the compiler has unrolled the innermost one, its stores tell
     how many trips its code holds (without stores, its loads).
@@ -54,7 +54,7 @@ def analyse(built: Built, target: str, work: Work) -> dict[str, Any]:
     warps, trips = built.metadata.num_warps, work.trips
     threads = built.programs * warps * gpu.warp_size
     depths: list[Counter[str]] = code["depths"]
-    # A loop of which the work does not know is part of what surrounds it.
+    # A loop whose trips are not known counts once, with the code around it.
     depths = [*depths[: len(trips)], sum(depths[len(trips) :], Counter())]
     weights = [float(math.prod(trips[:depth])) for depth in range(len(depths))]
     if len(depths) > 1:
@@ -63,7 +63,7 @@ def analyse(built: Built, target: str, work: Work) -> dict[str, Any]:
             kind, size = "load", work.moved - work.written
         if size:
             weights[-1] /= max(1, round(_bytes_of(depths[-1], kind) * threads * weights[-1] / size))
-    # A loop that stores makes its own share of the elements in every trip; one that sums goes over all of them.
+    # Each trip of a loop that stores makes a share of the elements; each trip of a loop that sums serves all of them.
     passes = math.prod(trips) if _bytes_of(depths[-1], "store") else 1
     by_class: Counter[str] = Counter(dict.fromkeys(CLASSES, 0))
     for opcodes, weight in zip(depths, weights, strict=True):
@@ -108,7 +108,10 @@ def analyse(built: Built, target: str, work: Work) -> dict[str, Any]:
 
 
 def select(names: Sequence[str], targets: Sequence[str]) -> tuple[list[Build], list[str]]:
-    """Builds that are called one of `names` or begin so, and targets; without any, all that this Triton can build for.
+    """The builds and the targets to report on.
+
+    A name of `names` selects the build of that name, or else all builds whose names begin with it. Without names all
+    builds are selected, and without targets all that this Triton can build for.
 
     Raises:
         ValueError: a name or a target is unknown, or Triton cannot build for a target.
@@ -141,7 +144,7 @@ def _build_and_count(name: str, target: str) -> dict[str, Any]:
 def report(
     names: Sequence[str] = (), targets: Sequence[str] = (), workers: int | None = None
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Build and count kernels, in processes of their own.
+    """Build and count kernels in worker processes.
 
     Args:
         names: as for `select`.
@@ -158,7 +161,7 @@ def report(
         raise ValueError("TRITON_INTERPRET is set: kernels would be interpreted, not built; unset it")
     builds, chosen = select(names, targets)
     jobs = [(one.name, target) for target in chosen for one in builds]
-    # Not a fork: Triton's driver and torch's threads belong to this process.
+    # Spawned, since a forked process would share Triton's driver and torch's threads with this one.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
         results = dict(zip(jobs, pool.map(_build_and_count, *zip(*jobs, strict=True)), strict=True))

@@ -11,7 +11,7 @@ __all__ = ["GPU", "GPUS", "RATES", "occupancy", "roofline"]
 
 
 class GPU(NamedTuple):
-    """A product, for its limits. Clocks are the boost clocks that the data sheets' float32 peaks imply."""
+    """Limits of one product. The clock is the boost clock that the float32 peak of its data sheet implies."""
 
     name: str
     multiprocessors: int
@@ -47,7 +47,7 @@ def _blocks(registers_limit: int, per_block: int) -> int:
 
 
 def occupancy(target: GPUTarget, registers: int, warps: int, shared: int) -> float:
-    """Share of the warps that a multiprocessor can hold which fit at once, from the kernel's resources alone.
+    """Warps of a kernel that fit into a multiprocessor at once, as a share of those that it can hold.
 
     NVIDIA: 64 warps, 32 blocks, 65536 registers handed out to warps in units of 256, and 164 KB of shared memory (228
     KB from compute capability 9.0 on) of which every block takes another 1 KB ("Compute Capabilities" in the CUDA
@@ -69,7 +69,7 @@ def occupancy(target: GPUTarget, registers: int, warps: int, shared: int) -> flo
         programs = min(waves // warps, _blocks(64 << 10, shared))
         return programs * warps / 32
     warp_registers = -(-registers * 32 // 256) * 256
-    # Each of the four parts of a multiprocessor hands out its own registers.
+    # Each of the four parts of a multiprocessor has registers of its own.
     held = 65536 // 4 // warp_registers * 4
     capacity = (164 if target.arch < 90 else 228) << 10
     programs = min(64 // warps, 32, held // warps, _blocks(capacity, -(-(shared + 1024) // 128) * 128))
