@@ -1,0 +1,253 @@
+"""From instructions to steps: functions that do to programs what an instruction does.
+
+Arithmetic is looked up in `instructions`. Moves, accesses to memory and shuffles are here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from denim.benchmarks.machine_code.ptx.forms import TYPES, Form
+from denim.benchmarks.machine_code.ptx.instructions import decode
+from denim.benchmarks.machine_code.ptx.parser import Address, Instruction, Operand, Register, as_tuple
+from denim.benchmarks.machine_code.ptx.programs import BITS, WARP, Array, Mask, Programs
+from denim.benchmarks.machine_code.ptx.traps import DivisionByZero, PartialWarp, UnknownInstruction
+
+__all__ = ["Step", "step"]
+
+Step = Callable[[Programs, Mask], None]
+"""Changes programs where lanes execute."""
+_Read = Callable[[Programs, Mask], Array]
+
+_ACCESS = re.compile(
+    r"(ld|st)(?:\.(?:volatile|weak|relaxed\.\w+))?\.(param|global|shared|local|const)(?:::cta)?"
+    r"(?:\.(?:nc|ca|cg|cs|lu|cv|wb|wt|L1::\w+|L2::\w+))*(?:\.v[248])?\.(\w+)"
+)
+_SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
+
+
+# --- operands ---------------------------------------------------------------------------------------------------------
+
+
+def _reader(operand: Operand, dtype: np.dtype[Any]) -> _Read:
+    """Reads a source operand as `dtype`: its low bits, where the register is wider."""
+    if isinstance(operand, int):
+        if dtype.kind == "b":
+            constant = np.array([operand != 0])
+        else:
+            bits = operand & ((1 << 8 * dtype.itemsize) - 1)
+            constant = np.array([bits], BITS[dtype.itemsize]).view(dtype)
+        return lambda programs, active: constant
+    if isinstance(operand, Register):
+        register = operand
+        if (register.width == 0) != (dtype.kind == "b") or (register.width and register.width < dtype.itemsize):
+            raise UnknownInstruction(f"register {register.name} read as {dtype}")
+        if register.width > dtype.itemsize:
+            narrow = BITS[dtype.itemsize]
+            return lambda programs, active: programs.read(register, active).astype(narrow).view(dtype)
+        return lambda programs, active: programs.read(register, active).view(dtype)
+    if isinstance(operand, str) and dtype.itemsize in (4, 8):
+        name, unsigned = operand, BITS[dtype.itemsize]
+        return lambda programs, active: programs.named(name).astype(unsigned).view(dtype)
+    raise UnknownInstruction(f"operand {operand}")
+
+
+def _destination(operand: Operand) -> Register | None:
+    """None for `_`, which discards."""
+    if isinstance(operand, Register):
+        return operand
+    if operand == "_":
+        return None
+    raise UnknownInstruction(f"destination {operand}")
+
+
+def _width(operand: Operand) -> int:
+    if not isinstance(operand, Register):
+        raise UnknownInstruction(f"operand {operand} instead of a register")
+    return operand.width
+
+
+# --- from instructions to steps ---------------------------------------------------------------------------------------
+
+
+def step(instruction: Instruction) -> Step:
+    """What an instruction, none that ends a block, does to programs."""
+    opcode = instruction.opcode
+    if opcode.startswith("mov."):
+        return _move(instruction)
+    if opcode.startswith(("ld.", "st.")):
+        return _access(instruction)
+    if match := _SHUFFLE.fullmatch(opcode):
+        return _shuffle(instruction, match[1])
+    if opcode == "bar.warp.sync":
+        members = _reader(instruction.operands[0], TYPES["u32"])
+        return lambda programs, active: programs.warp_barrier(members(programs, active), active)
+    if re.fullmatch(r"(membar|fence)(\.\w+)*", opcode):
+        return lambda programs, active: None  # accesses are made in the order of the code
+    return _arithmetic(instruction, decode(opcode))
+
+
+def _arithmetic(instruction: Instruction, form: Form) -> Step:
+    targets = [_destination(operand) for operand in as_tuple(instruction.operands[0])]
+    sources = instruction.operands[1:]
+    if len(sources) != len(form.sources) or len(targets) > len(form.results):
+        raise UnknownInstruction(f"{len(sources)} sources, expected {len(form.sources)}")
+    for target, dtype in zip(targets, form.results, strict=False):
+        if target is not None and ((target.width == 0) != (dtype.kind == "b") or target.width < dtype.itemsize > 1):
+            raise UnknownInstruction(f"register {target.name} for a result of {dtype}")
+    reads = [_reader(operand, dtype) for operand, dtype in zip(sources, form.sources, strict=True)]
+
+    def step(programs: Programs, active: Mask) -> None:
+        values = [read(programs, active) for read in reads]
+        if form.divides and not values[1].all():
+            zero = np.broadcast_to(values[1] == 0, (programs.lanes,))
+            zero = zero if active is None else zero & active
+            if zero.any():
+                raise DivisionByZero("division by zero", np.flatnonzero(zero))
+        result = form.function(*values)
+        if form.granted:
+            result = programs.approximated(result, form, values[0])
+        for target, value in zip(targets, result if len(form.results) > 1 else (result,), strict=False):
+            if target is not None:
+                programs.write(target, value, active)
+
+    return step
+
+
+def _move(instruction: Instruction) -> Step:
+    target, source = instruction.operands
+    parts, pieces = as_tuple(target), as_tuple(source)
+    if len(parts) > 1:  # unpack
+        bits = BITS[_width(source)]
+        piece = BITS[bits.itemsize // len(parts)]
+        whole = _reader(source, bits)
+        destinations = [_destination(part) for part in parts]
+
+        def unpack(programs: Programs, active: Mask) -> None:
+            value = whole(programs, active)
+            for k, register in enumerate(destinations):
+                if register is not None:
+                    programs.write(register, (value >> bits.type(8 * piece.itemsize * k)).astype(piece), active)
+
+        return unpack
+    register = _destination(target)
+    assert register is not None
+    bits = BITS[register.width]
+    if len(pieces) == 1:
+        read = _reader(source, bits)
+        return lambda programs, active: programs.write(register, read(programs, active), active)
+    piece = BITS[bits.itemsize // len(pieces)]
+    reads = [_reader(operand, piece) for operand in pieces]
+
+    def pack(programs: Programs, active: Mask) -> None:
+        value = bits.type(0)
+        for k, read in enumerate(reads):
+            value = value | (read(programs, active).astype(bits) << bits.type(8 * piece.itemsize * k))
+        programs.write(register, value, active)
+
+    return pack
+
+
+def _access(instruction: Instruction) -> Step:
+    match = _ACCESS.fullmatch(instruction.opcode)
+    if match is None or match[3] not in TYPES:
+        raise UnknownInstruction(f"instruction {instruction.opcode} is not implemented")
+    kind, memory, dtype = match[1], match[2], TYPES[match[3]]
+    # A cache policy may follow.
+    data, where = instruction.operands[:2] if kind == "ld" else instruction.operands[1::-1]
+    if not isinstance(where, Address):
+        raise UnknownInstruction(f"address {where}")
+    if memory == "param":
+        return _parameter(data, where, dtype)
+    base = _reader(where.base, BITS[_width(where.base) if isinstance(where.base, Register) else 8])
+    size = dtype.itemsize * len(as_tuple(data))
+
+    def addresses(programs: Programs, active: Mask) -> tuple[Array, Array]:
+        lanes = np.arange(programs.lanes) if active is None else np.flatnonzero(active)
+        address = base(programs, active).astype(np.int64) + where.offset
+        address = np.broadcast_to(address, (programs.lanes,)) if active is None else _of_lanes(address, lanes)
+        return address, lanes
+
+    if kind == "ld":
+        registers = [_destination(operand) for operand in as_tuple(data)]
+
+        def load(programs: Programs, active: Mask) -> None:
+            address, lanes = addresses(programs, active)
+            values = programs.load(memory, address, size, lanes).view(dtype)
+            for k, register in enumerate(registers):
+                if register is not None:
+                    value = np.ascontiguousarray(values[:, k])
+                    if active is not None:
+                        spread = np.zeros(programs.lanes, dtype)
+                        spread[lanes] = value
+                        value = spread
+                    programs.write(register, value, active)
+
+        return load
+    reads = [_reader(operand, dtype) for operand in as_tuple(data)]
+
+    def store(programs: Programs, active: Mask) -> None:
+        address, lanes = addresses(programs, active)
+        values = np.empty((len(lanes), len(reads)), dtype)
+        for k, read in enumerate(reads):
+            value = read(programs, active)
+            values[:, k] = value if active is None else _of_lanes(value, lanes)
+        programs.store(memory, address, values.view(np.uint8), lanes)
+
+    return store
+
+
+def _of_lanes(value: Array, lanes: Array) -> Array:
+    return value[lanes] if len(value) > 1 else np.broadcast_to(value, (len(lanes),))
+
+
+def _parameter(data: Operand, where: Address, dtype: np.dtype[Any]) -> Step:
+    registers, name, offset = [_destination(operand) for operand in as_tuple(data)], where.base, where.offset
+    if not isinstance(name, str):
+        raise UnknownInstruction("a parameter's address in a register")
+
+    def step(programs: Programs, active: Mask) -> None:
+        values = np.frombuffer(programs.launch.parameters[name], dtype, len(registers), offset)
+        for k, register in enumerate(registers):
+            if register is not None:
+                programs.write(register, values[k : k + 1], active)
+
+    return step
+
+
+def _shuffle(instruction: Instruction, mode: str) -> Step:
+    """`shfl.sync`, as the pseudocode of the PTX ISA has it."""
+    target, *sources = instruction.operands
+    targets = [_destination(operand) for operand in as_tuple(target)]
+    reads = [_reader(operand, TYPES["b32"]) for operand in sources]
+
+    def step(programs: Programs, active: Mask) -> None:
+        value, by, control, members = (
+            np.broadcast_to(read(programs, active), (programs.lanes,)).reshape(-1, WARP) for read in reads
+        )
+        programs.check_warps(members, active)
+        lane = np.arange(WARP)
+        by, clamp, segment = (x.astype(np.int64) for x in (by & 31, control & 31, (control >> 8) & 31))
+        least = lane & segment
+        most = least | (clamp & ~segment)
+        if mode == "up":
+            other = lane - by
+            inside = other >= most
+        else:
+            other = {"down": lane + by, "bfly": lane ^ by, "idx": least | (by & ~segment)}[mode]
+            inside = other <= most
+        other = np.where(inside, other, lane)
+        named = (members >> (other & 31).astype(np.uint32)) & np.uint32(1) == 1
+        wrong = ~named.reshape(-1) if active is None else active & ~named.reshape(-1)
+        if wrong.any():
+            raise PartialWarp("a shuffle from a lane that its mask does not name", np.flatnonzero(wrong))
+        results = (np.take_along_axis(value, other, 1).reshape(-1), inside.reshape(-1))
+        for register, result in zip(targets, results, strict=False):
+            if register is not None:
+                programs.write(register, result, active)
+
+    return step
