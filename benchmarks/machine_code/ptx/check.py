@@ -160,7 +160,7 @@ _LAUNCHERS = (
     _Launcher(
         noise_patchify_triton, "launch_backward", _OPERATORS.noise_patchify_backward, {"pixels": _pixels_allowed}
     ),
-    _Launcher(patch_loss_triton, "launch_forward", _OPERATORS.patch_loss, {"loss": _relative(1e-5)}),
+    _Launcher(patch_loss_triton, "launch", _OPERATORS.patch_loss, {"loss": _relative(1e-5)}),
     _Launcher(patch_loss_triton, "launch_backward", _OPERATORS.patch_loss_backward, {"gradient": _relative(1e-5)}),
     _Launcher(decode_patches_triton, "launch", _OPERATORS.decode_patches, {"decoded": _decoded_allowed}),
     _Launcher(decode_patches_triton, "launch_backward", _OPERATORS.decode_patches_backward, _GRADIENTS, 2e-5),

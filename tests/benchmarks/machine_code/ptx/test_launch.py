@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from denim.benchmarks.machine_code import run_on_cpu
-from denim.benchmarks.machine_code.ptx.traps import OutOfBounds, StoredTwice, UnknownInstruction
+from denim.benchmarks.machine_code.ptx.traps import Misaligned, OutOfBounds, StoredTwice, UnknownInstruction
 
 triton = pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 tl = pytest.importorskip("triton.language")
@@ -31,6 +31,12 @@ def copy(x, out, n, BLOCK: tl.constexpr):
 def copy_without_mask(x, out, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, mask=i < n))
+
+
+@triton.jit
+def copy_of_what_is_called_aligned(x, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(tl.multiple_of(x + i, 16)))
 
 
 @triton.jit
@@ -123,6 +129,25 @@ def test_strided_tensors_may_be_accessed_between_their_first_and_last_element():
         assert torch.equal(out[:43], memory[10:53])
         with pytest.raises(OutOfBounds, match=r"x \(8,\) \+ 200, which has 200 bytes"):
             copy[(1,)](memory[10:60:7], out, 51, BLOCK=64)
+
+
+def test_bases_that_are_not_aligned_get_narrower_accesses():
+    memory, out = torch.randn(1009), torch.empty(1009)
+    with run_on_cpu() as launches:
+        copy[(2,)](memory[:1008], out[:1008], 1008, BLOCK=512)
+        copy[(2,)](memory[1:], out[1:], 1008, BLOCK=512)
+    assert torch.equal(out[1:], memory[1:])
+    wide, narrow = (launch.ptx for launch in launches)
+    assert "ld.global.v2" in wide or "ld.global.v4" in wide
+    assert "ld.global.v" not in narrow
+
+
+def test_a_false_promise_of_alignment_is_trapped():
+    memory, out = torch.randn(257), torch.empty(256)
+    with run_on_cpu():
+        copy_of_what_is_called_aligned[(1,)](memory[:256], out, BLOCK=256, num_warps=1)
+        with pytest.raises(Misaligned, match="copy_of_what_is_called_aligned"):
+            copy_of_what_is_called_aligned[(1,)](memory[1:], out, BLOCK=256, num_warps=1)
 
 
 def test_some_programs_alone():
