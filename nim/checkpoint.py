@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from denim.nim.files import atomic_write
+from denim.nim.files import DamagedFileError, atomic_write, read_json
 
 __all__ = ["CheckpointError", "Pretrained", "read_safetensors", "with_todays_names"]
 
@@ -95,12 +95,12 @@ class Pretrained(nn.Module):
     def _read_config(cls, folder: Path) -> Any:
         file = folder / CONFIG_FILE
         if not file.is_file():
-            raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: not a checkpoint folder of Denim")
+            raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: {_what_else(folder)}")
         try:
-            content = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-        kind = content.pop("model", None) if isinstance(content, dict) else None
+            content = read_json(file)
+        except DamagedFileError as error:
+            raise CheckpointError(str(error)) from error
+        kind = content.pop("model", None)
         if kind != cls.__name__:
             raise CheckpointError(f"{file} describes a {kind or 'model of another library'}, expected {cls.__name__}")
         known = {field.name for field in dataclasses.fields(cls.config_class)}
@@ -164,6 +164,15 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder is that is no checkpoint, and what to do."""
+    if (folder / "model" / CONFIG_FILE).is_file():
+        return f"it is a run, and its model is {folder / 'model'}: give that folder"
+    if (folder / "run.json").is_file():
+        return "it is a run that has not finished: resume it first, or give one of its checkpoints"
+    return "not a checkpoint folder of Denim"
 
 
 def _fetch(source: str | Path, revision: str | None, token: str | None) -> Path:

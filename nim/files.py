@@ -1,49 +1,203 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and the JSON that Denim writes and reads again."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_folder", "atomic_write"]
+__all__ = [
+    "DamagedFileError",
+    "WriteError",
+    "append_text",
+    "atomic_folder",
+    "atomic_write",
+    "read_json",
+    "read_json_lines",
+    "sweep",
+]
+
+PREFIX, SUFFIX = ".denim-", ".part"  # of names before they are final
+# What a killed process can leave behind: those, and the file that safetensors writes beside its target.
+LEFTOVERS = re.compile(r"\.denim-\w{8}\.part|\.tmp\w{6}")
+ADVICE = {
+    errno.ENOSPC: "make room there and run the same command again",
+    errno.EDQUOT: "make room there and run the same command again",
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "choose a folder that can be written to, or change its permissions",
+    errno.EPERM: "choose a folder that can be written to, or change its permissions",
+}
+# What writing to an open file can raise.
+REFUSALS = {*ADVICE, errno.EFBIG, errno.EIO}
+
+
+class WriteError(OSError):
+    """A file or folder cannot be written. The message says which, why and what to do; `errno` is the system's.
+
+    Args:
+        number: the system's error number.
+        path: of what was to be written.
+    """
+
+    def __init__(self, number: int, path: Path) -> None:
+        super().__init__(number, os.strerror(number), str(path))
+
+    def __str__(self) -> str:
+        advice = f"; {ADVICE[self.errno]}" if self.errno in ADVICE else ""
+        return f"cannot write {self.filename}: {self.strerror}{advice}"
+
+
+class DamagedFileError(ValueError):
+    """A JSON file of Denim's own does not hold what Denim writes there."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    staged = Path(name)
-    try:
-        yield staged
-        staged.chmod(0o644)
-        _sync(staged)
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed.
+
+    The file gets the permissions that the process's umask leaves.
+
+    Raises:
+        WriteError: the system refuses, also within the block: errors of safetensors and torch.save are translated.
+    """
+    with _translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = _new_name(path.parent)
+        try:
+            staged.touch(exist_ok=False)
+            mode = staged.stat().st_mode & 0o777
+            yield staged
+            _set_mode(staged, mode)
+            _sync(staged)
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which must not exist; on success it takes that name in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    """Yield a temporary folder beside `path`, which must not exist; on success it takes that name in one step.
+
+    The folder gets the permissions that the process's umask leaves.
+
+    Raises:
+        WriteError: the system refuses, also within the block: errors of safetensors and torch.save are translated.
+    """
+    with _translated(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = _new_name(path.parent)
+        try:
+            staged.mkdir()
+            yield staged
+            for file in staged.iterdir():
+                _sync(file)
+            staged.rename(path)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a file, which is made where absent.
+
+    Raises:
+        WriteError: the system refuses; a part of the text may have been written (see `read_json_lines`).
+    """
+    with _translated(path), path.open("a", encoding="utf-8") as handle:
+        handle.write(text)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left half-written in a folder and in the folders in it.
+
+    Only for the one process that may write there (`denim.nim.owner.owned`): it removes what others are writing.
+    """
+    for entry in (*folder.glob(".*"), *folder.glob("*/.*")):
+        if LEFTOVERS.fullmatch(entry.name):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that Denim has written.
+
+    Raises:
+        DamagedFileError: the file does not hold a JSON object.
+        OSError: the file cannot be read.
+    """
+    return _parse(path.read_bytes(), str(path))
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines that grows by `append_text`; none if there is no such file.
+
+    A last line without its end is left out: the process that wrote it was killed, or the disk was full.
+
+    Raises:
+        DamagedFileError: another line does not hold a JSON object.
+        OSError: the file cannot be read.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [_parse(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any]:
     try:
-        yield staged
-        staged.chmod(0o755)
-        for file in staged.iterdir():
-            _sync(file)
-        staged.rename(path)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        value = json.loads(content)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DamagedFileError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DamagedFileError(f"{name} holds {content[:20]!r}, expected a JSON object in braces")
+    return value
+
+
+def _new_name(folder: Path) -> Path:
+    # The functions of tempfile make files and folders that their owner alone can read, whatever the umask allows.
+    return folder / f"{PREFIX}{secrets.token_hex(4)}{SUFFIX}"
+
+
+def _set_mode(file: Path, mode: int) -> None:
+    """Undo what a library did to the permissions of a file that it replaced (safetensors: 0600)."""
+    if file.stat().st_mode & 0o777 != mode:
+        with contextlib.suppress(OSError):  # some network and foreign file systems know no permissions
+            file.chmod(mode)
 
 
 def _sync(file: Path) -> None:
     """Write a file's content to disk before it is renamed: else a power cut could leave the new name without it."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Whatever says that the system refuses to write `path`, as a `WriteError`; other errors pass."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        number = _system_error(error, path.parent)
+        if number is None:
+            raise
+        raise WriteError(number, path) from error
+
+
+def _system_error(error: BaseException, folder: Path) -> int | None:
+    """The system's number of an error in writing to a folder, or None for an error of another kind."""
+    if isinstance(error, OSError):
+        if isinstance(error.filename, (str, bytes)):  # an error that names a file elsewhere is about what was read
+            return error.errno if Path(os.fsdecode(error.filename)).is_relative_to(folder) else None
+        return error.errno if error.errno in REFUSALS else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, in the words of Rust's std::io
+        return int(found[1])
+    # torch.save raises a RuntimeError while it handles the OSError of the file that it was given.
+    return _system_error(error.__context__, folder) if error.__context__ is not None else None

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from denim.nim.checkpoint import WEIGHTS_FILE, CheckpointError, Pretrained, read_safetensors, with_todays_names
 from denim.nim.data import ManifestSource, Source, open_source
-from denim.nim.files import atomic_folder, atomic_write
+from denim.nim.files import append_text, atomic_folder, atomic_write, read_json, read_json_lines
 from denim.nim.settings import TrainConfig
 
 __all__ = ["Metrics", "latest_checkpoint", "load_checkpoint", "prepare_folder", "save_checkpoint", "training_source"]
@@ -62,7 +62,7 @@ def prepare_folder(config: TrainConfig, source: Source | None) -> None:
 
     Raises:
         ValueError: the folder holds a run and the settings do not resume it, or differ from the run's own in what
-            changes its weights.
+            changes its weights; or its run.json is damaged.
     """
     settings = json.loads(json.dumps(asdict(config), default=str))
     file = config.out / "run.json"
@@ -74,7 +74,7 @@ def prepare_folder(config: TrainConfig, source: Source | None) -> None:
         return
     if not config.resume:
         raise ValueError(f"{config.out} holds a run already; resume it, or choose another folder")
-    earlier = with_todays_names(json.loads(file.read_text()), settings)
+    earlier = with_todays_names(read_json(file), settings)
     names = (earlier.keys() | settings.keys()) - set(FREE_SETTINGS)
     changed = [
         f"{name} was {earlier.get(name)!r}, is {settings.get(name)!r}"
@@ -117,7 +117,9 @@ def save_checkpoint(run: Path, model: Pretrained, optimizer: torch.optim.Optimiz
         return
     with atomic_folder(folder) as staged:
         model.save_pretrained(staged)
-        torch.save({**progress, "optimizer": optimizer.state_dict()}, staged / TRAINING_FILE)
+        # An open file: torch says why it cannot write to one, but not why it cannot write to a path.
+        with (staged / TRAINING_FILE).open("wb") as file:
+            torch.save({**progress, "optimizer": optimizer.state_dict()}, file)
     for old in sorted(folder.parent.glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
 
@@ -132,16 +134,14 @@ class Metrics:
 
     def __init__(self, run: Path, update: int) -> None:
         self.file = run / "metrics.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["update"] <= update]
+        kept = [record for record in read_json_lines(self.file) if record["update"] <= update]
         with atomic_write(self.file) as staged:
-            staged.write_text("".join(f"{line}\n" for line in kept))
+            staged.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         self.events = SummaryWriter(run / "tensorboard", purge_step=update + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record, which holds "update"; its numbers become TensorBoard scalars."""
-        with self.file.open("a") as handle:
-            handle.write(json.dumps(record) + "\n")
+        append_text(self.file, json.dumps(record) + "\n")
         for name, value in record.items():
             if name != "update" and isinstance(value, (int, float)):
                 self.events.add_scalar(name, value, int(record["update"]))

@@ -1,8 +1,23 @@
 from __future__ import annotations
 
-import pytest
+import errno
+import os
+import resource
+import signal
 
-from denim.nim.files import atomic_folder, atomic_write
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from denim.nim.files import (
+    DamagedFileError,
+    WriteError,
+    append_text,
+    atomic_folder,
+    atomic_write,
+    read_json,
+    read_json_lines,
+)
 
 
 class InterruptedSavingError(Exception):
@@ -40,3 +55,107 @@ def test_a_failed_folder_leaves_nothing(tmp_path):
         (staged / "file").write_text("other")
     assert (folder / "file").read_text() == "whole"
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_and_folders_honour_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_write(tmp_path / "weights") as staged:
+            save_file({"x": torch.zeros(1)}, staged)  # replaces the file by one that its owner alone can read
+        with atomic_folder(tmp_path / "folder") as staged:
+            (staged / "file").touch()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert (tmp_path / "folder" / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_file_system_without_permissions_is_written_to(tmp_path, monkeypatch):
+    def chmod(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chmod", chmod)
+    with atomic_write(tmp_path / "weights") as staged:
+        save_file({"x": torch.ones(1)}, staged)
+    with atomic_folder(tmp_path / "folder") as staged:
+        (staged / "file").touch()
+    assert load_file(tmp_path / "weights")["x"] == 1
+    assert (tmp_path / "folder" / "file").exists()
+
+
+def write_with_torch(path):
+    with path.open("wb") as handle:
+        torch.save({"x": torch.zeros(50_000)}, handle)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(bytes(200_000)),
+        lambda path: save_file({"x": torch.zeros(50_000)}, path),
+        write_with_torch,
+    ],
+)
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_every_writer_says_what_the_system_refused(tmp_path, write, as_folder):
+    """A limit on the length of files plays the full disk: the same path of errors, and another number."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        atomic = atomic_folder if as_folder else atomic_write
+        said = f"^cannot write {tmp_path}/new: File too large$"
+        with pytest.raises(WriteError, match=said) as raised, atomic(tmp_path / "new") as staged:
+            write(staged / "file" if as_folder else staged)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert raised.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_comes_with_advice(tmp_path):
+    for number, advice in ((errno.ENOSPC, "make room"), (errno.EROFS, "choose a folder"), (errno.EACCES, "choose a")):
+        said = f"cannot write .*file: {os.strerror(number)}; {advice}"
+        with pytest.raises(WriteError, match=said), atomic_write(tmp_path / "file"):
+            raise OSError(number, os.strerror(number))
+        with pytest.raises(WriteError, match=advice), atomic_write(tmp_path / "file") as staged:
+            raise OSError(number, os.strerror(number), str(staged))
+
+
+def test_errors_that_are_not_about_writing_stay_what_they_are(tmp_path):
+    for error in (RuntimeError("a mistake"), FileNotFoundError(2, "none", "/elsewhere"), InterruptedSavingError()):
+        with pytest.raises(type(error)) as raised, atomic_write(tmp_path / "file"):
+            raise error
+        assert raised.value is error
+
+
+def test_a_place_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(WriteError, match=f"cannot write {tmp_path}/file/new: "),
+        atomic_write(tmp_path / "file" / "new"),
+    ):
+        pass
+
+
+def test_json_lines_leave_out_a_last_line_without_its_end(tmp_path):
+    file = tmp_path / "lines"
+    assert read_json_lines(file) == []
+    append_text(file, '{"a": 1}\n')
+    append_text(file, '{"a": {}}\n{"b": {}')
+    assert read_json_lines(file) == [{"a": 1}, {"a": {}}]
+    append_text(file, "}")  # complete, but nothing says that this is all of it
+    assert read_json_lines(file) == [{"a": 1}, {"a": {}}]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"nan", b"\x00" * 8])
+def test_damaged_json_is_named(tmp_path, content):
+    file = tmp_path / "file.json"
+    file.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"file\.json (is not valid JSON|holds b'\[1\]')"):
+        read_json(file)
+    file.write_bytes(b'{"a": 1}\n' + content + b'\n{"a": 2}\n')
+    with pytest.raises(DamagedFileError, match=r"^line 2 of .*file\.json"):
+        read_json_lines(file)
