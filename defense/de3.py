@@ -17,6 +17,7 @@ from denim.kernels.patches import unpatchify
 from denim.nim import Autoencoder, Classifier, Mask, add_noise, reconstruct
 from denim.nim.classifier import PatchEmbed
 from denim.nim.reconstruction import case_of, check_degradation, same_patches
+from denim.nim.sigma import warn_of_unit_sigma
 
 __all__ = ["De3"]
 
@@ -59,9 +60,11 @@ class De3(nn.Module):
 
     Raises:
         ValueError: an unknown option (the valid ones are listed), or options that do not fit together.
+        TypeError: a path in place of a model.
 
     Warns:
-        UserWarning: the classifier records that it was trained on images of another kind.
+        UserWarning: the classifier records that it was trained on images of another kind; or sigma lies between 0 and
+            1, as if in [0, 1] units.
     """
 
     _key: Tensor
@@ -81,6 +84,9 @@ class De3(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        for name, model, kind in (("denoiser", denoiser, "Autoencoder"), ("classifier", classifier, "Classifier")):
+            if isinstance(model, str | os.PathLike):
+                raise TypeError(f"{name} must be a model, got the path {str(model)!r}: {kind}.from_pretrained loads it")
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
         if aggregate not in ("logits", "vote"):
@@ -117,6 +123,7 @@ class De3(nn.Module):
     def sigma(self, value: float | None) -> None:
         if value is not None:
             self._check_sigma(value)
+            warn_of_unit_sigma(value)
         self._sigma = None if value is None else float(value)
 
     @property

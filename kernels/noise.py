@@ -244,11 +244,13 @@ _normal_noise = register("normal_noise", _reference, _fake)
 
 
 def check_seeds(seeds: Tensor) -> None:
-    """Check the dtype of seeds.
+    """Check that seeds are a tensor of the right dtype.
 
     Raises:
-        TypeError: seeds are not int64.
+        TypeError: seeds are not an int64 tensor.
     """
+    if not isinstance(seeds, Tensor):
+        raise TypeError(f"seeds must be a tensor, got {seeds!r}; derive them with denim.kernels.derive_seeds")
     if seeds.dtype != torch.int64:
         raise TypeError(f"seeds must be int64, got {seeds.dtype}; derive them with denim.kernels.derive_seeds")
 

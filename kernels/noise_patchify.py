@@ -152,7 +152,7 @@ def noise_patchify(
         in float pixels; the sum over levels and draws in backward has a fixed order. No double backward.
 
     Raises:
-        TypeError: a wrong dtype.
+        TypeError: a wrong dtype, or a number in place of a tensor.
         ValueError: a wrong shape or device, or a sigma that requires a gradient.
 
     Source: You et al. 2023 (arXiv 2302.01056), section 3: the input of noisy image modeling.
@@ -160,6 +160,8 @@ def noise_patchify(
     check_images(images, patch_size=patch_size, mean=mean, std=std)
     check_seeds(seeds)
     batch = images.shape[0]
+    if not isinstance(sigma, Tensor):
+        raise TypeError(f"sigma must be a tensor with one level per image, got {sigma!r}: torch.full(({batch},), ...)")
     for name, tensor, outer in (("sigma", sigma, "S"), ("seeds", seeds, "R")):
         if tensor.dim() not in (1, 2) or tensor.shape[-1] != batch:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,23 @@ from torch import Tensor
 
 from denim.kernels import Stream, noise_words
 
-__all__ = ["Sigma"]
+__all__ = ["Sigma", "warn_of_unit_sigma"]
 
 _FORMS = "a number (70), gamma:CONCENTRATION,SCALE (gamma:25,3) or uniform:LOW,HIGH (uniform:0,30)"
+
+
+def warn_of_unit_sigma(level: float) -> None:
+    """Warn of a noise level between 0 and 1: it may have been meant in [0, 1] units.
+
+    Args:
+        level: in 0-255 pixel levels.
+    """
+    if 0 < level < 1:
+        warnings.warn(
+            f"sigma is in 0-255 pixel levels, and {level:g} is less than one level; for {level:g} of images in [0, 1] "
+            f"give {255 * level:g}",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,9 @@ class Sigma:
 
         Raises:
             ValueError: not a text form, negative or not finite, or an empty range.
+
+        Warns:
+            UserWarning: the level, the mean of the gamma distribution or the upper end lies between 0 and 1.
         """
         kind, _, rest = str(text).partition(":") if ":" in str(text) else ("constant", ":", str(text))
         try:
@@ -47,6 +65,7 @@ class Sigma:
             raise ValueError(f"sigma {text!r}: concentration and scale must be positive")
         if kind == "uniform" and values[0] > values[1]:
             raise ValueError(f"sigma {text!r}: the lower end is above the upper end")
+        warn_of_unit_sigma(math.prod(values) if kind == "gamma" else values[-1])
         return cls(kind, values)
 
     def __str__(self) -> str:

@@ -141,7 +141,7 @@ class PlannedLoader(ABC):
         if last == "drop" and whole == 0:
             raise ValueError(
                 f"{source.name} has {count} images, less than one batch of {together}, and last='drop' leaves out what "
-                "does not fill a batch: take a smaller batch_size, last='keep' or last='pad'"
+                "does not fill a batch: take a smaller batch_size"
             )
         if last == "keep" and world > 1 and rest:
             raise ValueError(
