@@ -29,7 +29,10 @@ from denim.defense.scores import Interval, Scores, paired_difference, score
 from denim.kernels import Domain
 from denim.nim.checkpoint import with_todays_names
 from denim.nim.data import Loader
-from denim.nim.files import atomic_write
+from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
+from denim.nim.owner import owned
+from denim.nim.stopping import StopRequest, stop_requests
+from denim.nim.text import open_console
 
 __all__ = ["Cell", "Evaluation", "EvaluationSettings", "Examples", "HealthWarning", "evaluate"]
 
@@ -152,13 +155,30 @@ def evaluate(
 
     Raises:
         ValueError: no defense, no images, or `out` holds an evaluation of other settings, weights or images.
+        OwnedError: another process writes to `out`.
+        Stopped: SIGTERM or Ctrl-C; raised after the batch that was running, whose records are kept.
     """
-    console = console or Console(stderr=True)
+    console = console or open_console(stderr=True)
     if not defenses:
         raise ValueError("evaluate needs at least one defense")
     attacks: list[Attack | None] = [None, *(Attack.parse(text) for text in settings.attacks)]
     for defense in defenses.values():
         defense.eval()
+    stopped = f"the finished part is in {out}: the same call goes on there"
+    with owned(out), stop_requests(stopped) as stop:
+        return _evaluate(defenses, attacks, loader, settings, out, classes, console, stop)
+
+
+def _evaluate(
+    defenses: Mapping[str, De3],
+    attacks: Sequence[Attack | None],
+    loader: Loader,
+    settings: EvaluationSettings,
+    out: Path,
+    classes: Sequence[str],
+    console: Console,
+    stop: StopRequest,
+) -> Evaluation:
     _claim_folder(out, defenses, loader, settings)
     records = _Records(out / "records.jsonl")
     notes: list[str] = []
@@ -168,7 +188,7 @@ def evaluate(
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.fields[state]}", markup=False),
     )
     progress = Progress(*columns, console=console, disable=not console.is_terminal)
     task = progress.add_task("evaluating", total=len(work), state="")
@@ -176,9 +196,9 @@ def evaluate(
         for number, (name, defense, attack) in enumerate(work):
             text = CLEAN if attack is None else str(attack)
             progress.update(task, completed=number, state=f"{name}, {text}")
-            _evaluate_cell(name, defense, attack, text, loader, settings, out, records)
+            _evaluate_cell(name, defense, attack, text, loader, settings, out, records, stop)
             if not console.is_terminal and attack is attacks[-1]:
-                console.print(f"evaluating: {name} done")
+                console.print(f"evaluating: {name} done", markup=False)
         progress.update(task, completed=len(work), state="")
     cells = _cells(defenses, attacks, records)
     notes += _health(defenses, cells, records)
@@ -238,7 +258,7 @@ def _claim_folder(out: Path, defenses: Mapping[str, De3], loader: Loader, settin
     }
     content = json.loads(json.dumps(content))
     file = out / "evaluation.json"
-    earlier = json.loads(file.read_text()) if file.exists() else content
+    earlier = read_json(file) if file.exists() else content
     if {**earlier, "settings": with_todays_names(earlier.get("settings", {}), content["settings"])} != content:
         raise ValueError(
             f"{out} holds an evaluation of other settings, weights or images; see {file.name} there, or choose another "
@@ -256,10 +276,9 @@ class _Records:
         self.file = file
         self.rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
         if file.exists():
-            for line in file.read_text().splitlines():
-                if line.endswith("}"):  # a process that is killed can leave half a line at the end
-                    self._add(json.loads(line))
-            # The file is rewritten without such a line: the next record would be appended to it.
+            for row in read_json_lines(file):
+                self._add(row)
+            # The file is rewritten without half a line at the end: the next record would be appended to it.
             with atomic_write(file) as staged:
                 staged.write_text(
                     "".join(json.dumps(row) + "\n" for cell in self.rows.values() for row in cell.values())
@@ -272,9 +291,7 @@ class _Records:
         return self.rows.get((name, attack), {})
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as handle:
-            handle.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             self._add(row)
 
@@ -299,6 +316,7 @@ def _evaluate_cell(
     settings: EvaluationSettings,
     out: Path,
     records: _Records,
+    stop: StopRequest,
 ) -> None:
     device = next((tensor.device for tensor in defense.classifier.parameters()), torch.device("cpu"))
     done, kept = records.cell(name, text), _examples_file(out, name, attack)
@@ -343,6 +361,7 @@ def _evaluate_cell(
             )
             if missing:
                 found.append((clean.cpu(), pixels.cpu(), labels.cpu(), ids.cpu()))
+            stop.heed()
     if wanted and found:
         clean, attacked, labels, ids = (torch.cat(parts)[:wanted] for parts in zip(*found, strict=True))
         _save_examples(kept, defense, clean, attacked, labels, ids, settings.seed, device)

@@ -22,8 +22,11 @@ from torch import Tensor
 from denim.kernels import Domain, derive_seeds
 from denim.nim.checkpoint import Pretrained
 from denim.nim.data import Batch, Loader, PlannedLoader, Source, TrainView, open_loader
+from denim.nim.owner import owned
 from denim.nim.run import Metrics, latest_checkpoint, load_checkpoint, prepare_folder, save_checkpoint
 from denim.nim.settings import TrainConfig
+from denim.nim.stopping import StopRequest, stop_requests
+from denim.nim.text import printable
 
 __all__ = ["TrainState", "keyed_torch", "train", "training_loader", "training_step"]
 
@@ -196,6 +199,9 @@ def train(
 
     Raises:
         ValueError: the folder holds a run, or a run with other settings.
+        OwnedError: another process writes to the folder.
+        WriteError: the disk is full, or the folder cannot be written to.
+        Stopped: SIGTERM or Ctrl-C; raised after a checkpoint of the update that was running.
         FloatingPointError: the loss is not finite.
         CheckpointError: the newest checkpoint cannot be read.
         BadSamplesError: more images than `config.max_bad` allows cannot be read.
@@ -206,6 +212,23 @@ def train(
             f"an epoch has {loader.steps_per_epoch} parts of {config.part_size} images, fewer than accumulate "
             f"({config.accumulate}): take a smaller batch_size"
         )
+    kept = f"{config.out} has a checkpoint of the last whole update: the same command with --resume goes on there"
+    with owned(config.out), stop_requests(kept) as stop:
+        _train(config, model, groups, loader, loss, updates_per_epoch, title, console, source, stop)
+
+
+def _train(
+    config: TrainConfig,
+    model: Pretrained,
+    groups: list[dict[str, Any]],
+    loader: Loader,
+    loss: Callable[[Batch, int], Tensor],
+    updates_per_epoch: int,
+    title: str,
+    console: Console,
+    source: Source | None,
+    stop: StopRequest,
+) -> None:
     prepare_folder(config, source)
     state = _begin(config, model, groups, loader, loss, updates_per_epoch)
     metrics = Metrics(config.out, state.update)
@@ -225,7 +248,7 @@ def train(
                     training_step(state, parts)
                     last = state.update == state.total
                     log = state.update % config.log_every == 0 or last
-                    save = state.update % checkpoint_every == 0 or last
+                    save = state.update % checkpoint_every == 0 or last or bool(stop)
                     if not (log or save):
                         continue
                     mean_loss = state.losses.item() / (state.update - state.logged)
@@ -259,10 +282,11 @@ def train(
                     if save:
                         done = {"update": state.update, "logged": state.logged, "losses": state.losses.item()}
                         save_checkpoint(config.out, model, state.optimizer, {**done, "loader": loader.state()})
+                        stop.heed()
     finally:
         metrics.close()
     if bad:
-        listed = "".join(f"\n  {reason}" for reason in bad.values())
+        listed = "".join(f"\n  {printable(reason)}" for reason in bad.values())
         console.print(
             f"{title}: {len(bad)} images could not be read and were replaced by others:{listed}",
             markup=False,

@@ -21,6 +21,7 @@ from denim.nim.reconstruction import add_noise, case_of, check_degradation, reco
 from denim.nim.run import training_source
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
+from denim.nim.text import open_console
 
 __all__ = ["accuracy", "finetune"]
 
@@ -37,7 +38,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         ValueError: settings or data that do not fit; CheckpointError: no such denoiser. Raised before any work.
         FloatingPointError: the loss is not finite.
     """
-    console = console or Console(stderr=True)
+    console = console or open_console(stderr=True)
     device = pick_device(config.device)
     autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False).to(device)
     check_degradation(autoencoder, config.degrade, config.statistics)

@@ -14,6 +14,7 @@ from denim.nim.engine import keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
 from denim.nim.run import training_source
 from denim.nim.settings import PretrainConfig, pick_device
+from denim.nim.text import open_console
 
 __all__ = ["pretrain"]
 
@@ -28,7 +29,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         ValueError: settings or data that do not fit; raised before any work.
         FloatingPointError: the loss is not finite.
     """
-    console = console or Console(stderr=True)
+    console = console or open_console(stderr=True)
     device = pick_device(config.device)
     objective = Objective.published(config.objective, config.sigma, config.mask_ratio)
     source = training_source(config, config.channels, labelled=False)

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +23,9 @@ from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_diff
 from denim.kernels import Domain, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig
 from denim.nim.data import Batch
+from denim.nim.files import DamagedFileError
+from denim.nim.owner import OwnedError, owned
+from denim.nim.stopping import Stopped
 
 CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25,), target="raw")
 COUNT, CLASSES = 10, 3
@@ -367,6 +373,46 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(finished, tmp_path_factor
     run(out, chosen, source, classes=("a", "b", "c"))
     assert chosen["off"].classifier.sizes == []
     assert contents(out) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_evaluation_after_the_running_batch(finished, tmp_path, number):
+    class Signalling(Images):
+        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+            for batch in super().epoch(epoch, start_step):
+                sent.append(1)
+                if len(sent) == 7:  # the first is that of the digest: this one is of the second row's last batch
+                    os.kill(os.getpid(), number)
+                yield batch
+
+    sent: list[int] = []
+    source = loader()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's process may ignore it
+    try:
+        with pytest.raises(Stopped, match="the same call goes on there") as stopped:
+            run(tmp_path, source=Signalling(source.images, source.labels))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.number == number
+    assert len(records(tmp_path)) == 2 * COUNT
+    run(tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes().replace(
+        b'"a",\n    "b",\n    "c"\n  ', b""
+    )
+
+
+def test_an_evaluation_has_one_owner(finished, tmp_path):
+    with owned(tmp_path), pytest.raises(OwnedError, match=f"process {os.getpid()} "):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "records.jsonl"])
+def test_damaged_files_of_an_evaluation_are_named(finished, tmp_path, name):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    (tmp_path / "copy" / name).write_bytes(b"{\n" + (tmp_path / "copy" / name).read_bytes())
+    with pytest.raises(DamagedFileError, match=name):
+        run(tmp_path / "copy")
 
 
 def test_an_evaluation_may_go_on_with_another_max_batch(finished, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from torch import nn
 from denim.nim.checkpoint import CheckpointError, Pretrained
 from denim.nim.data import Batch
 from denim.nim.engine import train
+from denim.nim.files import DamagedFileError
+from denim.nim.owner import OwnedError, owned
 from denim.nim.run import latest_checkpoint
 from denim.nim.settings import TrainConfig
+from denim.nim.stopping import Stopped
 
 QUIET = Console(quiet=True)
 
@@ -118,6 +122,62 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, stop_at):
         [{k: v for k, v in r.items() if k not in drop} for r in metrics(tmp_path / n)] for n in ("whole", "stopped")
     ]
     assert strip[0] == strip[1]
+
+
+class Signalling(Numbers):
+    """Sends this process a signal before the fourth part of the second epoch."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def epoch(self, epoch, start_step=0):
+        for batch in super().epoch(epoch, start_step):
+            if int(batch.ids[0]) == 106:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint_of_the_running_update(tmp_path, number):
+    def strip(out):
+        return [{name: value for name, value in r.items() if name != "images_per_second"} for r in metrics(out)]
+
+    every = {"checkpoint_every": 5, "log_every": 3}
+    whole, _ = run(configure(tmp_path / "whole", **every))
+    config = configure(tmp_path / "stopped", **every)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's process may ignore it
+    try:
+        with pytest.raises(Stopped, match="with --resume goes on") as stopped:
+            run(config, loader=Signalling(number))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.number == number
+    assert latest_checkpoint(config.out).name == "00000009"
+    assert not (config.out / "model").exists()
+    resumed, seen = run(configure(tmp_path / "stopped", resume=True, **every))
+    assert seen[0] == 9
+    assert torch.equal(whole.layer.weight, resumed.layer.weight)
+    assert strip(tmp_path / "whole") == strip(tmp_path / "stopped")
+
+
+def test_a_second_process_is_refused_before_it_writes(tmp_path):
+    run(configure(tmp_path / "run", epochs=1))
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with owned(tmp_path / "run"), pytest.raises(OwnedError, match=f"process {os.getpid()} "):
+        run(configure(tmp_path / "run", epochs=1, resume=True))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]"])
+def test_damaged_files_of_a_run_are_named(tmp_path, content):
+    run(configure(tmp_path / "run", epochs=1))
+    whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(content + b"\n" + whole)
+    with pytest.raises(DamagedFileError, match=r"line 1 of .*metrics\.jsonl"):
+        run(configure(tmp_path / "run", epochs=1, resume=True))
+    (tmp_path / "run" / "run.json").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"run\.json"):
+        run(configure(tmp_path / "run", epochs=1, resume=True))
 
 
 def test_a_line_of_metrics_that_spans_the_stop_is_the_same(tmp_path):
