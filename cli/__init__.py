@@ -7,14 +7,19 @@ answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import os
 import re
+import signal
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 
 __all__ = ["main", "run"]
 
@@ -32,6 +37,9 @@ COMMANDS = {
 }
 # A name is suggested in place of a word if they have this share of their characters in common (difflib's ratio).
 SIMILAR = 0.5
+
+# Variables by which a user says how OpenMP's threads wait.
+WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"}
 
 Command = Callable[..., None]
 
@@ -146,18 +154,100 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tyro.cli(commands[part], args=words, prog=program)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, outside of the work that ends at a place of its own choice (`denim.nim.stopping`)."""
+
+    number = signal.SIGTERM
+
+
 def run() -> None:
-    """Entry point: `main`, with one line in place of a traceback for a mistake of the user."""
+    """Entry point: `main`, with one line in place of a traceback for what is not a fault of the program.
+
+    Raises:
+        SystemExit: with status 2 for a mistake in settings or files, or a failure of the machine; 130 after Ctrl-C and
+            143 after SIGTERM; 141 where the reader of the output has gone; else see `main`.
+    """
+    before = warnings.formatwarning, signal.getsignal(signal.SIGTERM)
+    warnings.formatwarning = _warning_line
+    if before[1] is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, a name that it cannot spell is no failure
+            stream.reconfigure(errors="backslashreplace")
+    _let_threads_sleep()
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("DENIM_TRACEBACK"):
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        raise SystemExit(141) from None
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        kept = str(stop) or "the same command goes on where it stopped (pretrain, finetune: with --resume)"
+        _complain(f"stopped by {signal.Signals(number).name}; {kept}")
+        raise SystemExit(128 + number) from None
+    except Exception as error:
+        if os.environ.get("DENIM_TRACEBACK") or not isinstance(error, _expected()):
             raise
-        print(f"denim: {error}\n(DENIM_TRACEBACK=1 shows where)", file=sys.stderr)
+        _complain(f"{message_of(error)}\n(DENIM_TRACEBACK=1 shows where)")
+        try:
+            sys.stdout.flush()
+        except OSError:  # this was the error, and would be raised again at the end of the process
+            _drop_output()
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(
-            "denim: interrupted; the same command goes on where it stopped (pretrain, finetune: with --resume)",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
+    finally:
+        warnings.formatwarning = before[0]
+        if before[1] is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def message_of(error: Exception) -> str:
+    """What an error says, in a form for users: never empty, and without characters that act on the terminal."""
+    from denim.nim.text import printable
+
+    if isinstance(error, OSError) and type(error).__str__ is OSError.__str__ and error.strerror:
+        name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return printable(f"{name}{error.strerror}")
+    text = printable(error, keep="\n").strip()
+    if isinstance(error, MemoryError):
+        return f"out of memory{': ' + text if text else ''}; take a smaller batch, or fewer workers"
+    # Libraries raise RuntimeError, and their messages rarely say what it is about.
+    is_clear = isinstance(error, (ValueError, OSError, FloatingPointError)) and text
+    return text if is_clear else f"{type(error).__name__}: {text or 'no message'}"
+
+
+def _expected() -> tuple[type[Exception], ...]:
+    """Errors about files, settings or the machine. Any other is a fault of the program, and keeps its traceback."""
+    found = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, ImportError)
+    safetensors = sys.modules.get("safetensors")  # what is not imported has raised nothing
+    return (*found, safetensors.SafetensorError) if safetensors else found
+
+
+def _complain(text: str) -> None:
+    # One call: what other processes write to the same terminal stays out of the line.
+    sys.stderr.write(f"denim: {text}\n")
+
+
+def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
+    from denim.nim.text import printable
+
+    return f"denim: warning: {printable(message)}\n"
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere: writing it at the end of the process would fail once more."""
+    with contextlib.suppress(OSError, ValueError):  # no descriptor: nothing is written at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _let_threads_sleep() -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user has chosen; it is read when torch is imported.
+
+    Threads that spin keep a core from the process that has something to do on it.
+    """
+    if not WAITING & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -69,16 +69,15 @@ def kernels(
         compile: Also time the chain of operations under torch.compile.
         json: JSON file that gets everything that was measured.
     """
-    from rich.console import Console
-
     from denim.benchmarks import kernels as bench
     from denim.benchmarks.timing import environment
     from denim.nim.files import atomic_write
     from denim.nim.settings import pick_device
+    from denim.nim.text import open_console, printable
 
-    console = Console()
+    console = open_console()
     if not console.is_terminal:  # a pipe has no width: rich would take 80 columns and cut the table
-        console = Console(width=160)
+        console = open_console(width=160)
     where = pick_device(device)
     if json is not None and not json.parent.is_dir():
         raise ValueError(f"--json {json}: there is no folder {json.parent}")
@@ -93,15 +92,16 @@ def kernels(
         except bench.WrongResultError as error:
             print(f"denim: {error}", file=sys.stderr)
             raise SystemExit(1) from None
-    title = ", ".join(f"{name} {value}" for name, value in made.items())
-    console.print(_table(records, title))
-    for name, reason in sorted({pair for record in records for pair in record.absent.items()}):
-        console.print(f"{name}: {reason}", highlight=False)
-    if json is not None:
+    if json is not None:  # before anything is printed: what was measured must not be lost with the terminal
         content = {"environment": made, "records": [dataclasses.asdict(record) for record in records]}
         with atomic_write(json) as staged:
             staged.write_text(dumps(content, indent=1) + "\n")
-        console.print(f"written: {json}")
+    title = ", ".join(f"{name} {value}" for name, value in made.items())
+    console.print(_table(records, title))
+    for name, reason in sorted({pair for record in records for pair in record.absent.items()}):
+        console.print(f"{name}: {printable(reason)}")
+    if json is not None:
+        console.print(f"written: {printable(json)}")
 
 
 def data(
@@ -134,14 +134,14 @@ def data(
         memory: Also measure the memory.
         cache: Folder for the manifest; without it, the folder of the images, or the user's cache if that is read-only.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from denim.benchmarks import loaders as loading
+    from denim.nim.text import open_console, printable
 
-    console = Console()
+    console = open_console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = open_console(width=120)
     task = loading.open_task(folder, split, size, batch_size, workers, cache)
     with console.status("") as status:
         if {"dali", "torch"} <= set(loaders) and loading.reason("dali", task) is None:
@@ -154,7 +154,10 @@ def data(
             task, loaders, seconds=seconds, rounds=rounds, memory=memory, report=status.update
         )
     rates = {record.name: record.images_per_second for record in records}
-    title = f"{task.source.name}: {len(task.source)} images, {size}x{size}, batches of {batch_size}, {workers} workers"
+    title = (
+        f"{printable(task.source.name)}: {len(task.source)} images, {size}x{size}, batches of {batch_size}, "
+        f"{workers} workers"
+    )
     table = Table(title=title, box=None)
     for heading in ("loader", "", "images/s", "of torchvision", "of dali-reader", "MB"):
         table.add_column(heading, justify="left" if heading in ("loader", "") else "right", no_wrap=True)
@@ -171,4 +174,4 @@ def data(
         )
     console.print(table)
     for name, why in absent.items():
-        console.print(f"{name}: {why}", highlight=False)
+        console.print(f"{name}: {printable(why)}")

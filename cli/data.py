@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -39,14 +40,15 @@ def index(folder: Annotated[Path, tyro.conf.Positional], split: str | None = Non
         cache: Folder for the manifest; without it, the user's cache.
     """
     from denim.nim.data import open_manifest
+    from denim.nim.text import printable
 
     for name in _splits(folder, split):
         start = time.perf_counter()
         manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
         print(
-            f"{title}: {manifest.valid} images in {len(manifest.classes)} classes, "
+            f"{printable(title)}: {manifest.valid} images in {len(manifest.classes)} classes, "
             f"{len(manifest) - manifest.valid} bad; {manifest.decoded} decoded in {time.perf_counter() - start:.1f} s; "
-            f"manifest {manifest.file}"
+            f"manifest {printable(manifest.file)}"
         )
         _say_passed_over(title, manifest)
 
@@ -67,6 +69,7 @@ def check(
     """
     from denim.nim.data import open_manifest
     from denim.nim.files import atomic_write
+    from denim.nim.text import printable
 
     bad, total = [], 0
     for name in _splits(folder, split):
@@ -74,12 +77,12 @@ def check(
         _say_passed_over(title, manifest)
         total += len(manifest)
         bad += [(manifest.where(row), manifest.fault(row)) for row in range(manifest.valid, len(manifest))]
-    for path, fault in bad:
-        print(f"{path}: {fault}")
     if out is not None:
-        with atomic_write(out) as staged:
-            staged.write_text("".join(f"{path}\t{fault}\n" for path, fault in bad), errors="surrogateescape")
-    print(f"{len(bad)} of {total} images in {folder} cannot be read ({len(bad) / total:.2%})")
+        with atomic_write(out) as staged:  # names byte for byte as the file system has them
+            staged.write_bytes(b"".join(os.fsencode(f"{path}\t{fault}\n") for path, fault in bad))
+    for path, fault in bad:
+        print(f"{printable(path)}: {printable(fault)}")
+    print(f"{len(bad)} of {total} images in {printable(folder)} cannot be read ({len(bad) / total:.2%})")
     if bad:
         raise SystemExit(1)
 
@@ -152,9 +155,12 @@ def preview(
     from denim.nim import add_noise
     from denim.nim.data import TorchLoader, TrainView, open_source
     from denim.nim.files import atomic_write
+    from denim.nim.sigma import warn_of_unit_sigma
+    from denim.nim.text import printable
 
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma takes a finite noise level of 0-255 pixel levels, 0 or more, got {sigma}")
+    warn_of_unit_sigma(sigma)
     view = TrainView(size, crop_scale, flip=flip)
     source = open_source(folder, split, channels, labelled=False, max_bad=1, cache=cache)
     if not 1 <= count <= len(source):
@@ -165,13 +171,12 @@ def preview(
 
     # A picture cannot show values outside [0, 1].
     noisy = (255 * noisy.movedim(1, -1).clamp(0, 1)).round().to(torch.uint8)
-    titles = [source.classes[label] for label in batch.labels.tolist()]
-    sheet = _sheet(
-        batch.images, noisy, titles, f"{source.name}, epoch {epoch}, seed {seed}: clean, and with sigma {sigma:g}"
-    )
+    titles = [printable(source.classes[label]) for label in batch.labels.tolist()]
+    heading = f"{printable(source.name)}, epoch {epoch}, seed {seed}: clean, and with sigma {sigma:g}"
+    sheet = _sheet(batch.images, noisy, titles, heading)
     with atomic_write(out) as staged:
         sheet.save(staged, format="PNG")
-    print(out)
+    print(printable(out))
 
 
 def _sheet(above: Tensor, below: Tensor, titles: Sequence[str], heading: str) -> Image.Image:
@@ -223,6 +228,7 @@ def pack(
     """
     from denim.nim.data import ManifestSource, open_manifest
     from denim.nim.data.shards import pack as pack_shards
+    from denim.nim.text import printable
 
     length = re.fullmatch(r"(\d+(?:\.\d+)?)(|kB|MB|GB)", shard_size)
     if length is None:
@@ -239,9 +245,10 @@ def pack(
         target = out / name if is_part else out
         packed = pack_shards(manifest, target, name if is_part else "images", shard_bytes)
         for line in packed.lost:
-            print(line)
+            print(printable(line))
         print(
-            f"{title}: {packed.samples} images in {packed.shards} shards, {packed.bytes / 1e6:.1f} MB, in {target}; "
+            f"{printable(title)}: {packed.samples} images in {packed.shards} shards, {packed.bytes / 1e6:.1f} MB, in "
+            f"{printable(target)}; "
             f"{len(source.skipped) + len(packed.lost)} bad ones left out; {time.perf_counter() - start:.1f} s"
         )
 
@@ -264,16 +271,18 @@ def _splits(folder: Path, split: str | None) -> list[str]:
 
 def _describe(source: Source, formats: dict[str, int], num_images: int, seed: int) -> None:
     import numpy as np
-    from rich.console import Console
     from rich.table import Table
 
     from denim.nim.data import Subset
+    from denim.nim.text import open_console, printable
 
-    console = Console()
-    console.print(f"{source.name}: {len(source)} images in {len(source.classes)} classes, {len(source.skipped)} bad")
+    console = open_console()
+    console.print(
+        f"{printable(source.name)}: {len(source)} images in {len(source.classes)} classes, {len(source.skipped)} bad"
+    )
     table = Table("class", "images", box=None)
     for name, count in zip(source.classes, source.labels.bincount(minlength=len(source.classes)).tolist(), strict=True):
-        table.add_row(name or "(none)", str(count))
+        table.add_row(printable(name) or "(none)", str(count))
     console.print(table)
     quantiles = (0, 0.05, 0.5, 0.95, 1)
     table = Table("pixels", "least", "5 %", "median", "95 %", "most", box=None)
@@ -304,9 +313,10 @@ def channel_moments(source: Source) -> tuple[tuple[float, ...], tuple[float, ...
 
 def _pixels(source: Source) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
     import numpy as np
-    from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
+    from denim.nim.text import open_console
+
+    console = open_console(stderr=True)
     for k in track(range(len(source)), "pixels", console=console, disable=not console.is_terminal):
         yield np.asarray(source.read(k), np.float64).reshape(-1, source.channels) / 255

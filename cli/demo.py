@@ -22,6 +22,7 @@ FINETUNING = {
 }
 SIGMAS = (0.0, 35.0, 70.0, 105.0, 140.0)
 FROZEN = 70.0
+MARKER = "demo.json"  # of a finished demo
 EPOCHS = {"pretraining": 90, "clean": 45, "denoised": 55}
 IMAGES = 500
 # The attack of 32/255 leaves the clean classifier no accuracy; that of 96/255 breaks the defense as well.
@@ -37,23 +38,31 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
         out: Folder of the demo.
         seed: Seed of everything random.
     """
-    from rich.console import Console
+    from denim.nim.owner import LOCK_FILE, owned
 
+    content = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    is_demo = MARKER in content or (out / "pretraining" / "run.json").exists()
+    if content - {LOCK_FILE, "pretraining"} and not is_demo:
+        raise ValueError(f"{out} holds something that is no demo; choose another folder with --out")
+    with owned(out):
+        _demo(out, seed)
+
+
+def _demo(out: Path, seed: int) -> None:
     from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
     from denim.nim import Autoencoder, Classifier, FinetuneConfig, PretrainConfig, finetune, pretrain
     from denim.nim.data import EvalView, Subset, TorchLoader, open_source
     from denim.nim.files import atomic_write
+    from denim.nim.text import open_console, printable
 
-    console = Console()
+    console = open_console()
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     started = time.perf_counter()
-    marker = out / "demo.json"
+    marker = out / MARKER
     if marker.exists():
         for part in ("pretraining", "finetuning-clean", "finetuning-denoised", "evaluation"):
             shutil.rmtree(out / part, ignore_errors=True)
         marker.unlink()
-    elif out.exists() and any(out.iterdir()) and not (out / "pretraining" / "run.json").exists():
-        raise ValueError(f"{out} holds something that is no demo; choose another folder with --out")
     common = {"data": "digits", "seed": seed, "device": "cpu", "resume": True, "checkpoint_every": 90, **AUGMENTATION}
     pretrain(
         PretrainConfig(
@@ -104,6 +113,7 @@ def main(out: Path = Path("runs/demo"), seed: int = 0) -> None:
         staged.write_text(json.dumps(times, indent=2) + "\n")
     print_table(evaluation, console)
     console.print(
-        f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s\nreport: {report.resolve()}",
+        f"training {trained - started:.0f} s, evaluation {finished - trained:.0f} s\n"
+        f"report: {printable(report.resolve())}",
         soft_wrap=True,
     )

@@ -42,9 +42,13 @@ def main(
     from denim.nim.data.decode import read_image
     from denim.nim.files import atomic_write
     from denim.nim.settings import pick_device
+    from denim.nim.sigma import warn_of_unit_sigma
+    from denim.nim.text import printable
 
     if not sigma or any(not (math.isfinite(level) and level >= 0) for level in sigma):
         raise ValueError(f"sigma takes finite noise levels of 0-255 pixel levels, 0 or more, got {sigma}")
+    for level in sigma:
+        warn_of_unit_sigma(level)
     if denoiser == DEMO_DENOISER and not denoiser.exists():
         raise ValueError(f"no denoiser in {denoiser}: run `denim demo`, or give --denoiser FOLDER")
     where = pick_device(device)
@@ -75,4 +79,4 @@ def main(
     target = out or Path(f"{photo.stem}-denoised.png")
     with atomic_write(target) as staged:
         figure.savefig(staged, format="png", dpi=150)
-    print(target)
+    print(printable(target))

@@ -190,15 +190,15 @@ def main(full: bool = False) -> None:
     Args:
         full: Also import what this machine has no use for (xformers without a GPU) to see whether it is intact.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from denim.cli import version
+    from denim.nim.text import open_console, printable
 
     table = Table("", "usable", "", title=f"denim {version()}", box=None)
     for name, (usable, details) in _findings(full).items():
-        table.add_row(name, "yes" if usable else "no", details)
-    Console().print(table)
+        table.add_row(name, "yes" if usable else "no", printable(details))
+    open_console().print(table)
 
 
 if __name__ == "__main__":

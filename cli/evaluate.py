@@ -58,14 +58,13 @@ def main(
         seed: Seed of the evaluation.
         device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
     """
-    from rich.console import Console
-
     from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
     from denim.nim import Autoencoder, Classifier
     from denim.nim.data import EvalView, Subset, open_loader, open_source
     from denim.nim.settings import pick_device
+    from denim.nim.text import open_console, printable
 
-    console = Console()
+    console = open_console()
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
     settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples)
@@ -109,6 +108,6 @@ def main(
         max_bad=max_bad,
     )
     evaluation = evaluate(defenses, batches, settings, out, classes=model.config.classes, console=console)
-    report = write_report(evaluation, out, title=f"De3 on {source.name}, {len(chosen)} images")
+    report = write_report(evaluation, out, title=f"De3 on {printable(source.name)}, {len(chosen)} images")
     print_table(evaluation, console)
-    console.print(f"report: {report}", soft_wrap=True)
+    console.print(f"report: {printable(report)}", soft_wrap=True)

@@ -16,6 +16,7 @@ def main(config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]) -> None:
     from denim.nim.data.sources import splits
     from denim.nim.finetuning import accuracy, finetune
     from denim.nim.run import training_source
+    from denim.nim.text import printable
 
     folder = Path(config.data).expanduser()
     found = splits(folder) if folder.is_dir() else []
@@ -26,5 +27,6 @@ def main(config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]) -> None:
     model = finetune(config)
     source = open_source(config.data, split, len(model.config.mean), classes=classes, max_bad=config.max_bad)
     share = accuracy(model, source, backend=config.loader, workers=config.workers, max_bad=config.max_bad)
-    print(f"accuracy on clean images of {source.name}, undefended: {100 * share:.2f} % of {len(source)}")
-    print(f"the classifier is in {config.out / 'model'}")
+    name = printable(source.name)
+    print(f"accuracy on clean images of {name}, undefended: {100 * share:.2f} % of {len(source)}")
+    print(f"the classifier is in {printable(config.out / 'model')}")

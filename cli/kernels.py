@@ -139,16 +139,16 @@ def main(
         raise ValueError("kernels are built with Triton, which is not installed: pip install triton (Linux)") from None
     import torch
     import triton
-    from rich.console import Console
     from rich.table import Table
 
     from denim.nim.files import atomic_write
+    from denim.nim.text import open_console, printable
 
     complete = not only and set(targets or TARGETS) == set(TARGETS)
     if update_budgets and not complete:
         raise ValueError("--update-budgets takes every kernel and target: leave out --only and --targets")
     cases, chosen = report.select(only, targets)
-    console = Console()
+    console = open_console()
     for target in TARGETS:
         if not targets and (reason := unavailable(target)):
             if update_budgets:
@@ -162,8 +162,21 @@ def main(
         table = inductor.baselines(workers)
     versions = f"Triton {triton.__version__} and torch {torch.__version__}"
 
+    # Before anything is printed: what took minutes must not be lost with the terminal.
+    if json is not None:
+        with atomic_write(json) as part:
+            everything = {
+                "triton": triton.__version__,
+                "torch": torch.__version__,
+                "kernels": built,
+                "baselines": table,
+            }
+            part.write_text(dumps(everything, indent=1))
+    if page is not None:
+        _insert(page, _page(built, table, reason, versions))
+
     # A file or a pipe has no width of its own; a narrow terminal gets the columns that fit it.
-    console = console if console.is_terminal else Console(width=220)
+    console = console if console.is_terminal else open_console(width=220)
     kept = [place for place, column in enumerate(COLUMNS) if console.width >= 180 or column not in WIDE]
     for target in chosen:
         columns = [COLUMNS[place] for place in kept]
@@ -179,18 +192,6 @@ def main(
         console.print(shown)
         if reason:
             console.print(f"torch.compile's kernels are not available: {reason}")
-    if json is not None:
-        with atomic_write(json) as part:
-            everything = {
-                "triton": triton.__version__,
-                "torch": torch.__version__,
-                "kernels": built,
-                "baselines": table,
-            }
-            part.write_text(dumps(everything, indent=1))
-    if page is not None:
-        _insert(page, _page(built, table, reason, versions))
-
     failures = [
         text
         for case in cases
@@ -202,20 +203,22 @@ def main(
             raise ValueError("budgets not updated, since machine code is not what it must be:\n" + "\n".join(failures))
         with atomic_write(budget_file.BUDGETS) as part:
             part.write_text(budget_file.budgets_text(built))
-        console.print(f"budgets written to {budget_file.BUDGETS}; look at the difference before you commit it")
+        console.print(
+            f"budgets written to {printable(budget_file.BUDGETS)}; look at the difference before you commit it"
+        )
         return
     version, budgets = budget_file.read_budgets()
     if version == triton.__version__:
         worse, better = budget_file.compare(budgets, built, complete)
         failures += worse
         for text in better:
-            console.print(f"better: {text}", soft_wrap=True, highlight=False)
+            console.print(f"better: {text}", soft_wrap=True)
         if better and not worse:
             console.print("keep what was gained: denim kernels --update-budgets")
     else:
         console.print(f"not compared: the budgets were made with Triton {version}, this is {triton.__version__}")
     for text in failures:
-        console.print(f"failed: {text}", soft_wrap=True, highlight=False)
+        console.print(f"failed: {text}", soft_wrap=True)
     if failures:
         raise SystemExit(1)
     console.print(f"{len(built)} kernels for {', '.join(chosen)}: machine code as it must be")

@@ -12,6 +12,7 @@ from denim.nim import PretrainConfig
 def main(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
     """Pretrain a denoiser. The defaults are the published recipe for ViT-B."""
     from denim.nim import pretrain
+    from denim.nim.text import printable
 
     pretrain(config)
-    print(f"the denoiser is in {config.out / 'model'}")
+    print(f"the denoiser is in {printable(config.out / 'model')}")
