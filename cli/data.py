@@ -255,9 +255,10 @@ def pack(
 
 def _say_passed_over(title: str, manifest: Manifest) -> None:
     from denim.nim.data.manifest import count_passed_over
+    from denim.nim.text import printable
 
     if said := count_passed_over(manifest.passed_over):
-        print(f"{title}: {said}")
+        print(f"{printable(title)}: {printable(said)}")
 
 
 def _splits(folder: Path, split: str | None) -> list[str]:

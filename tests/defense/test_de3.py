@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,6 +306,19 @@ def test_seeds_of_another_length_are_refused():
 def test_an_empty_sweep_is_refused(sigmas, draws, max_batch, batch):
     with pytest.raises(ValueError, match="at least 1"):
         De3(build(), linear(), 70).sweep(pixels(batch), sigmas, draws, max_batch=max_batch)
+
+
+@pytest.mark.parametrize("path", ["runs/nim/model", Path("runs/nim/model")])
+def test_a_path_in_place_of_a_model_is_refused(path):
+    with pytest.raises(TypeError, match=r"got the path 'runs/nim/model': Autoencoder\.from_pretrained loads it"):
+        De3(path, nn.Identity(), 70)
+    with pytest.raises(TypeError, match=r"got the path 'runs/nim/model': Classifier\.from_pretrained loads it"):
+        De3(None, path, 70)
+
+
+def test_a_level_as_if_of_images_in_0_to_1_is_warned_of():
+    with pytest.warns(UserWarning, match=r"for 0\.25 of images in \[0, 1\] give 63\.75"):
+        De3(None, nn.Identity(), 0.25)
 
 
 def test_bad_levels_are_refused_wherever_they_come_in():

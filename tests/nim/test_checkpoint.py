@@ -122,6 +122,15 @@ def edit(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps({**content, **changes}))
 
 
+def test_a_run_in_place_of_its_model_is_recognised(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a run that has not finished: resume it first"):
+        Autoencoder.from_pretrained(tmp_path)
+    Autoencoder(CONFIG).save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=f"it is a run, and its model is {tmp_path / 'model'}: give that folder"):
+        Autoencoder.from_pretrained(tmp_path)
+
+
 def truncate(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
@@ -137,7 +146,7 @@ def truncate(file: Path, size: int) -> None:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"PK" * 99), "not a safetensors file"),
         (lambda folder: truncate(folder / "config.json", 40), r"config\.json is not valid JSON"),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), r"config\.json is not valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[1, 2]"), "describes a model of another library"),
+        (lambda folder: (folder / "config.json").write_text("[1, 2]"), r"config\.json holds b'\[1, 2\]', expected"),
         (lambda folder: edit(folder, model=None), "describes a model of another library, expected Autoencoder"),
         (lambda folder: edit(folder, model="Classifier"), "describes a Classifier, expected Autoencoder"),
         (lambda folder: edit(folder, depht=3), r"unknown entries \['depht'\]; known are \['decoder_depth', "),

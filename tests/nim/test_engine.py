@@ -344,10 +344,10 @@ def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path):
         import torch
         import test_engine as here
         real = torch.save
-        def save(content, path):
-            real(content, path)
+        def save(content, file):
+            real(content, file)
             if content["update"] == 10:
-                path.write_bytes(path.read_bytes()[:50])
+                file.truncate(50)
                 os.kill(os.getpid(), signal.SIGKILL)
         torch.save = save
         here.run(here.configure(Path(sys.argv[2])))
@@ -360,7 +360,9 @@ def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path):
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert latest_checkpoint(tmp_path / "run").name == "00000005"
+    assert list((tmp_path / "run" / "checkpoints").glob(".denim-*.part"))
     resumed, seen = run(configure(tmp_path / "run", resume=True))
     assert seen[0] == 5
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
     whole, _ = run(configure(tmp_path / "whole"))
     assert torch.equal(whole.layer.weight, resumed.layer.weight)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -112,3 +114,16 @@ def test_a_level_is_a_function_of_its_seed(sigma, seeds):
 @pytest.mark.parametrize("text", ["70", "gamma:25,3", "uniform:0,30"])
 def test_the_global_generator_is_left_alone(text, global_rng_untouched):
     Sigma.parse(text).sample(torch.arange(10))
+
+
+@pytest.mark.parametrize("text", ["0.3", 0.25, "uniform:0,0.5", "gamma:25,0.01"])
+def test_levels_as_if_of_images_in_0_to_1_are_warned_of(text):
+    with pytest.warns(UserWarning, match=r"less than one level; for .* of images in \[0, 1\] give \d"):
+        Sigma.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0", "1", "70", "uniform:0,30", "uniform:0,0", "gamma:25,3"])
+def test_usual_levels_are_not_warned_of(text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Sigma.parse(text)
