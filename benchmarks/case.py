@@ -262,6 +262,11 @@ class ImageCase(Case):
         return not self.pixels.startswith("uint8")
 
 
+def without_token(prediction: Tensor) -> Tensor:
+    """The same values as a decoder's output without its class token: a view, with NaN in the row before each sample."""
+    return torch.nn.functional.pad(prediction, (0, 0, 1, 0), value=math.nan)[..., 1:, :]
+
+
 def strided(tensor: Tensor, first: int, second: int) -> Tensor:
     return tensor.transpose(first, second).contiguous().transpose(first, second)
 

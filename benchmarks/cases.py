@@ -38,6 +38,7 @@ from denim.benchmarks.case import (
     double,
     largest,
     strided,
+    without_token,
 )
 from denim.benchmarks.exact_noise import CONTRACT, exact_noise
 from denim.kernels import Stream, noise_words
@@ -146,10 +147,12 @@ class PatchLoss(ImageCase):
     Attributes:
         norm_pix: normalise targets by the statistics of their patch.
         masked: with a mask that selects some of the patches.
+        view: the prediction is a view of a decoder's output without its class token.
     """
 
     norm_pix: bool = True
     masked: bool = False
+    view: bool = False
 
     operation: ClassVar[str] = "patch_loss"
     triton_kernels: ClassVar[Mapping[str, str]] = {
@@ -161,7 +164,9 @@ class PatchLoss(ImageCase):
     @property
     def kind(self) -> str:
         target, mask = "" if self.norm_pix else ", raw target", ", masked" if self.masked else ""
-        return f"{self.pixels}, patch {self.patch}, {NAMES[self.dtype]}{self._suffix}{target}{mask}"
+        return (
+            f"{self.pixels}, patch {self.patch}, {NAMES[self.dtype]}{self._suffix}{target}{mask}" + ", view" * self.view
+        )
 
     def _bytes(self, random: Random) -> Tensor:
         images = super()._bytes(random)
@@ -172,7 +177,8 @@ class PatchLoss(ImageCase):
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         random = Random(device)
         images = self._images(random)
-        inputs = {"prediction": random.normal(self.batch, self.length, self.dimension).to(self.dtype), "images": images}
+        prediction = random.normal(self.batch, self.length, self.dimension).to(self.dtype)
+        inputs = {"prediction": without_token(prediction) if self.view else prediction, "images": images}
         if self.masked:
             inputs["mask"] = random.uniform(self.batch, self.length) < 0.6
             inputs["mask"][0, 0], inputs["mask"][-1, -1] = True, False
@@ -233,6 +239,7 @@ class DecodePatches(ImageCase):
         output: dtype of the result; by default float32 for pixels and the prediction's for patches.
         fixed: a float source gets no gradient.
         strided: prediction and its gradient are not contiguous.
+        view: the prediction is a view of a decoder's output without its class token.
     """
 
     statistics: str | None = None
@@ -241,6 +248,7 @@ class DecodePatches(ImageCase):
     output: torch.dtype | None = None
     fixed: bool = False
     strided: bool = False
+    view: bool = False
 
     operation: ClassVar[str] = "decode_patches"
     triton_kernels: ClassVar[Mapping[str, str]] = {
@@ -258,7 +266,7 @@ class DecodePatches(ImageCase):
             words += ", to patches" if self._output == self.dtype else f", to {NAMES[self._output]} patches"
         elif self._output != FP32:
             words += f", to {NAMES[self._output]} pixels"
-        return words + ", fixed source" * self.fixed + ", strided" * self.strided
+        return words + ", fixed source" * self.fixed + ", strided" * self.strided + ", view" * self.view
 
     @property
     def _output(self) -> torch.dtype:
@@ -292,6 +300,8 @@ class DecodePatches(ImageCase):
             inputs["sigma"] = torch.linspace(20, 130, self.batch, device=device)
         if self.strided:
             inputs["prediction"] = strided(inputs["prediction"], -1, -2)
+        if self.view:
+            inputs["prediction"] = without_token(inputs["prediction"])
         return inputs
 
     @property
@@ -615,6 +625,8 @@ PATCH_LOSS = (
     PatchLoss(pixels="bf16 planes", patch=8, batch=1),
     PatchLoss(pixels="fp32 channels_last"),
     PatchLoss(pixels="uint8 strided", patch=8, norm_pix=False, masked=True, grid=(3, 1)),
+    PatchLoss(dtype=BF16, patch=14, grid=(3, 1), view=True, built=(FORWARD, BACKWARD)),
+    *(PatchLoss(patch=patch, masked=True, grid=(3, 1), view=True) for patch in (16, 7)),
     PatchLoss(patch=8, batch=0, grid=(3, 1), what="no image"),
 )
 DECODE_PATCHES = (
@@ -714,6 +726,12 @@ DECODE_PATCHES = (
             (2, (2, 3), 8, 3, FP32, {"statistics": "input", "pixels": "fp32 strided", "levels": (2,), "strided": True}),
         )
     ),
+    DecodePatches(
+        statistics="input", dtype=BF16, patch=14, levels=(2,), grid=(3, 1), view=True, built=(FORWARD, BACKWARD)
+    ),
+    DecodePatches(dtype=BF16, patch=14, batch=3, grid=(3, 1), view=True),
+    DecodePatches(statistics="noisy", patch=4, levels=(2,), grid=(3, 3), view=True),
+    DecodePatches(patches=True, statistics="input", dtype=BF16, patch=14, channels=1, levels=(2,), view=True),
     # Nothing to do.
     DecodePatches(patch=8, levels=(2,), batch=0, what="no image"),
     DecodePatches(patch=8, levels=(2,), batch=0, patches=True, what="no image"),

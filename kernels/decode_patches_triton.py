@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from denim.kernels.dispatch import GPU
-from denim.kernels.memory_triton import load_planes, load_run, on_device, store_planes, store_run
+from denim.kernels.memory_triton import load_planes, load_run, on_device, store_planes, store_run, strided_samples
 from denim.kernels.patches import VARIANCE_EPS
 
 __all__ = [
@@ -53,9 +53,9 @@ def _over_patch(value, PATCHES: tl.constexpr, RUNS: tl.constexpr):
 
 @triton.jit
 def _place(program, patches, length, columns, PATCH: tl.constexpr, RUN: tl.constexpr, PATCHES: tl.constexpr, RUNS):
-    """Of each thread's run: patch, image, index within the patch and within a plane (in runs), and whether it exists.
+    """Of each thread's run: patch, image, patch of the image, run of the patch and of a plane, and whether it exists.
 
-    A run of several rows (see `tile`) has no index in a plane; callers do not use the value that is returned.
+    A run of several rows (see `tile`) has no place in a plane; callers do not use the value that is returned.
     """
     ACROSS: tl.constexpr = max(1, PATCH // RUN)
     thread = tl.arange(0, PATCHES * RUNS)
@@ -68,7 +68,20 @@ def _place(program, patches, length, columns, PATCH: tl.constexpr, RUN: tl.const
     x = index - y * columns.to(tl.uint32)
     line = (y * PATCH).to(tl.int64) + run // ACROSS
     in_plane = line * (columns * ACROSS) + (x * ACROSS).to(tl.int64) + run % ACROSS
-    return patch.to(tl.int64), image.to(tl.int64), run, in_plane, inside
+    return patch.to(tl.int64), image.to(tl.int64), index, run, in_plane, inside
+
+
+@triton.jit
+def _row(index, place, patches, length, first, stride, STRIDED: tl.constexpr):
+    """Where the prediction's patch for a level and draw is: in patches from its base (see `strided_samples`)."""
+    patch, image, in_image, _, _, _ = place
+    if STRIDED:
+        # 32 bits hold it (see `_arguments`), and cost a third of the instructions of 64.
+        sample = index.to(tl.uint32) * (patches // length).to(tl.uint32) + image.to(tl.uint32)
+        row = (sample * stride.to(tl.uint32) + first.to(tl.uint32) + in_image).to(tl.int64)
+    else:
+        row = index * patches + patch
+    return row
 
 
 @triton.jit
@@ -88,7 +101,7 @@ def _statistics(
     RUNS: tl.constexpr,
 ):
     """As `_patch_statistics` of the reference: each thread's centred run, and its patch's mean, deviation and slope."""
-    patch, image, run, in_plane, inside = place
+    patch, image, _, run, in_plane, inside = place
     WIDTH: tl.constexpr = RUN * CHANNELS
     SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
     if STATISTICS == "noisy":
@@ -135,7 +148,9 @@ def _unclamped(value, std, centre, mean, deviation, STATISTICS: tl.constexpr):
 
 
 # All image and batch sizes use the same compiled kernel. `outer` == 1 (training) is compiled separately.
-@triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["outer"])
+@triton.jit(
+    do_not_specialize=["first", "stride", "patches", "length", "columns"], do_not_specialize_on_alignment=["outer"]
+)
 def decode_kernel(
     prediction,
     source,
@@ -148,6 +163,8 @@ def decode_kernel(
     added_scale,
     normal_scale,
     normal_shift,
+    first,
+    stride,
     patches,
     outer,
     length,
@@ -155,6 +172,7 @@ def decode_kernel(
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    STRIDED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     RUN: tl.constexpr,
     PATCHES: tl.constexpr,
@@ -162,6 +180,8 @@ def decode_kernel(
 ):
     """One program: PATCHES patches, a run per thread. Programs that read the same source patch have consecutive ids.
 
+    `first` and `stride` say where samples lie in `prediction` (`strided_samples`); STRIDED says whether to use them.
+    All other tensors are contiguous.
     `patches` counts patches of the source; each of them belongs to `outer` patches of the prediction, one for each
     level and draw (the dimensions before the batch, flattened). An image has `length` patches, `columns` of them in a
     row. Per channel, `centre` is the mean and `shift` is -mean / std; `normal_scale` and `normal_shift` are 1 / std and
@@ -172,10 +192,10 @@ def decode_kernel(
     program = tl.program_id(0)
     index = (program % outer).to(tl.int64)
     place = _place(program // outer, patches, length, columns, PATCH, RUN, PATCHES, RUNS)
-    patch, image, run, in_plane, inside = place
+    patch, image, _, run, in_plane, inside = place
     plane = length.to(tl.int64) * (PATCH * PATCH)
-    position = (index * patches + patch) * IN_PATCH + run
-    values = load_run(prediction, position, inside, WIDTH)
+    row = _row(index, place, patches, length, first, stride, STRIDED)
+    values = load_run(prediction, row * IN_PATCH + run, inside, WIDTH)
     mean = 0.0
     deviation = 1.0
     if STATISTICS != "raw":
@@ -203,13 +223,15 @@ def decode_kernel(
             pixel = pixel * normal_scale[e % CHANNELS] + normal_shift[e % CHANNELS]
         pixels = pixels + (pixel,)
     if NORMALIZE:
-        store_run(out, position, inside, pixels, WIDTH)
+        store_run(out, (index * patches + patch) * IN_PATCH + run, inside, pixels, WIDTH)
     else:
         target = (index * (patches // length) + image) * (IN_PATCH * CHANNELS) * length + in_plane
         store_planes(out, target, plane, inside, pixels, RUN, CHANNELS)
 
 
-@triton.jit(do_not_specialize=["patches", "length", "columns"], do_not_specialize_on_alignment=["outer"])
+@triton.jit(
+    do_not_specialize=["first", "stride", "patches", "length", "columns"], do_not_specialize_on_alignment=["outer"]
+)
 def decode_backward_kernel(
     grad,
     prediction,
@@ -223,6 +245,8 @@ def decode_backward_kernel(
     shift,
     added_scale,
     gain,
+    first,
+    stride,
     patches,
     outer,
     length,
@@ -230,6 +254,7 @@ def decode_backward_kernel(
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    STRIDED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NEED_SOURCE: tl.constexpr,
     RUN: tl.constexpr,
@@ -245,7 +270,7 @@ def decode_backward_kernel(
     IN_PATCH: tl.constexpr = PATCH * PATCH // RUN
     SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
     place = _place(tl.program_id(0), patches, length, columns, PATCH, RUN, PATCHES, RUNS)
-    patch, image, run, in_plane, inside = place
+    patch, image, _, run, in_plane, inside = place
     plane = length.to(tl.int64) * (PATCH * PATCH)
     mean = 0.0
     deviation = 1.0
@@ -270,7 +295,8 @@ def decode_backward_kernel(
     for step in range(outer):
         index = tl.cast(step, tl.int64)
         position = (index * patches + patch) * IN_PATCH + run
-        values = load_run(prediction, position, inside, WIDTH)
+        row = _row(index, place, patches, length, first, stride, STRIDED)
+        values = load_run(prediction, row * IN_PATCH + run, inside, WIDTH)
         if NORMALIZE:
             upstream = load_run(grad, position, inside, WIDTH)
         else:
@@ -338,8 +364,8 @@ def _arguments(
     mean: Sequence[float],
     std: Sequence[float],
     statistics: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[object, ...], tuple[int, int, int]]:
-    """Contiguous prediction, source and sigma; the constants of the statistics; `patches`, `outer` and `length`."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[object, ...], tuple[int, int, int, int, int]]:
+    """Prediction, source and sigma as the kernels read them; constants; first, stride, patches, outer and length."""
     patches, length = prediction.shape[:-1].numel(), prediction.shape[-2]
     outer = 1
     if statistics == "input" and source is not None:
@@ -355,7 +381,10 @@ def _arguments(
         sum(value**-2 for value in std) / len(std),
     )
     source = None if source is None else source.contiguous()
-    return prediction.contiguous(), source, sigma, constants, (patches, outer, length)
+    base, first, stride = strided_samples(prediction)
+    if first + prediction.shape[:-2].numel() * stride >= 2**32:  # rows that 32 bits do not hold
+        base, first, stride = strided_samples(prediction.contiguous())
+    return base, source, sigma, constants, (first, stride, patches, outer, length)
 
 
 def serves(
@@ -395,7 +424,7 @@ def launch(
     """Run the forward kernel on arguments that `decode_patches` has checked and `serves` accepts.
 
     Args:
-        prediction: (..., L, D), one of `DTYPES`, any strides.
+        prediction: (..., L, D), one of `DTYPES`, any strides; copied unless `strided_samples` can describe it.
         source: for "input" uint8 (B, H, W, C) or pixels (B, C, H, W); for "noisy" patches (..., L, D).
         sigma: for "noisy", broadcastable to (...), 0-255 pixel levels.
         height: of an image.
@@ -418,7 +447,7 @@ def launch(
     if out.numel() == 0:
         return out
     sizes = tile(patch_size, channels, prediction.dtype, images=statistics == "input" or not normalize)
-    prediction, source, sigma, constants, (patches, outer, length) = _arguments(
+    prediction, source, sigma, constants, (first, stride, patches, outer, length) = _arguments(
         prediction, source, sigma, mean, std, statistics
     )
     with on_device(prediction.device):
@@ -430,6 +459,8 @@ def launch(
             *constants,
             tuple(1 / value for value in normal_std),
             tuple(-centre / value for centre, value in zip(normal_mean, normal_std, strict=True)),
+            first,
+            stride,
             patches,
             outer,
             length,
@@ -437,6 +468,7 @@ def launch(
             PATCH=patch_size,
             CHANNELS=channels,
             STATISTICS=statistics,
+            STRIDED=(first, stride) != (0, length),
             NORMALIZE=normalize,
             **sizes,
             num_warps=sizes["PATCHES"] * sizes["RUNS"] // gpu.warp_size,
@@ -494,7 +526,7 @@ def launch_backward(
         width = grad.shape[-1]
     images = statistics == "input" or not normalize
     sizes = tile(patch_size, channels, prediction.dtype, images=images)
-    prediction, source, sigma, constants, (patches, outer, length) = _arguments(
+    prediction, source, sigma, constants, (first, stride, patches, outer, length) = _arguments(
         prediction, source, sigma, mean, std, statistics
     )
     with on_device(prediction.device):
@@ -507,6 +539,8 @@ def launch_backward(
             to_source,
             *constants,
             tuple(a / b for a, b in zip(std, normal_std, strict=True)) if normalize else tuple(std),
+            first,
+            stride,
             patches,
             outer,
             length,
@@ -514,6 +548,7 @@ def launch_backward(
             PATCH=patch_size,
             CHANNELS=channels,
             STATISTICS=statistics,
+            STRIDED=(first, stride) != (0, length),
             NORMALIZE=normalize,
             NEED_SOURCE=need_source,
             **sizes,

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 __all__ = [
     "chunks",
@@ -18,6 +20,7 @@ __all__ = [
     "per_channel",
     "store_planes",
     "store_run",
+    "strided_samples",
 ]
 
 
@@ -119,6 +122,37 @@ def store_planes(pointer, position, plane, inside, elements, RUN: tl.constexpr, 
         for pixel in tl.static_range(RUN):
             planar = planar + (elements[pixel * CHANNELS + c],)
         store_run(pointer + c * plane, position, inside, planar, RUN)
+
+
+def strided_samples(patches: Tensor) -> tuple[Tensor, int, int]:
+    """Addresses of patches without a copy: patch l of sample n begins at `base[(n * stride + first + l) * D]`.
+
+    A decoder's output without its class token is a view whose samples lie further apart and whose first patch need not
+    begin at a multiple of 16 bytes, which Triton would answer with narrow accesses. An earlier patch of the same memory
+    that does is then taken as the base: the kernels' wide accesses follow from its alignment and from D.
+
+    Args:
+        patches: (..., L, D), any strides. They are copied unless the patches of a sample are contiguous, and samples
+            are equally far apart, by whole patches.
+
+    Returns:
+        base: tensor whose first element is `base[0]`.
+        first: patches from the base to the first sample.
+        stride: patches from one sample to the next.
+    """
+    size = patches.shape[-1]
+    samples = patches.flatten(0, -3) if patches.dim() > 3 else patches
+    if samples.stride()[1:] != (size, 1) or samples.stride(0) % size:
+        samples = samples.contiguous()
+    bytes_off = samples.storage_offset() * samples.itemsize
+    # After this many patches, addresses repeat modulo 16 bytes.
+    period = 16 // math.gcd(16, size * samples.itemsize)
+    for first in range(period):
+        if (bytes_off - first * size * samples.itemsize) % 16 == 0 and first * size <= samples.storage_offset():
+            if first:
+                samples = samples.as_strided(samples.shape, samples.stride(), samples.storage_offset() - first * size)
+            return samples, first, samples.stride(0) // size
+    return samples, 0, samples.stride(0) // size
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from denim.kernels.dispatch import GPU
-from denim.kernels.memory_triton import chunks, on_device, per_channel
+from denim.kernels.memory_triton import chunks, on_device, per_channel, strided_samples
 from denim.kernels.patches import VARIANCE_EPS
 
 __all__ = [
@@ -158,7 +158,7 @@ def _errors(
     return errors
 
 
-@triton.jit(do_not_specialize=["batch_stride", "length", "patch_columns"])
+@triton.jit(do_not_specialize=["first", "stride", "length", "patch_columns"])
 def partials_kernel(
     prediction,
     images,
@@ -166,7 +166,8 @@ def partials_kernel(
     partials,
     scale,
     shift,
-    batch_stride,
+    first,
+    stride,
     length,
     patch_columns,
     PATCH: tl.constexpr,
@@ -181,7 +182,7 @@ def partials_kernel(
 ):
     """First stage. One program: the loss of PATCHES patches of one sample, summed.
 
-    `batch_stride` is the distance of samples in `prediction`, in patches; `length` is patches of a sample.
+    `first` and `stride` say where samples lie in `prediction` (`strided_samples`); `length` is patches of a sample.
     """
     SIZE: tl.constexpr = PATCH * PATCH * CHANNELS
     program = tl.program_id(0).to(tl.uint32)
@@ -190,7 +191,7 @@ def partials_kernel(
     tile_index = program % tiles
     patch, run, inside = _place(tile_index, length.to(tl.uint32), COUNT, PATCHES, RUNS, COLS)
     errors = _errors(
-        prediction + sample * batch_stride * SIZE,
+        prediction + (sample * stride + first) * SIZE,
         images + sample * length * SIZE,
         scale,
         shift,
@@ -231,7 +232,7 @@ def loss_kernel(partials, selected, loss, programs, patches, BLOCK: tl.constexpr
     tl.store(loss, tl.sum(total, axis=0) / count.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["batch_stride", "length", "patch_columns", "patches"])
+@triton.jit(do_not_specialize=["first", "stride", "length", "patch_columns", "patches"])
 def prediction_grad_kernel(
     grad,
     prediction,
@@ -241,7 +242,8 @@ def prediction_grad_kernel(
     out,
     scale,
     shift,
-    batch_stride,
+    first,
+    stride,
     length,
     patch_columns,
     patches,
@@ -262,7 +264,7 @@ def prediction_grad_kernel(
     sample = (program // tiles).to(tl.int64)
     patch, run, inside = _place(program % tiles, length.to(tl.uint32), COUNT, PATCHES, RUNS, COLS)
     errors = _errors(
-        prediction + sample * batch_stride * SIZE,
+        prediction + (sample * stride + first) * SIZE,
         images + sample * length * SIZE,
         scale,
         shift,
@@ -331,10 +333,8 @@ def _arguments(
     nhwc = images if images.dtype == torch.uint8 else images.permute(0, 2, 3, 1)
     # Pixels in channels_last memory are read like bytes; only true planes need their own addresses.
     planar = images.dtype != torch.uint8 and not nhwc.is_contiguous()
-    batch, length, size = prediction.shape
-    # A decoder's output without its class token is a view whose samples lie further apart. It is read without a copy.
-    if prediction.stride()[1:] != (size, 1) or prediction.stride(0) % size:
-        prediction = prediction.contiguous()
+    batch, length, _ = prediction.shape
+    prediction, first, stride = strided_samples(prediction)
     patches = max(1, block_runs // sizes["RUNS"])
     # A patch of at most one warp's runs has one run per thread. A larger patch gets as few warps as its elements allow,
     # because sums across warps go through shared memory.
@@ -347,7 +347,8 @@ def _arguments(
         {
             "scale": tuple(1 / (unit * value) for value in std),
             "shift": tuple(-centre / value for centre, value in zip(mean, std, strict=True)),
-            "batch_stride": prediction.stride(0) // size,
+            "first": first,
+            "stride": stride,
             "length": length,
             "patch_columns": nhwc.shape[2] // patch_size,
             "PATCH": patch_size,
@@ -390,7 +391,7 @@ def launch(
     """Run the two stages on arguments that `patch_loss` has checked.
 
     Args:
-        prediction: (B, L, D) in one of `DTYPES`, any strides; copied unless patches lie one after another.
+        prediction: (B, L, D) in one of `DTYPES`, any strides; copied unless `strided_samples` can describe it.
         images: uint8 (B, H, W, C), or pixels (B, C, H, W) in one of `DTYPES`, any strides.
         mask: bool (B, L), or None.
         patch_size: side P of a square patch, for which there is a `tile`.

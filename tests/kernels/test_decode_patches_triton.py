@@ -35,3 +35,12 @@ def test_ends_of_the_clamp_and_nan(ends):
     # 1 at both ends; 0 outside, even for an infinite gradient; 0 where the pixel is NaN.
     gradient, _ = ends[BACKWARD]
     assert gradient.flatten().tolist() == [0.5, 0.5, 0.0, 0.0, 0.5, 0.0, -0.5, -0.5] * 2
+
+
+def test_rows_that_32_bits_do_not_hold_are_copied():
+    kernel = pytest.importorskip("denim.kernels.decode_patches_triton")
+    for stride, described in ((2**31 - 8, (0, 2**31 - 8)), (2**31, (0, 5))):
+        prediction = torch.empty_strided((2, 5, 12), (stride * 12, 12, 1), device="meta")
+        base, *_, (first, distance, _, _, _) = kernel._arguments(prediction, None, None, [0.5] * 3, [0.5] * 3, "raw")
+        assert (first, distance) == described
+        assert base.is_contiguous() == (distance == 5)
