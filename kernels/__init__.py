@@ -7,10 +7,11 @@ imported at the first call that needs them.
 from denim.kernels.attack_step import attack_start, attack_step
 from denim.kernels.attention import attention, attention_backends, attention_kernel
 from denim.kernels.decode_patches import decode_patches
-from denim.kernels.noise import Domain, Stream, derive_seeds, draw_seeds, noise_words, normal_noise, uniform_noise
+from denim.kernels.noise import Stream, noise_words, normal_noise, uniform_noise
 from denim.kernels.noise_patchify import noise_patchify
 from denim.kernels.patch_loss import patch_loss
 from denim.kernels.patches import check_pixels, normalized_patches
+from denim.kernels.seeds import Domain, derive_seeds, draw_seeds
 
 __all__ = [
     "Domain",

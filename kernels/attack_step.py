@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from denim.kernels.dispatch import register
-from denim.kernels.noise import Stream, uniform_noise
+from denim.kernels.noise import Stream, check_seeds, uniform_noise
 from denim.kernels.patches import compute_dtype, sample_chunks
 
 __all__ = ["attack_start", "attack_step"]
@@ -137,8 +137,7 @@ def attack_start(pixels: Tensor, seeds: Tensor, *, epsilon: float | Tensor) -> T
     Source: Madry et al. 2018, section 2.1 (random restarts of projected gradient descent).
     """
     (radius,) = _check(pixels, {}, {"epsilon": epsilon})
-    if seeds.dtype != torch.int64:
-        raise TypeError(f"seeds must be int64, got {seeds.dtype}; derive them with denim.kernels.derive_seeds")
+    check_seeds(seeds)
     if tuple(seeds.shape) != (pixels.shape[0],):
         raise ValueError(f"seeds must have shape ({pixels.shape[0]},), got {tuple(seeds.shape)}")
     if seeds.device != pixels.device:

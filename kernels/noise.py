@@ -25,11 +25,8 @@ from torch import Tensor
 from denim.kernels.dispatch import register
 
 __all__ = [
-    "Domain",
     "Stream",
     "check_seeds",
-    "derive_seeds",
-    "draw_seeds",
     "noise_backend",
     "noise_words",
     "normal_noise",
@@ -42,7 +39,7 @@ __all__ = [
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
-_WORD = 0xFFFFFFFF
+WORD = 0xFFFFFFFF
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -55,23 +52,6 @@ class Stream(IntEnum):
     MASK = 2
     START = 3
     SIGMA = 4
-
-
-class Domain(IntEnum):
-    """Stage of an experiment that a seed is derived for. Seeds of different domains give different draws."""
-
-    TRAINING = 0
-    DEFENSE = 1
-    ATTACK = 2
-    SELECTION = 3
-    CONFIRMATION = 4
-    SCORE = 5
-    CERTIFY = 6
-    FROZEN = 7
-    COPY = 8
-    AUGMENT = 9
-    FINETUNING = 10
-    SUBSET = 11
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
@@ -92,25 +72,26 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     for _ in range(PHILOX_ROUNDS):
         even, odd = c0 * PHILOX_M0, c2 * PHILOX_M1
         c0, c1, c2, c3 = (
-            ((odd >> 32) & _WORD) ^ c1 ^ k0,
-            odd & _WORD,
-            ((even >> 32) & _WORD) ^ c3 ^ k1,
-            even & _WORD,
+            ((odd >> 32) & WORD) ^ c1 ^ k0,
+            odd & WORD,
+            ((even >> 32) & WORD) ^ c3 ^ k1,
+            even & WORD,
         )
-        k0, k1 = (k0 + PHILOX_W0) & _WORD, (k1 + PHILOX_W1) & _WORD
+        k0, k1 = (k0 + PHILOX_W0) & WORD, (k1 + PHILOX_W1) & WORD
     return c0, c1, c2, c3
 
 
-def _split(seeds: Tensor) -> tuple[Tensor, Tensor]:
-    return seeds & _WORD, (seeds >> 32) & _WORD
+def split(seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Low and high words of int64 seeds, as int64 tensors that hold uint32 values."""
+    return seeds & WORD, (seeds >> 32) & WORD
 
 
 def _group_words(seeds: Tensor, groups: int, stream: int) -> Words:
     """Words of groups 0 .. groups-1 for seeds (N,): four int64 tensors (N, groups)."""
-    low, high = _split(seeds[:, None])
+    low, high = split(seeds[:, None])
     group = torch.arange(groups, dtype=torch.int64, device=seeds.device)[None, :]
     zero = torch.zeros_like(group)
-    return philox((group & _WORD, group >> 32, zero + stream, zero), (low, high))
+    return philox((group & WORD, group >> 32, zero + stream, zero), (low, high))
 
 
 def _signed(word: Tensor) -> Tensor:
@@ -243,16 +224,16 @@ def _fake(seeds: Tensor, count: int) -> Tensor:
 _normal_noise = register("normal_noise", _reference, _fake)
 
 
-def check_seeds(seeds: Tensor) -> None:
-    """Check that seeds are a tensor of the right dtype.
+def check_seeds(seeds: Tensor, name: str = "seeds") -> None:
+    """Check that seeds, or what seeds are derived from (`name`), are a tensor of the right dtype.
 
     Raises:
-        TypeError: seeds are not an int64 tensor.
+        TypeError: they are not an int64 tensor.
     """
     if not isinstance(seeds, Tensor):
-        raise TypeError(f"seeds must be a tensor, got {seeds!r}; derive them with denim.kernels.derive_seeds")
+        raise TypeError(f"{name} must be a tensor, got {seeds!r}; derive seeds with denim.kernels.derive_seeds")
     if seeds.dtype != torch.int64:
-        raise TypeError(f"seeds must be int64, got {seeds.dtype}; derive them with denim.kernels.derive_seeds")
+        raise TypeError(f"{name} must be int64, got {seeds.dtype}; derive seeds with denim.kernels.derive_seeds")
 
 
 def normal_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
@@ -274,6 +255,19 @@ def normal_noise(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     return noise.reshape(*seeds.shape, *shape)
 
 
+def _words_reference(seeds: Tensor, count: int, stream: int) -> Tensor:
+    """Reference in torch; also the CPU kernel."""
+    words = torch.stack(_group_words(seeds.reshape(-1), (count + 3) // 4, stream), dim=-1)
+    return words.flatten(1)[:, :count].reshape(*seeds.shape, count).contiguous()
+
+
+def _words_fake(seeds: Tensor, count: int, stream: int) -> Tensor:
+    return seeds.new_empty((*seeds.shape, count))
+
+
+_noise_words = register("noise_words", _words_reference, _words_fake, triton="seeds_triton", part="_words")
+
+
 def noise_words(seeds: Tensor, count: int, stream: Stream = Stream.NOISE) -> Tensor:
     """The first words of a stream for every seed.
 
@@ -289,8 +283,8 @@ def noise_words(seeds: Tensor, count: int, stream: Stream = Stream.NOISE) -> Ten
         TypeError: seeds are not int64.
     """
     check_seeds(seeds)
-    words = torch.stack(_group_words(seeds.reshape(-1), (count + 3) // 4, stream), dim=-1)
-    return words.flatten(1)[:, :count].reshape(*seeds.shape, count)
+    words: Tensor = _noise_words(seeds, count, int(stream))
+    return words
 
 
 def uniform_noise(seeds: Tensor, shape: Sequence[int], stream: Stream) -> Tensor:
@@ -311,65 +305,3 @@ def uniform_noise(seeds: Tensor, shape: Sequence[int], stream: Stream) -> Tensor
     # The largest values would round to 1. The largest float32 below 1 is 1 - 2^-24.
     uniform = ((words.to(torch.float64) + 0.5) * 2.0**-32).to(torch.float32).clamp(max=1 - 2.0**-24)
     return uniform.reshape(*seeds.shape, *shape)
-
-
-def _as_int64(value: int | Tensor, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.dtype != torch.int64:
-            raise TypeError(f"seed parts must be int64 tensors or ints, got {value.dtype}")
-        return value
-    # torch.full runs on the device. A copy from the host would synchronise, and CUDA graphs cannot capture it.
-    return torch.full((), value, dtype=torch.int64, device=like.device)
-
-
-def derive_seeds(
-    run_seed: int | Tensor, domain: Domain, samples: Tensor, step: int | Tensor = 0, draw: int | Tensor = 0
-) -> Tensor:
-    """Seeds for samples, computed on their device. Every seed in Denim is derived by this hash.
-
-    Two chained Philox calls: k = philox(counter=(sample low, sample high, SEED, domain), key=run seed), then the seed
-    is words 0 and 1 of philox(counter=(step low, step high, SEED, draw), key=(k0, k1)).
-
-    Args:
-        run_seed: the seed of the run, int or int64 tensor.
-        domain: stage of the experiment.
-        samples: int64 sample ids, any shape.
-        step: epoch or step, int or int64 tensor that broadcasts with samples.
-        draw: number of the draw, below 2^32, int or int64 tensor that broadcasts with samples.
-
-    Returns:
-        int64 tensor of the broadcast shape.
-
-    Raises:
-        TypeError: a tensor is not int64.
-    """
-    samples = _as_int64(samples, samples)
-    key = _split(_as_int64(run_seed, samples))
-    low, high = _split(samples)
-    stream = torch.full_like(low, Stream.SEED)
-    first = philox((low, high, stream, torch.full_like(low, int(domain))), key)
-    step_low, step_high = _split(_as_int64(step, samples))
-    second = philox(
-        (step_low, step_high, torch.full_like(low, Stream.SEED), _as_int64(draw, samples) & _WORD), (first[0], first[1])
-    )
-    return second[0] | (second[1] << 32)
-
-
-def draw_seeds(run_seed: int | Tensor, domain: Domain, samples: Tensor, draws: int, step: int | Tensor = 0) -> Tensor:
-    """Seeds of several draws: `derive_seeds` with draw = 0 .. draws-1 in a new first dimension.
-
-    Args:
-        run_seed: the seed of the run, int or int64 tensor.
-        domain: stage of the experiment.
-        samples: int64 sample ids (B,).
-        draws: number of draws.
-        step: epoch or step, int or int64 tensor.
-
-    Returns:
-        int64 tensor (draws, B).
-
-    Raises:
-        TypeError: a tensor is not int64.
-    """
-    draw = torch.arange(draws, dtype=torch.int64, device=samples.device)[:, None]
-    return derive_seeds(run_seed, domain, samples[None, :], step, draw)

@@ -228,7 +228,7 @@ def test_empty_batches_and_samples(shape):
     [
         ({"pixels": torch.zeros(2, 3, 4, 4, dtype=torch.uint8)}, TypeError, "pixels must be floating point"),
         ({"pixels": torch.tensor(0.5)}, ValueError, r"pixels must have shape \(B, ...\)"),
-        ({"seeds": torch.zeros(2)}, TypeError, "seeds must be int64, got torch.float32; derive them"),
+        ({"seeds": torch.zeros(2)}, TypeError, "seeds must be int64, got torch.float32; derive seeds"),
         ({"seeds": torch.zeros(3, dtype=torch.int64)}, ValueError, r"seeds must have shape \(2,\), got \(3,\)"),
         ({"seeds": torch.zeros(1, 2, dtype=torch.int64)}, ValueError, r"seeds must have shape \(2,\), got \(1, 2\)"),
         (

@@ -20,7 +20,8 @@ from denim.kernels import (
     patch_loss,
     uniform_noise,
 )
-from denim.kernels.noise import Domain, Stream
+from denim.kernels.noise import Stream
+from denim.kernels.seeds import Domain
 
 OPS = torch.ops.denim
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.5, 1.0]
@@ -54,6 +55,10 @@ def calls():
     """(operator, arguments): every form in which the small cases of the table call an operator."""
     yield "normal_noise", (ids(2, 3), 37)
     yield "normal_noise", (ids(1), 1)
+    yield "noise_words", (ids(2, 3), 37, 2)
+    yield "noise_words", (ids(), 1, 0)
+    yield "derive_seeds", (ids(2, 3), 1, 5, 6, 7, None, None, None)
+    yield "derive_seeds", (ids(2, 1), 1, 0, 0, 0, ids(), ids(3), ids(4, 1, 1))
     for operation, cases in OPERATIONS.items():
         seen = set()
         for case in cases:
