@@ -150,6 +150,9 @@ class _Repeated:
     def encoded(self, index: int) -> bytes:
         return self._source.encoded(index % len(self._source))
 
+    def dali(self, index: int) -> str:
+        return self._source.dali(index % len(self._source))
+
     def plain_length(self, index: int) -> int:
         return self._source.plain_length(index % len(self._source))
 

@@ -34,20 +34,29 @@ COLUMNS, SHOWN, GAP = 8, 224, 8  # of a preview: images per row, their side (abo
 def index(folder: Annotated[Path, tyro.conf.Positional], split: str | None = None, cache: Path | None = None) -> None:
     """Decode every image once and keep the result in a manifest, which training uses.
 
+    Where DALI is installed, each image is also tried with it, so that the first epoch need not do that.
+
     Args:
         folder: Folder of class folders or of images, or of split folders (train, test, ...) that hold those.
         split: Split to index, such as train or test; without it, every split of the folder.
         cache: Folder for the manifest; without it, the user's cache.
     """
     from denim.nim.data import open_manifest
+    from denim.nim.data.dali_loader import dali_version, problem
+    from denim.nim.data.manifest import try_with_dali
     from denim.nim.text import printable
 
     for name in _splits(folder, split):
         start = time.perf_counter()
         manifest, title = open_manifest(folder, name, labelled=False, cache=cache)
+        took, decoded, by_dali = time.perf_counter() - start, manifest.decoded, ""
+        if problem() is None:
+            manifest = try_with_dali(manifest, dali_version())
+            count = sum(manifest.dali(row) == dali_version() for row in range(manifest.valid))
+            by_dali = f"; {count} for DALI, tried in {time.perf_counter() - start - took:.1f} s"
         print(
             f"{printable(title)}: {manifest.valid} images in {len(manifest.classes)} classes, "
-            f"{len(manifest) - manifest.valid} bad; {manifest.decoded} decoded in {time.perf_counter() - start:.1f} s; "
+            f"{len(manifest) - manifest.valid} bad; {decoded} decoded in {took:.1f} s{by_dali}; "
             f"manifest {printable(manifest.file)}"
         )
         _say_passed_over(title, manifest)

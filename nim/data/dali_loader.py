@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from denim.nim.data.decode import MachineError
+from denim.nim.data.decode import DaliTrial, MachineError
 from denim.nim.data.loader import Batch, PlannedLoader
+from denim.nim.data.processes import processors
 from denim.nim.data.sources import EncodedSource, Source
 from denim.nim.data.views import DALI_MAGNITUDE, MOST_RESIZED, EvalView, TrainView, View, dali_policy, sample_rng
 
-__all__ = ["DaliLoader", "problem", "reasons"]
+__all__ = ["DaliLoader", "dali_version", "problem", "reasons"]
 
 QUEUE = 2  # batches that DALI works on at a time
 AHEAD = 2  # batches that are read before DALI takes them
 READERS = 2  # threads; more get in each other's way where files are small and at hand
 CHUNK = 32  # images that one thread reads in one go
-MOST_THREADS = 4  # by default
 # Side of the smallest views that torch resizes on the CPU. A 224 crop of a photo takes it 0.26 ms, DALI 1.75 ms and
 # Pillow 1.2 ms; of small views, the calls from Python would take longer than the work.
 RESIZED_BY_TORCH = 64
@@ -56,6 +56,16 @@ def problem() -> str | None:
     except Exception as error:  # a broken wheel raises anything
         return f"DALI does not import: {type(error).__name__}: {error}"
     return None
+
+
+def dali_version() -> str:
+    """The version of DALI that is installed.
+
+    Raises:
+        ImportError: none is.
+    """
+    version: str = importlib.import_module("nvidia.dali").__version__
+    return version
 
 
 def reasons(source: Source, view: View, device: torch.device) -> list[str]:
@@ -138,20 +148,21 @@ class DaliLoader(PlannedLoader):
 
     Where DALI resizes, `Batch.images` is its own memory, without a copy.
 
-    **Bad files.** A batch with an image that DALI cannot decode would end the process (see `_Trial`). So each file is
-    decoded alone before it is first taken into a batch of this loader, and again when its length has changed: a first
-    epoch takes up to twice as long. What fails there, or has changed since, Pillow decodes; what Pillow cannot decode
-    either, or what has another size than at the start, is bad. Files must not be overwritten in place by others of the
-    same length.
+    **Bad files.** A batch with an image that DALI cannot decode would end the process (see `DaliTrial`). So each file
+    is decoded alone before it is first taken into a batch: by `denim data index`, whose word the manifest keeps, or
+    else in the first epoch of a loader, which then takes about twice as long. What fails there, or has changed since,
+    Pillow decodes; what Pillow cannot decode either, or what has another size than at the start, is bad. Files must not
+    be overwritten in place by others of the same length.
 
     Args:
-        workers: threads that decode; 0 takes as many as there are processors, at most 4. The result is the same.
+        workers: threads that decode; 0 takes as many as there are processors for each process of this machine (torchrun
+            says how many there are in LOCAL_WORLD_SIZE). The result is the same.
         device: "cpu", or the GPU where the batches are to lie. On a GPU, they are ordered behind torch's stream that is
             current when a batch is asked for.
         others: as for `PlannedLoader`.
 
     Attributes:
-        sound: bool (N,), whether DALI has decoded the file alone.
+        sound: bool (N,), whether DALI has been seen to decode the file alone.
 
     Raises:
         ValueError: negative workers, something that DALI cannot do (see `reasons`), and as `PlannedLoader`.
@@ -183,14 +194,15 @@ class DaliLoader(PlannedLoader):
         super().__init__(
             source, view, batch_size, seed=seed, shuffle=shuffle, last=last, rank=rank, world=world, max_bad=max_bad
         )
-        self.workers = workers or min(MOST_THREADS, _processors())
+        self.workers = workers or max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
         assert isinstance(view, (TrainView, EvalView))
         self.view: TrainView | EvalView = view
         self._encoded = cast(EncodedSource, source)
         # What DALI refuses and Pillow does not. Like `sound` no part of the state: a resumed run finds the same.
         self.sound = np.zeros(len(source), np.bool_)
         self._refused: set[int] = set()
-        self._trials: list[_Trial] = []
+        self._trials: list[DaliTrial] = []
+        self._version = dali_version()
         # An epoch takes a pipeline from here and puts it back at its end: building takes as long as some batches.
         self._idle: list[_Pipeline] = []
 
@@ -266,13 +278,13 @@ class DaliLoader(PlannedLoader):
 
     def _for_dali(self, index: int) -> npt.NDArray[np.uint8] | None:
         """The encoded image if DALI is to decode it."""
-        length = self._encoded.plain_length(index)
-        if length < 0 or index in self._refused or self._is_thin(index):
+        length, word = self._encoded.plain_length(index), self._encoded.dali(index)
+        if length < 0 or word == f"-{self._version}" or index in self._refused or self._is_thin(index):
             return None
-        content = np.frombuffer(self._encoded.encoded(index), np.uint8)
-        if len(content) == length and (self.sound[index] or self._decodes(index, content)):
+        content = self._encoded.encoded(index)
+        if len(content) == length and (word == self._version or self.sound[index] or self._decodes(content)):
             self.sound[index] = True
-            return content
+            return np.frombuffer(content, np.uint8)
         # It has changed, or DALI has no way with it: Pillow tells whether it is bad.
         self._refused.add(index)
         return None
@@ -284,15 +296,14 @@ class DaliLoader(PlannedLoader):
         width, height, *_ = self.view.geometry(*self.source.sizes[index].tolist())
         return width * height > MOST_RESIZED
 
-    def _decodes(self, index: int, content: npt.NDArray[np.uint8]) -> bool:
-        """Whether DALI decodes it, to an image of the size that it had at the start."""
-        trial = self._trials.pop() if self._trials else _Trial()
+    def _decodes(self, content: bytes) -> bool:
+        trial = self._trials.pop() if self._trials else DaliTrial()
         try:
-            size = trial(content)
-        except RuntimeError:  # it is of no more use
+            same = trial(content)
+        except Exception:  # DALI cannot, and it is of no more use; or Pillow cannot, which `read` will tell
             return False
         self._trials.append(trial)
-        return size == tuple(self.source.sizes[index].tolist())
+        return same
 
     def _by_pillow(self, epoch: int, index: int, geometry: tuple[int, ...]) -> _Sample:
         """The view of a sample, made by Pillow as `TorchLoader` makes it, and encoded as PGM or PPM."""
@@ -337,33 +348,6 @@ class DaliLoader(PlannedLoader):
 
     def _pipeline(self, batch_size: int, depth: int) -> _Pipeline:
         return _Pipeline(self.view, self.source.channels, self.device, self.workers, batch_size, depth)
-
-
-class _Trial:
-    """A graph for one image at a time, on the CPU.
-
-    With an image that cannot be decoded among others, DALI (2.4) gives up the batch while its threads go on decoding
-    the others into memory that is freed, which ends the process more often than not. Alone, it raises an error.
-    """
-
-    def __init__(self) -> None:
-        dali: Any = importlib.import_module("nvidia.dali")
-        content: list[npt.NDArray[np.uint8]] = []
-        self._content = content
-        self._pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-        with self._pipe:
-            encoded = dali.fn.external_source(lambda: [content.pop()], dtype=dali.types.UINT8)
-            self._pipe.set_outputs(dali.fn.decoders.image(encoded))
-
-    def __call__(self, content: npt.NDArray[np.uint8]) -> tuple[int, int]:
-        """Width and height of the upright image.
-
-        Raises:
-            RuntimeError: it cannot be decoded.
-        """
-        self._content.append(content)
-        ((height, width, _),) = self._pipe.run()[0].shape()
-        return width, height
 
 
 class _Pipeline:
@@ -533,7 +517,3 @@ class _Resizer:
 
 def _bicubic(image: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,6 +7,7 @@ of a second, holds no lock of its parent's and takes no parent with it if a deco
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
@@ -25,6 +26,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 __all__ = [
     "EXTENSIONS",
     "FORMATS",
+    "DaliTrial",
     "MachineError",
     "Place",
     "Verdict",
@@ -44,6 +46,7 @@ EXTENSIONS = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm", *([".avif"] if "AVIF" in FORMATS else []),
 ))  # fmt: skip
+SAME = 12  # levels: mean difference of two decoders' pictures in the small at most; subsampled colours take up to 6
 MOST_BYTES = 1 << 30  # of an encoded image: 89 million pixels of 8 bytes fit
 # EXIF orientation -> what turns the stored picture upright (CIPA DC-008, tag 274). 1 is upright.
 TURNS = {
@@ -96,6 +99,8 @@ class Verdict(NamedTuple):
         fault: why it cannot be used; empty if it can.
         plain: whether any decoder sees the same picture in it (see `_is_plain`).
         passing: whether the fault is the machine's and says nothing of the image.
+        dali: the version of DALI that has decoded it, alone, to the same picture; with "-" before it if that version
+            refuses it, sees another picture in it or dies of it; empty where none has tried.
     """
 
     width: int
@@ -104,6 +109,7 @@ class Verdict(NamedTuple):
     fault: str
     plain: bool = False
     passing: bool = False
+    dali: str = ""
 
 
 def open_place(place: Place) -> BinaryIO:
@@ -456,6 +462,60 @@ def _without_metadata(content: bytes) -> bytes:
     return content
 
 
+class DaliTrial:
+    """A graph of DALI's for one image at a time, on the CPU, whose picture is compared with Pillow's.
+
+    With an image that cannot be decoded among others, DALI (2.4) gives up the batch while its threads go on decoding
+    the others into memory that is freed, which ends the process more often than not. Alone, it raises an error.
+    """
+
+    def __init__(self) -> None:
+        dali: Any = importlib.import_module("nvidia.dali")
+        content: list[Any] = []
+        self._content = content
+        self._pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        with self._pipe:
+            encoded = dali.fn.external_source(lambda: [content.pop()], dtype=dali.types.UINT8)
+            self._pipe.set_outputs(dali.fn.decoders.image(encoded))
+
+    def __call__(self, content: bytes) -> bool:
+        """Whether DALI sees the picture in it that `decode` sees: the same size, and colours that agree in the small.
+
+        Raises:
+            RuntimeError: DALI cannot decode it; this object is of no more use.
+            Exception: `decode` cannot.
+        """
+        self._content.append(np.frombuffer(content, np.uint8))
+        theirs = np.asarray(self._pipe.run()[0].at(0))
+        image, verdict = _upright(content, small=True)
+        if theirs.shape != (verdict.height, verdict.width, 3):
+            return False
+        # One pixel for each block of 8x8, which is what a JPEG decoder makes of its lowest frequency alone.
+        ours = image.convert("RGB") if image.size != verdict[:2] else image.convert("RGB").reduce(8)
+        small = np.asarray(Image.fromarray(theirs).reduce(8), np.int16)
+        if small.shape != (ours.height, ours.width, 3):  # a JPEG of less than 8 pixels
+            return True
+        return bool(np.abs(small - np.asarray(ours)).mean() < SAME)
+
+
+def try_dali(places: Iterable[Place]) -> list[bool | None]:
+    """Whether DALI may be handed each of these images; None where the machine does not let it be told."""
+    trial: DaliTrial | None = None
+    answers: list[bool | None] = []
+    for place in places:
+        trial, answer = trial or DaliTrial(), None
+        try:
+            content = patiently(lambda place=place: _content_of(place))  # type: ignore[misc]
+            answer = trial(content)
+        except RuntimeError as error:
+            trial = None
+            answer = None if "memory" in f"{error}".lower() else False
+        except Exception as error:
+            answer = None if is_machines(error) else False
+        answers.append(answer)
+    return answers
+
+
 def judge_all(places: Iterable[Place]) -> list[Verdict]:
     """`judge` for many, in this thread. Filters of warnings belong to the process: no other thread may touch them."""
     with warnings.catch_warnings():
@@ -464,11 +524,20 @@ def judge_all(places: Iterable[Place]) -> list[Verdict]:
 
 
 def _serve() -> None:
-    """Answer each line of places on stdin by a line of verdicts on stdout, both JSON, until stdin closes."""
+    """Answer each line of places on stdin by a line of verdicts on stdout, both JSON, until stdin closes.
+
+    Arguments: the limit of pixels, and the function that answers.
+    """
     Image.MAX_IMAGE_PIXELS = json.loads(sys.argv[1])
-    for line in sys.stdin:
-        sys.stdout.write(json.dumps(judge_all(Place(*place) for place in json.loads(line))) + "\n")
-        sys.stdout.flush()
+    answer = {"judge": judge_all, "dali": try_dali}[sys.argv[2]]
+    # What a library prints must not get among the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for line in sys.stdin:
+            answers.write(json.dumps(answer(Place(*place) for place in json.loads(line))) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

@@ -12,18 +12,12 @@ import fcntl
 import hashlib
 import json
 import os
-import queue
 import shutil
-import signal
 import stat
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,12 +26,11 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from torch import Tensor
 
-from denim.nim.data.decode import EXTENSIONS, PAUSES, MachineError, Place, Verdict, judge_all, open_place
+from denim.nim.data.decode import EXTENSIONS, MachineError, Place, Verdict, judge_all, open_place
+from denim.nim.data.processes import CHUNK, ask_processes
 from denim.nim.files import atomic_write
 
 __all__ = [
@@ -50,15 +43,11 @@ __all__ = [
     "list_images",
     "passed_over",
     "sample_id",
+    "try_with_dali",
 ]
 
 VERSION = "2"
-CHUNK = 64  # images per question to a decoding process, and per entry of the journal
 IN_PROCESS = 256  # up to so many images, starting processes takes longer than decoding
-# Signals that others send, and the system where memory runs out; a decoder that fails sends others to itself.
-OUTSIDE = frozenset(
-    -number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
-)
 NAMED = 5  # images that a message names
 # Of a manifest; "shard" and "offsets" where images are members of shards.
 COLUMNS: dict[str, type[np.generic]] = {
@@ -69,6 +58,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "sizes": np.int32,
     "formats": np.uint8,
     "plain": np.uint8,
+    "dali": np.uint8,
     "faults": np.int32,
     "ends": np.int64,
     "paths": np.uint8,
@@ -343,6 +333,7 @@ class Manifest:
             self._shards: list[str] = json.loads(header["shards"])
             self._formats: list[str] = json.loads(header["formats"])
             self._reasons: list[str] = json.loads(header["reasons"])
+            self._trials: list[str] = json.loads(header["trials"])
             said: dict[str, list[Any]] = json.loads(header["passed_over"])
             self.passed_over = {kind: (int(count), str(first)) for kind, (count, first) in said.items()}
             self.ids, self.labels, self.sizes = columns["ids"], columns["labels"], columns["sizes"]
@@ -362,7 +353,7 @@ class Manifest:
     def _inconsistency(self) -> str:
         """Why `write` cannot have made it; empty if it can: then all that is read later is in its range."""
         columns, rows = self._columns, len(self)
-        lists = (self.classes, self._shards, self._formats, self._reasons)
+        lists = (self.classes, self._shards, self._formats, self._reasons, self._trials)
         if not all(isinstance(name, str) for names in lists for name in names):
             return "its names are not text"
         expected = {name: dtype for name, dtype in COLUMNS.items() if self._shards or name not in ("shard", "offsets")}
@@ -382,6 +373,7 @@ class Manifest:
             "bytes": (columns["bytes"], -1, most),
             "formats": (columns["formats"], 0, len(self._formats) - 1),
             "plain": (columns["plain"], 0, 1),
+            "dali": (columns["dali"], 0, len(self._trials) - 1),
             "faults": (columns["faults"], 0, len(self._reasons) - 1),
         }
         if self._shards:
@@ -425,6 +417,10 @@ class Manifest:
     def is_plain(self, row: int) -> bool:
         """Whether any decoder sees the same picture in a sample; see `Verdict`."""
         return bool(self._columns["plain"][row])
+
+    def dali(self, row: int) -> str:
+        """What DALI makes of a sample, where it was asked; see `Verdict`."""
+        return self._trials[int(self._columns["dali"][row])]
 
     def fault(self, row: int) -> str:
         """Why a sample cannot be used; empty for a valid one."""
@@ -475,8 +471,21 @@ class Manifest:
         same &= columns["bytes"][rows] == np.array(listing.bytes)
         same &= columns["mtimes"][rows] == np.array(listing.mtimes)
         for row, own in zip(np.flatnonzero(same).tolist(), rows[same].tolist(), strict=True):
-            width, height = self.sizes[own].tolist()
-            yield row, Verdict(width, height, self.image_format(own), self.fault(own), self.is_plain(own))
+            yield row, self.verdict(own)
+
+    def verdict(self, row: int) -> Verdict:
+        """What the decoder said of a sample."""
+        width, height = self.sizes[row].tolist()
+        plain, dali = self.is_plain(row), self.dali(row)
+        return Verdict(width, height, self.image_format(row), self.fault(row), plain, dali=dali)
+
+    def _replace_trials(self, words: Sequence[str]) -> None:
+        """Write it again, with other words of DALI on its samples."""
+        trials = _Numbers()
+        columns = self._columns | {"dali": np.array([trials[word] for word in words], np.uint8)}
+        with safetensors.safe_open(self.file, framework="np") as content:
+            header = content.metadata() | {"trials": json.dumps(list(trials))}
+        _save(self.file, columns, header)
 
     @staticmethod
     def write(file: Path, listing: Listing, verdicts: Sequence[Verdict], key: str) -> None:
@@ -494,7 +503,7 @@ class Manifest:
         """
         # Valid ones first, in the order of the listing.
         order = np.argsort([bool(verdict.fault) for verdict in verdicts], kind="stable")
-        formats, reasons = _Numbers(), _Numbers()
+        formats, reasons, trials = _Numbers(), _Numbers(), _Numbers()
         paths = [bytes(os.fsencode(listing.path(row))) for row in order]
         columns: dict[str, npt.NDArray[Any]] = {
             "ids": listing.sample_ids()[order],
@@ -504,6 +513,7 @@ class Manifest:
             "sizes": np.array([verdict[:2] for verdict in verdicts], np.int32).reshape(-1, 2)[order],
             "formats": np.array([formats[verdict.format] for verdict in verdicts], np.uint8)[order],
             "plain": np.array([verdict.plain for verdict in verdicts], np.uint8)[order],
+            "dali": np.array([trials[verdict.dali] for verdict in verdicts], np.uint8)[order],
             "faults": np.array([reasons[verdicts[row].fault] for row in order if verdicts[row].fault], np.int32),
             "ends": np.cumsum([len(path) for path in paths], dtype=np.int64),
             "paths": np.frombuffer(b"".join(paths), np.uint8),
@@ -523,14 +533,19 @@ class Manifest:
                     ("shards", listing.shards),
                     ("formats", formats),
                     ("reasons", reasons),
+                    ("trials", trials),
                 )
             },
         }
-        try:
-            with atomic_write(file) as staged:
-                safetensors.numpy.save_file(columns, staged, metadata=header)
-        except SafetensorError as error:  # the disk is full, say
-            raise OSError(f"cannot write the manifest {file}: {error}") from error
+        _save(file, columns, header)
+
+
+def _save(file: Path, columns: dict[str, npt.NDArray[Any]], header: dict[str, str]) -> None:
+    try:
+        with atomic_write(file) as staged:
+            safetensors.numpy.save_file(columns, staged, metadata=header)
+    except SafetensorError as error:  # the disk is full, say
+        raise OSError(f"cannot write the manifest {file}: {error}") from error
 
 
 def _reopened(kind: type[Manifest], file: Path, root: Path, key: str) -> Manifest:
@@ -703,108 +718,52 @@ def _read_journal(journal: BinaryIO) -> Iterator[tuple[tuple[int, int, int], Ver
 
 def _judge(listing: Listing, todo: list[int]) -> Iterator[tuple[list[int], list[Verdict]]]:
     """The decoder's word on samples, chunk by chunk, in any order."""
-    chunks = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
-    if len(todo) <= IN_PROCESS:
-        for rows in chunks:
-            yield rows, judge_all(map(listing.place, rows))
+    if len(todo) > IN_PROCESS:
+        yield from ask_processes("judge", listing.place, todo, "indexing")
         return
-    columns = (TextColumn("indexing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    count = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(chunks))
-    with (
-        Progress(*columns, console=Console(stderr=True)) as progress,
-        _Judges(count) as judges,
-        ThreadPool(count) as pool,
-    ):
-        bar = progress.add_task("", total=len(todo))
-        for rows, verdicts in pool.imap_unordered(lambda rows: (rows, judges(map(listing.place, rows))), chunks):
-            progress.advance(bar, len(rows))
-            yield rows, verdicts
+    for start in range(0, len(todo), CHUNK):
+        rows = todo[start : start + CHUNK]
+        yield rows, judge_all(map(listing.place, rows))
 
 
-class _Judges:
-    """Processes that decode. One that dies is replaced, and the image that killed it is a bad one."""
+def try_with_dali(manifest: Manifest, version: str) -> Manifest:
+    """The same manifest, with DALI's word on all images that it may be handed, so that no epoch has to ask for it.
 
-    def __init__(self, count: int) -> None:
-        self._idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
-        self._all: list[subprocess.Popen[str]] = []
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by __exit__)
-        self._closed = False
-        for process in [self._start() for _ in range(count)]:
-            self._idle.put(process)
-        if not isinstance(self._ask([]), list):  # no image is to blame
-            self._errors.seek(0)
-            last = self._errors.read().strip().rpartition("\n")[2]
-            self.__exit__()
-            raise OSError(f"processes that decode images do not start: {last}")
+    Each is decoded alone, in processes of their own. One that ends them is refused, and named in a warning. What
+    another version of DALI said is asked anew. Of several processes that call it at once, one does the work; a call
+    that is killed goes on where it was (the journal beside the manifest has what was done).
 
-    def __enter__(self) -> _Judges:
-        return self
+    Args:
+        manifest: that `index` made; its file is replaced.
+        version: of the DALI that is installed.
 
-    def __exit__(self, *_: object) -> None:
-        self._closed = True
-        for process in self._all:
-            process.kill()
-            process.wait()
-        self._errors.close()
-
-    def __call__(self, places: Iterable[Place]) -> list[Verdict]:
-        asked = list(places)
-        verdicts = self._ask(asked)
-        # Either one of them did it, or somebody killed the process: one by one tells.
-        return verdicts if isinstance(verdicts, list) else [self._alone(place) for place in asked]
-
-    def _alone(self, place: Place) -> Verdict:
-        """The verdict on an image that may kill the decoder. A process that others kill says nothing of the image."""
-        deaths = []
-        for pause in (0.0, *PAUSES, 2 * PAUSES[-1]):
-            time.sleep(pause)
-            answer = self._ask([place])
-            if isinstance(answer, list):
-                return answer[0]
-            deaths.append(answer)
-            if sum(status not in OUTSIDE for status in deaths) == 2:
-                return Verdict(0, 0, "", "kills the decoder")
-        named = signal.Signals(-deaths[-1]).name if deaths[-1] < 0 else str(deaths[-1])
-        return Verdict(
-            0,
-            0,
-            "",
-            f"the process that decodes it is killed from outside ({named}); if memory ran out, let "
-            "fewer processes run beside it",
-            passing=True,
+    Raises:
+        OSError: processes do not start, or the manifest cannot be written.
+    """
+    said = {version: "", f"-{version}": ""}
+    rows = range(manifest.valid)
+    if all(manifest.dali(row) in said or not manifest.is_plain(row) for row in rows):
+        return manifest
+    with _locked(manifest.file.with_suffix(".journal")) as journal:
+        manifest = Manifest(manifest.file, manifest.root, manifest.key)
+        names = list(
+            zip(manifest.ids.tolist(), manifest.bytes.tolist(), manifest._columns["mtimes"].tolist(), strict=True)
         )
-
-    def _ask(self, places: list[Place]) -> list[Verdict] | int:
-        """The verdicts; the exit status where the process dies of it, or was dead."""
-        process = self._idle.get()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(places) + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except (OSError, ValueError):  # the pipe is broken, or closed
-            answer = ""
-        if answer.endswith("\n"):
-            self._idle.put(process)
-            return [Verdict(*verdict) for verdict in json.loads(answer)]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)  # it closed its output: it is ending
-        process.kill()
-        status = process.wait()
-        self._idle.put(process if self._closed else self._start())
-        return status
-
-    def _start(self) -> subprocess.Popen[str]:
-        # -P: the modules beside the script are not to be found under their bare names. A session of its own: an
-        # interrupt from the keyboard is this process's to handle. At its end stdin closes, and they stop.
-        process = subprocess.Popen(
-            [sys.executable, "-P", Path(__file__).with_name("decode.py"), json.dumps(Image.MAX_IMAGE_PIXELS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            start_new_session=True,
-        )
-        self._all.append(process)
-        return process
+        known = {name: verdict.dali for name, verdict in _read_journal(journal) if verdict.dali in said}
+        words = [known.get(names[row], manifest.dali(row)) for row in range(len(manifest))]
+        todo = [row for row in rows if manifest.is_plain(row) and words[row] not in said]
+        for chunk, answers in ask_processes("dali", manifest.place, todo, "trying with DALI"):
+            entries = []
+            for row, answer in zip(chunk, answers, strict=True):
+                if isinstance(answer, str):
+                    warnings.warn(
+                        f"DALI {version} dies of {manifest.where(row)}, which Pillow will decode", stacklevel=2
+                    )
+                if answer is not None:
+                    words[row] = version if answer is True else f"-{version}"
+                    entries.append((*names[row], *manifest.verdict(row)._replace(dali=words[row])))
+            journal.write(json.dumps(entries).encode() + b"\n")
+            journal.flush()
+        manifest._replace_trials(words)
+        manifest.file.with_suffix(".journal").unlink()
+    return Manifest(manifest.file, manifest.root, manifest.key)

@@ -108,6 +108,10 @@ class EncodedSource(Source, Protocol):
         """
         ...
 
+    def dali(self, index: int) -> str:
+        """What DALI makes of it, where it was asked; see `Verdict`."""
+        ...
+
 
 class _Arrays:
     """A source in memory."""
@@ -292,6 +296,10 @@ class ManifestSource:
         """Its length when it was indexed, if any decoder sees the same picture in it (see `Verdict`); -1 if not."""
         return int(self.manifest.bytes[index]) if self.manifest.is_plain(index) else -1
 
+    def dali(self, index: int) -> str:
+        """What DALI makes of it, where it was asked; see `Verdict`."""
+        return self.manifest.dali(index)
+
     def _content(self, index: int) -> bytes:
         with self.manifest.open(index) as file:
             return read_content(file)
@@ -389,6 +397,7 @@ class Subset:
         if isinstance(source, EncodedSource):  # else this is none either
             self.encoded: Callable[[int], bytes] = self._encoded
             self.plain_length: Callable[[int], int] = self._plain_length
+            self.dali: Callable[[int], str] = self._dali
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -404,6 +413,10 @@ class Subset:
     def _encoded(self, index: int) -> bytes:
         assert isinstance(self._source, EncodedSource)
         return self._source.encoded(int(self._chosen[index]))
+
+    def _dali(self, index: int) -> str:
+        assert isinstance(self._source, EncodedSource)
+        return self._source.dali(int(self._chosen[index]))
 
     def _plain_length(self, index: int) -> int:
         assert isinstance(self._source, EncodedSource)

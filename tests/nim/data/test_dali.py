@@ -28,12 +28,21 @@ from denim.nim.data import (
     Subset,
     TorchLoader,
     TrainView,
+    dali_loader,
     loader_backends,
     open_loader,
     open_source,
     sample_rng,
 )
-from denim.nim.data.dali_loader import OPERATIONS, RESIZED_BY_TORCH, DaliLoader, _Pipeline, problem, reasons
+from denim.nim.data.dali_loader import (
+    OPERATIONS,
+    RESIZED_BY_TORCH,
+    DaliLoader,
+    _Pipeline,
+    dali_version,
+    problem,
+    reasons,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -459,6 +468,31 @@ def test_what_dali_alone_refuses_is_decoded_by_pillow(tmp_path):
         assert loader.state()["bad"] == {}
         loader._decodes = None  # they are known by now, and so are the others
         assert rows(loader) == sound
+
+
+def test_what_the_index_says_is_believed(tmp_path, monkeypatch):
+    """No file is tried that was tried when it was indexed, and what DALI refused there Pillow decodes."""
+    source = made(tmp_path / "data", 12)
+    sound, pillow = rows(DaliLoader(source, VIEW, 4)), rows(TorchLoader(source, VIEW, 4))
+    refused = int(source.ids[7])
+    words = {k: f"-{dali_version()}" if k == 7 else dali_version() for k in range(12)}
+    source.dali = words.get
+    monkeypatch.setattr(dali_loader, "DaliTrial", lambda: pytest.fail("tried"))
+    got = rows(DaliLoader(source, VIEW, 4))
+    for step, ours, theirs in zip(got, sound, pillow, strict=True):
+        assert step == [b if a[0] == refused else a for a, b in zip(ours, theirs, strict=True)]
+    source.dali = lambda index: "0.1"  # another version
+    monkeypatch.undo()
+    assert rows(DaliLoader(source, VIEW, 4)) == sound
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(None, 6), ("1", 6), ("2", 3), ("4", 1), ("8", 1)])
+def test_threads_are_those_of_this_process(jpegs, monkeypatch, ranks, workers):
+    monkeypatch.setattr(dali_loader, "processors", lambda: 6)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert DaliLoader(jpegs, VIEW, 4).workers == workers
+    assert DaliLoader(jpegs, VIEW, 4, workers=5).workers == 5
 
 
 def test_a_file_that_goes_bad_between_epochs_is_replaced(tmp_path):

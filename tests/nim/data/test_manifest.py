@@ -20,10 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from denim.nim.data import Listing, Manifest, ManifestError, manifest
+from denim.nim.data import Listing, Manifest, ManifestError, manifest, processes
 from denim.nim.data import decode as decoder
+from denim.nim.data.dali_loader import dali_version, problem
 from denim.nim.data.decode import MachineError, Place, Verdict, decode, judge, judge_all
-from denim.nim.data.manifest import cache_folder, index, list_images, sample_id
+from denim.nim.data.manifest import cache_folder, index, list_images, sample_id, try_with_dali
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -604,14 +605,14 @@ def test_who_waited_for_a_journal_that_was_removed_gets_a_new_one(tmp_path):
 def test_a_killed_process_changes_nothing(many, monkeypatch):
     expected = rows(opened(many, many.parent / "cache"))
     started = []
-    start = manifest._Judges._start
+    start = processes._Processes._start
 
     def remembered(self):
         started.append(start(self))
         return started[-1]
 
-    monkeypatch.setattr(manifest._Judges, "_start", remembered)
-    answer = manifest._Judges.__call__
+    monkeypatch.setattr(processes._Processes, "_start", remembered)
+    answer = processes._Processes.__call__
     asked = []
 
     def killing(self, places):
@@ -620,7 +621,7 @@ def test_a_killed_process_changes_nothing(many, monkeypatch):
             started[-1].kill()
         return answer(self, places)
 
-    monkeypatch.setattr(manifest._Judges, "__call__", killing)
+    monkeypatch.setattr(processes._Processes, "__call__", killing)
     count = len(os.sched_getaffinity(0))
     assert rows(opened(many)) == expected
     assert len(started) > count
@@ -639,14 +640,89 @@ for line in sys.stdin:
 
 def test_an_image_that_crashes_the_decoder_is_a_bad_one(many, monkeypatch, tmp_path):
     (tmp_path / "decode.py").write_text(SCRIPT)
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    monkeypatch.setattr(processes, "__file__", str(tmp_path / "processes.py"))
     found = opened(many)
     assert found.valid == 699
     assert (found.path(699), found.fault(699)) == ("class1/0100.png", "kills the decoder")
 
 
+def test_an_image_whose_process_is_killed_from_outside_is_none(many, monkeypatch, tmp_path):
+    """Where memory runs out, the system kills what takes most of it."""
+    (tmp_path / "decode.py").write_text(SCRIPT.replace("SIGSEGV", "SIGKILL"))
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "__file__", str(tmp_path / "processes.py"))
+        patch.setattr(processes, "PAUSES", (0, 0))
+        with pytest.raises(MachineError, match=r"1 of 700 .*class1/0100.png: the process .* was ended by SIGKILL"):
+            opened(many)
+    found = opened(many)
+    assert (found.valid, found.decoded) == (700, 1)  # the script takes all for images
+
+
+# --- DALI's word
+
+
+dali = pytest.mark.skipif(problem() is not None, reason=f"no DALI: {problem()}")
+
+
+@dali
+def test_dalis_word_is_kept(folder, noise_image, tmp_path, monkeypatch):
+    (folder / "cat" / "grey16.png").write_bytes(b"")
+    Image.fromarray(np.zeros((5, 7), np.uint16)).save(folder / "cat" / "grey16.png")  # not for DALI
+    before, version = opened(folder), dali_version()
+    assert [before.dali(k) for k in range(7)] == [""] * 7
+    after = try_with_dali(before, version)
+    assert rows(after) == rows(before)
+    words = {after.path(k): after.dali(k) for k in range(7)}
+    assert words.pop("cat/grey16.png") == ""
+    assert {*words.values()} == {version}
+    # Whoever opens the folder has it; what is new is asked, and nothing else; another version is asked anew.
+    noise_image(9, 9).save(folder / "dog" / "new.png")
+    again = opened(folder)
+    asked = []
+    ask = manifest.ask_processes
+    monkeypatch.setattr(manifest, "ask_processes", lambda *a: asked.append(len(a[2])) or ask(*a))
+    try_with_dali(try_with_dali(again, version), version)
+    assert asked == [1]
+    assert try_with_dali(opened(folder), "0.1").dali(0) == "0.1"
+    assert asked == [1, 7]
+
+
+@dali
+def test_an_image_that_dali_dies_of_is_refused_and_named(folder, monkeypatch, tmp_path):
+    script = SCRIPT.replace("0100", "dog/0001").replace('[[1, 1, "PNG", ""] for', "[True for")
+    (tmp_path / "decode.py").write_text(script)
+    monkeypatch.setattr(processes, "__file__", str(tmp_path / "processes.py"))
+    before = opened(folder)
+    with pytest.warns(UserWarning, match=r"DALI 7\.8 dies of .*dog/0001\.png"):
+        after = try_with_dali(before, "7.8")
+    assert {after.path(k): after.dali(k) for k in range(6)} == {
+        after.path(k): "-7.8" if after.path(k) == "dog/0001.png" else "7.8" for k in range(6)
+    }
+
+
+@dali
+def test_killed_while_dali_is_asked(folder, monkeypatch):
+    before = opened(folder)
+
+    def stopping(*args):
+        rows = args[2]
+        yield rows[:4], [True, True, False, None]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "ask_processes", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            try_with_dali(before, "7.8")
+    asked = []
+    monkeypatch.setattr(manifest, "ask_processes", lambda *a: asked.append(list(a[2])) or iter([(a[2], [True] * 3)]))
+    after = try_with_dali(opened(folder), "7.8")
+    assert asked == [[3, 4, 5]]
+    assert [after.dali(k) for k in range(6)] == ["7.8", "7.8", "-7.8", "7.8", "7.8", "7.8"]
+    assert rows(after) == rows(before)
+
+
 def test_processes_that_do_not_start_are_no_verdict(many, monkeypatch, tmp_path):
     (tmp_path / "decode.py").write_text("import no_such_module")
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    monkeypatch.setattr(processes, "__file__", str(tmp_path / "processes.py"))
     with pytest.raises(OSError, match=r"do not start: .*No module named 'no_such_module'"):
         opened(many)
