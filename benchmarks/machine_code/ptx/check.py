@@ -40,7 +40,7 @@ class Agreement(NamedTuple):
     outside: int
     """Values that lie elsewhere or were not written."""
     exact: float
-    """Share of values whose bits are all determined."""
+    """Share of the values other than zero whose bits are all determined."""
 
     @property
     def holds(self) -> bool:
@@ -195,7 +195,7 @@ def _compare(launcher: _Launcher, arguments: tuple[Any, ...], results: Any) -> I
         lowest, highest = (bound.to(result.dtype) for bound in (exact - allowed, exact + allowed))
         outside = int((~((lowest <= result) & (result <= highest))).sum())
         outside = max(0, outside - int(launcher.jumps * result.numel()))
-        yield Agreement(name, result.numel(), outside, float((lowest == highest).double().mean()))
+        yield Agreement(name, result.numel(), outside, float((lowest == highest)[exact != 0].double().mean()))
 
 
 @contextlib.contextmanager

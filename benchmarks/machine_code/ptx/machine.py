@@ -6,6 +6,7 @@ Lanes that diverge are run block by block, those furthest behind first, so that 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,14 +109,18 @@ class Machine:
         if len(names) != len(parameters):
             raise ValueError(f"kernel {kernel.name} has {len(names)} parameters, got {len(parameters)}")
         x, y, z = (*grid, 1, 1)[:3]
+        places = itertools.accumulate((len(parameter) for parameter in parameters), initial=0)
         self._constants = {name: np.frombuffer(data, np.uint8) for name, data in kernel.constants.items()}
         buffers = [Buffer(array.ctypes.data, array.nbytes, name) for name, array in self._constants.items()]
         self.launched = Launched(
             kernel,
             (x, y, z),
-            dict(zip(names, parameters, strict=True)),
+            np.frombuffer(b"".join(parameters), np.uint8),
             GlobalMemory([*memory, *buffers]),
-            {name: array.ctypes.data for name, array in self._constants.items()},
+            {
+                **dict(zip(names, places, strict=False)),
+                **{name: array.ctypes.data for name, array in self._constants.items()},
+            },
             shared,
             approximation,
         )

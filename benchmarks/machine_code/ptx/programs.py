@@ -43,10 +43,11 @@ class Launched:
 
     kernel: Kernel
     grid: tuple[int, int, int]
-    parameters: dict[str, bytes]
+    parameters: Array
+    """Bytes of the kernel's parameters, one after another."""
     memory: GlobalMemory
-    constants: dict[str, int]
-    """Addresses of the module's variables."""
+    addresses: dict[str, int]
+    """Of the parameters, from zero on, and of the module's variables."""
     shared: int
     """Bytes of a program."""
     approximation: float
@@ -116,7 +117,7 @@ class Programs:
             **{f"%nctaid.{axis}": size for axis, size in zip("xyz", grid, strict=True)},
             "global_smem": 0,
             **kernel.local,
-            **launch.constants,
+            **launch.addresses,
         }
         self._named |= {name: np.array([value]) for name, value in uniform.items()}
 

@@ -15,7 +15,7 @@ from denim.benchmarks.machine_code.ptx.forms import TYPES, Form
 from denim.benchmarks.machine_code.ptx.instructions import decode
 from denim.benchmarks.machine_code.ptx.parser import Address, Instruction, Operand, Register, as_tuple
 from denim.benchmarks.machine_code.ptx.programs import BITS, WARP, Array, Mask, Programs
-from denim.benchmarks.machine_code.ptx.traps import DivisionByZero, PartialWarp, UnknownInstruction
+from denim.benchmarks.machine_code.ptx.traps import DivisionByZero, OutOfBounds, PartialWarp, UnknownInstruction
 
 __all__ = ["Step", "step"]
 
@@ -206,17 +206,25 @@ def _of_lanes(value: Array, lanes: Array) -> Array:
 
 
 def _parameter(data: Operand, where: Address, dtype: np.dtype[Any]) -> Step:
-    registers, name, offset = [_destination(operand) for operand in as_tuple(data)], where.base, where.offset
-    if not isinstance(name, str):
-        raise UnknownInstruction("a parameter's address in a register")
+    """The same for all lanes, but where the compiler chooses among addresses of parameters."""
+    registers = [_destination(operand) for operand in as_tuple(data)]
+    base = _reader(where.base, BITS[8])
+    size = dtype.itemsize * len(registers)
 
-    def step(programs: Programs, active: Mask) -> None:
-        values = np.frombuffer(programs.launch.parameters[name], dtype, len(registers), offset)
+    def load(programs: Programs, active: Mask) -> None:
+        address = base(programs, active).astype(np.int64) + where.offset
+        memory = programs.launch.parameters
+        if active is not None:
+            address = np.where(active, address, 0)
+        outside = (address < 0) | (address + size > len(memory))
+        if outside.any():
+            raise OutOfBounds("outside of the parameters", np.flatnonzero(outside))
+        values = memory[address[:, None] + np.arange(size)].view(dtype)
         for k, register in enumerate(registers):
             if register is not None:
-                programs.write(register, values[k : k + 1], active)
+                programs.write(register, np.ascontiguousarray(values[:, k]), active)
 
-    return step
+    return load
 
 
 def _shuffle(instruction: Instruction, mode: str) -> Step:

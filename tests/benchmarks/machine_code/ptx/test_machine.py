@@ -63,6 +63,17 @@ def test_parameters_and_special_registers(execute):
     assert execute(body, grid=(3, 2), parameter=7, programs=[4])[:6].tolist() == [0, 0, 0, 0, 31107, 0]
 
 
+def test_parameters_have_addresses(execute):
+    choose = "\tmov.b64 %rd6, handwritten_param_2;\n\tmov.b64 %rd7, handwritten_param_1;\n"
+    choose += "\tselp.b64 %rd8, %rd6, %rd7, %p1;\n\tld.param.b32 %r5, [%rd8];\n"
+    y = execute(EVEN + choose + STORE, parameter=7)
+    assert y[:64:2].tolist() == [7] * 32
+    assert (y[1:64:2] == y[1]).all()
+    assert y[1] == y.ctypes.data & 0xFFFFFFFF
+    with pytest.raises(OutOfBounds, match="parameters"):
+        execute(EVEN + choose.replace("[%rd8]", "[%rd8+4]") + STORE)
+
+
 def test_moves_pack_and_unpack(execute):
     body = "\tmov.b64 %rd6, {%r1, 7};\n\tmov.b64 {_, %r2}, %rd6;\n"
     body += "\tmov.b32 %r4, 0x00030004;\n\tmov.b32 {%rs1, %rs2}, %r4;\n"
