@@ -93,7 +93,8 @@ def derive_seeds(
         ValueError: tensors are on different devices. (Scalars on the CPU are copied.)
     """
     check_seeds(samples, "samples")
-    numbers, tensors = [], []
+    numbers: list[int] = []
+    tensors: list[Tensor | None] = []
     for name, value in (("run_seed", run_seed), ("step", step), ("draw", draw)):
         if not isinstance(value, Tensor):
             numbers.append(value)

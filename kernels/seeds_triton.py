@@ -174,13 +174,12 @@ def launch(
     out = torch.empty(shape, dtype=torch.int64, device=samples.device)
     if out.numel() == 0:
         return out
-    (samples, *of_samples), *others = (_rows(values, shape) for values in given)
-    strides = [*of_samples, *(stride for _, *pair in others for stride in pair)]
+    tensors, row_strides, column_strides = zip(*(_rows(values, shape) for values in given), strict=True)
+    strides = [stride for pair in zip(row_strides, column_strides, strict=True) for stride in pair]
     count = out.numel()
     with on_device(out.device):
         seeds_kernel[(triton.cdiv(count, THREADS),)](
-            samples,
-            *(values for values, *_ in others),
+            *tensors,
             out,
             domain,
             run_seed,
@@ -198,7 +197,7 @@ def launch(
 
 def serves_words(seeds: Tensor, count: int, stream: int) -> bool:
     """Whether `launch_words` takes these arguments of `noise_words`: it takes all that one launch can have."""
-    return triton.cdiv(seeds.numel() * triton.cdiv(count, 4), THREADS) < 2**31
+    return seeds.numel() * -(-count // 4) < 2**31 * THREADS
 
 
 def launch_words(seeds: Tensor, count: int, stream: int, *, gpu: GPU) -> Tensor:
