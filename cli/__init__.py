@@ -176,14 +176,20 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")
     _let_threads_sleep()
     try:
-        main()
+        try:
+            main()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except BrokenPipeError:
         _drop_output()
         raise SystemExit(141) from None
     except KeyboardInterrupt as stop:
         number = getattr(stop, "number", signal.SIGINT)
-        kept = str(stop) or "the same command goes on where it stopped (pretrain, finetune: with --resume)"
+        from denim.nim.text import printable
+
+        kept = printable(stop) or "the same command goes on where it stopped (pretrain, finetune: with --resume)"
         _complain(f"stopped by {signal.Signals(number).name}; {kept}")
         raise SystemExit(128 + number) from None
     except Exception as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["StopRequest", "Stopped", "stop_requests"]
+__all__ = ["StopRequest", "Stopped", "leave_signals_to_parent", "stop_requests"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -94,3 +95,23 @@ def stop_requests(message: str) -> Iterator[StopRequest]:
             if handler is not None:
                 signal.signal(number, handler)
     request.heed()
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a process that loads images outlive a signal to the whole group, since the running update needs its images.
+
+    Ctrl-C and the signals of job schedulers reach every process of a group. The worker ends with its parent, as torch's
+    workers do, or at the second SIGTERM.
+
+    Args:
+        worker: its number; torch's `worker_init_fn` is called with it.
+    """
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, note)

@@ -20,6 +20,7 @@ from denim.nim.data.decode import MachineError
 from denim.nim.data.order import Order, keyed_words
 from denim.nim.data.sources import Source
 from denim.nim.data.views import View, sample_rng
+from denim.nim.stopping import leave_signals_to_parent
 
 __all__ = ["BadSamplesError", "Batch", "Loader", "PlannedLoader", "TorchLoader"]
 
@@ -348,6 +349,7 @@ class TorchLoader(PlannedLoader):
                 sampler=range(start_step, self.steps_per_epoch),
                 num_workers=self.workers,
                 pin_memory=self.pin_memory,
+                worker_init_fn=leave_signals_to_parent,
                 generator=torch.Generator(),
             )
         )
