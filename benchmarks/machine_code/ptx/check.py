@@ -1,9 +1,9 @@
-"""Build cases executed: launchers on tensors of a few images, their results held against the operators in float64."""
+"""Cases executed: what the launchers compile, run on the CPU and held against the definition in float64."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,24 +12,22 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
-from denim.benchmarks.machine_code import cases
+from denim.benchmarks.case import BACKWARD, FORWARD, Case, ImageCase, expected
+from denim.benchmarks.cases import CASES
+from denim.benchmarks.machine_code.cases import launch
 from denim.benchmarks.machine_code.ptx.launch import Launch, run_on_cpu
 from denim.benchmarks.machine_code.ptx.traps import Trap
-from denim.kernels import attack_step_triton, decode_patches_triton, noise_patchify_triton, patch_loss_triton
+from denim.kernels.dispatch import GPU
 
-__all__ = ["Agreement", "Outcome", "run_case", "run_cases"]
+__all__ = ["Agreement", "Job", "Outcome", "resized", "run_case", "run_jobs"]
 
-BATCH = 2
 # Elements in front of and behind an output, which kernels must leave alone.
 GUARD = 512
-# float32 roundings: half the distance from 1 to the next number.
-ROUNDING = 2.0**-24
 
 
 class Agreement(NamedTuple):
-    """How a result compares with the operator in float64.
+    """How a result compares with the definition in float64.
 
     A value must lie between the roundings, to the result's dtype, of the least and the largest value that float32
     arithmetic may give. Where these two are the same number, as for most values of 16 bits, that is all bits of it.
@@ -42,10 +40,6 @@ class Agreement(NamedTuple):
     exact: float
     """Share of the values other than zero whose bits are all determined."""
 
-    @property
-    def holds(self) -> bool:
-        return self.outside == 0
-
 
 class Outcome(NamedTuple):
     """What came of a case."""
@@ -57,211 +51,113 @@ class Outcome(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        return not self.failure and all(agreement.holds for agreement in self.agreements)
+        return not self.failure and not any(agreement.outside for agreement in self.agreements)
 
 
-def _side(case: cases.Case) -> int:
-    """Of an image whose last program is partly empty.
+class Job(NamedTuple):
+    """A case to be executed."""
 
-    Kernels are specialised as in the sizes of real work: those are multiples of 16 elements, as here.
+    name: str
+    """Operation and name of a case of `denim.benchmarks.cases`."""
+    capability: int
+    """Compute capability of the GPU to compile for, as 90."""
+    as_built: bool = False
+    """The passes that are built ahead of time, compiled as for real work (`resized`); else all, in the case's size."""
+    approximation: float = 0.0
+    """As in `run_on_cpu`."""
+
+
+def resized(case: Case) -> Case:
+    """The case in a small size that compiles to the same code as real work: its last programs are partly empty.
+
+    Kernels are compiled anew where sizes are multiples of 16 elements, which those of real work are, and these.
     """
-    configuration = case.configuration
-    return 56 if "patch 14" in configuration else 96 if "patch 32" in configuration else 48
+    side = {14: 56, 32: 96}.get(case.patch, 48) if isinstance(case, ImageCase) else 48
+    return case.resized(2, side)
 
 
-def _real(generator: torch.Generator) -> Callable[..., Tensor]:
-    """Stands for `cases._empty`: random values instead of none."""
-
-    def make(
-        *shape: int, dtype: torch.dtype = torch.float32, layout: torch.memory_format = torch.contiguous_format
-    ) -> Tensor:
-        if dtype == torch.uint8:
-            values = torch.randint(0, 256, shape, generator=generator, dtype=dtype)
-        elif dtype == torch.bool:
-            values = torch.rand(shape, generator=generator) < 0.6
-        elif dtype == torch.int64:
-            values = torch.randint(-(2**62), 2**62, shape, generator=generator)
-        else:
-            values = (torch.randn(shape, generator=generator) * 0.5 + 0.5).to(dtype)
-        return values.contiguous(memory_format=layout) if layout == torch.channels_last else values
-
-    return make
+def _untouched(memory: Tensor) -> Tensor:
+    return memory.isnan() if memory.is_floating_point() else memory == torch.iinfo(memory.dtype).min
 
 
 def _guarded(made: list[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-    """Stands for `torch.empty`: NaN, with more NaN around it that is remembered."""
+    """Stands for `torch.empty`: NaN (of integers the lowest), with more of it around, which is remembered."""
 
     def empty(*shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         size = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-        memory = torch.full((size.numel() + 2 * GUARD,), float("nan"), dtype=dtype)
+        fill = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+        memory = torch.full((size.numel() + 2 * GUARD,), fill, dtype=dtype)
         made.append((memory[:GUARD], memory[GUARD + size.numel() :]))
         return memory[GUARD : GUARD + size.numel()].view(size)
 
     return empty
 
 
-def _wide(argument: Any) -> Any:
-    """An operator's argument for float64: bytes become pixels (B, C, H, W)."""
-    if isinstance(argument, torch.dtype):
-        return torch.float64
-    if isinstance(argument, Tensor) and argument.dtype == torch.uint8:
-        return argument.permute(0, 3, 1, 2).double() / 255
-    if isinstance(argument, Tensor) and argument.is_floating_point():
-        return argument.double()
-    return argument
+def _compare(name: str, got: Tensor, exact: Tensor, error: Tensor | float) -> Agreement:
+    lowest, highest = (bound.to(got.dtype) for bound in (exact - error, exact + error))
+    inside = ((lowest <= got) & (got <= highest)) | (got.isnan() & exact.isnan())
+    determined = (lowest == highest)[exact != 0].double().mean()
+    return Agreement(name, got.numel(), int((~inside).sum()), float(determined))
 
 
-# What each result may be off by before it is rounded to its dtype, from the launcher's arguments and the exact result.
+def _results(case: Case, parts: Sequence[str], inputs: dict[str, Tensor], upstream: Tensor | None) -> Iterator[Any]:
+    """(name, result) of the passes."""
+    gpu = GPU("ptx", 32)
+    if FORWARD in parts or "sum" in parts:
+        yield "result", launch(case, FORWARD, case.arguments(inputs), gpu)
+    if BACKWARD in parts and upstream is not None:
+        gradients = launch(case, BACKWARD, case.backward_arguments(inputs, upstream), gpu)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        yield from zip((f"gradient of {leaf}" for leaf in case.leaves), gradients, strict=False)
 
 
-def _patches_allowed(arguments: tuple[Any, ...], exact: Tensor) -> Tensor:
-    """The noise contract: 1e-5 per normal number; and roundings of the pixel, the product and the sum."""
-    sigma, std = float(arguments[1].max()), float(min(arguments[5]))
-    return 1e-5 * sigma / (255 * std) + 6 * ROUNDING * (exact.abs() + 2 / std)
-
-
-def _pixels_allowed(arguments: tuple[Any, ...], exact: Tensor) -> float:
-    """A rounding for every summand, each of a sum of at most as many of the largest; for 1 / std; for the product."""
-    grad, std = arguments[0], min(arguments[4])
-    count, largest = grad.shape[:-3].numel(), float(grad.abs().max())
-    return float((count + 2) * count * ROUNDING * largest / std)
-
-
-def _relative(share: float) -> Callable[[tuple[Any, ...], Tensor], float]:
-    """A share of the largest value: sums over a patch, and the approximate root and division in front of them."""
-    return lambda arguments, exact: share * float(exact.abs().max())
-
-
-def _decoded_allowed(arguments: tuple[Any, ...], exact: Tensor) -> float:
-    """Pixels in [0, 1] after statistics over a patch; a classifier's normalisation divides by its std."""
-    return float(2e-5 / min(arguments[10], default=1.0))
-
-
-_Allowed = Callable[[tuple[Any, ...], Tensor], Tensor | float]
-
-
-class _Launcher(NamedTuple):
-    module: Any
-    name: str
-    operator: Any
-    results: dict[str, _Allowed | None]
-    """What each may be off by; None: the operator promises its own bits, in the launcher's dtypes."""
-    jumps: float = 0.0
-    """Share of values that may be off by more: a gradient jumps where a pixel is at the edge of being clamped."""
-
-
-_OPERATORS = torch.ops.denim
-_GRADIENTS: dict[str, _Allowed | None] = {
-    "gradient of the prediction": _relative(1e-5),
-    "gradient of the source": _relative(1e-4),
-}
-_LAUNCHERS = (
-    _Launcher(noise_patchify_triton, "launch", _OPERATORS.noise_patchify, {"patches": _patches_allowed}),
-    _Launcher(
-        noise_patchify_triton, "launch_backward", _OPERATORS.noise_patchify_backward, {"pixels": _pixels_allowed}
-    ),
-    _Launcher(patch_loss_triton, "launch", _OPERATORS.patch_loss, {"loss": _relative(1e-5)}),
-    _Launcher(patch_loss_triton, "launch_backward", _OPERATORS.patch_loss_backward, {"gradient": _relative(1e-5)}),
-    _Launcher(decode_patches_triton, "launch", _OPERATORS.decode_patches, {"decoded": _decoded_allowed}),
-    _Launcher(decode_patches_triton, "launch_backward", _OPERATORS.decode_patches_backward, _GRADIENTS, 2e-5),
-    _Launcher(attack_step_triton, "launch", _OPERATORS.attack_step, {"step": None}),
-    _Launcher(attack_step_triton, "launch_start", _OPERATORS.attack_start, {"start": None}),
-)
-
-
-def _sized(launcher: _Launcher, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Random numbers to noise levels and step sizes as they occur."""
-    changed = list(arguments)
-    if launcher.name == "launch" and launcher.module is noise_patchify_triton:
-        changed[1] = arguments[1].abs() * 150
-    if launcher.module is decode_patches_triton:
-        place = 2 if launcher.name == "launch" else 3
-        changed[place] = None if arguments[place] is None else arguments[place].abs() * 100
-    if launcher.module is attack_step_triton:
-        changed[3:] = [size * 0.1 for size in arguments[3:4]] + [size.abs() * 0.1 for size in arguments[4:]]
-        if launcher.name == "launch_start":
-            changed[2] = arguments[2].abs() * 0.1
-    return tuple(changed)
-
-
-def _compare(launcher: _Launcher, arguments: tuple[Any, ...], results: Any) -> Iterator[Agreement]:
-    promised = None in launcher.results.values()
-    exacts = launcher.operator(*(arguments if promised else map(_wide, arguments)))
-    pairs = [(results, exacts)] if isinstance(results, Tensor) else zip(results, exacts, strict=True)
-    for (name, allow), (result, exact) in zip(launcher.results.items(), pairs, strict=True):
-        if result.numel() == 0:
-            continue
-        allowed = 0.0 if allow is None else allow(arguments, exact)
-        lowest, highest = (bound.to(result.dtype) for bound in (exact - allowed, exact + allowed))
-        outside = int((~((lowest <= result) & (result <= highest))).sum())
-        outside = max(0, outside - int(launcher.jumps * result.numel()))
-        yield Agreement(name, result.numel(), outside, float((lowest == highest)[exact != 0].double().mean()))
-
-
-@contextlib.contextmanager
-def _replaced(case: cases.Case, found: list[Agreement], made: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """The case's launchers on random tensors, compared."""
-    generator = torch.Generator().manual_seed(0)
-
-    def checked(launcher: _Launcher, launch: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            arguments = _sized(launcher, arguments)
-            with mock.patch.object(torch, "empty", _guarded(made)):
-                results = launch(*arguments, **options)
-            found.extend(_compare(launcher, arguments, results))
-            return results
-
-        return run
-
-    real = _real(generator)
-    with contextlib.ExitStack() as stack:
-        for launcher in _LAUNCHERS:
-            launch = checked(launcher, getattr(launcher.module, launcher.name))
-            stack.enter_context(mock.patch.object(launcher.module, launcher.name, launch))
-        for name, value in (("_empty", real), ("BATCH", BATCH), ("SIDE", _side(case))):
-            stack.enter_context(mock.patch.object(cases, name, value))
-        like = mock.patch.object(torch, "empty_like", lambda tensor: real(*tensor.shape, dtype=tensor.dtype))
-        stack.enter_context(like)
-        yield
-
-
-def run_case(case: cases.Case, capability: int, *, approximation: float = 0.0) -> Outcome:
-    """Execute a build case on the CPU, and compare what it stores with the operators in float64.
+def run_case(case: Case, parts: Sequence[str], capability: int, *, approximation: float = 0.0) -> Outcome:
+    """Execute passes of a case on the CPU, and compare what they store with the definition in float64.
 
     Args:
-        case: of `cases.CASES`.
+        case: of `denim.benchmarks.cases`, in its own size or `resized`.
+        parts: passes of `case.triton_kernels`.
         capability: compute capability of the GPU to compile for, as 90.
         approximation: as in `run_on_cpu`.
     """
-    found: list[Agreement] = []
+    inputs = case.inputs("cpu")
+    reference = case.fused(**inputs)
+    upstream = case.upstream(inputs, reference) if case.leaves else None
+    exact, errors = expected(case, inputs, upstream)
+    if case.bitwise:
+        exact[0], errors[0] = reference, 0.0
+    names = ["result", *(f"gradient of {leaf}" for leaf in case.leaves)]
+    definition = {name: (value, error) for name, value, error in zip(names, exact, errors, strict=False)}
     made: list[tuple[Tensor, Tensor]] = []
     launches: list[Launch] = []
+    agreements: list[Agreement] = []
     failure = ""
     try:
-        with _replaced(case, found, made), run_on_cpu(capability, approximation=approximation) as launches:
-            case.launch(GPUTarget("cuda", capability, 32))
+        allocations = mock.patch.object(torch, "empty", _guarded(made))
+        with run_on_cpu(capability, approximation=approximation) as launches, allocations:
+            results = list(_results(case, parts, inputs, upstream))
+        agreements = [_compare(name, got, *definition[name]) for name, got in results]
     except Trap as trap:
         failure = f"{type(trap).__name__}: {trap}"
-    if not all(bool(guard.isnan().all()) for guards in made for guard in guards):
+    if not all(bool(_untouched(guard).all()) for guards in made for guard in guards):
         failure = failure or "a kernel wrote beside its output"
-    return Outcome(tuple(found), sum(launch.warp_instructions for launch in launches), failure)
+    return Outcome(tuple(agreements), sum(launch.warp_instructions for launch in launches), failure)
 
 
-def _job(name: str, capability: int, approximation: float) -> Outcome:
+def _run(job: Job) -> Outcome:
     torch.set_num_threads(1)
-    return run_case(next(case for case in cases.CASES if case.name == name), capability, approximation=approximation)
+    (case,) = (case for case in CASES if f"{case.operation}, {case.name}" == job.name)
+    given = (resized(case), case.built) if job.as_built else (case, tuple(case.triton_kernels))
+    return run_case(*given, job.capability, approximation=job.approximation)
 
 
-def run_cases(
-    jobs: Sequence[tuple[str, int, float]], workers: int | None = None
-) -> dict[tuple[str, int, float], Outcome]:
+def run_jobs(jobs: Sequence[Job], workers: int | None = None) -> dict[Job, Outcome]:
     """`run_case` for many jobs, in processes of their own.
 
     Args:
-        jobs: name of a case, capability and approximation, as for `run_case`. Those that share the first two compile
-            once if they stand apart.
+        jobs: those that differ in the approximation alone compile once if they stand apart.
         workers: processes; by default as many as there are processors.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        return dict(zip(jobs, pool.map(_job, *zip(*jobs, strict=True)), strict=True))
+        return dict(zip(jobs, pool.map(_run, jobs), strict=True))
