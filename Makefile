@@ -21,9 +21,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/denim demo
 
-# The tests that take less than a second or two each.
+# What is not marked slow, in two processes of one thread.
 quick: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" --durations=5 --durations-min=1
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=10 --durations-min=2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

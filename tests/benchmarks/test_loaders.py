@@ -9,6 +9,8 @@ import torch
 from denim.benchmarks import loaders as bench
 from denim.cli import main
 
+pytestmark = pytest.mark.slow
+
 SIZE, BATCH = 16, 4
 
 
@@ -73,7 +75,6 @@ os.waitpid(child, 0)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is measured on Linux")
 def test_memory_counts_what_was_written_and_children():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)

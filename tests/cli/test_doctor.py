@@ -6,6 +6,8 @@ import pytest
 
 from denim.cli import doctor
 
+pytestmark = pytest.mark.slow
+
 
 def findings(folder, full=False, monkeypatch=None):
     """What the doctor finds with the packages in a folder before the installed ones."""

@@ -27,6 +27,8 @@ from denim.nim.files import DamagedFileError
 from denim.nim.owner import OwnedError, owned
 from denim.nim.stopping import Stopped
 
+pytestmark = pytest.mark.slow
+
 CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25,), target="raw")
 COUNT, CLASSES = 10, 3
 IDS = torch.tensor([3, 2**40, -5, 0, 77, 8, 9, 10, 11, 12])
@@ -275,7 +277,6 @@ def test_an_image_lost_half_way_is_left_out_everywhere(tmp_path):
     assert lost.cells == run(tmp_path / "rest", source=Images(plain.images[rest], plain.labels[rest], IDS[rest])).cells
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("global_rng_untouched")
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("max_batch", [1, 7, 1000])
@@ -292,7 +293,6 @@ def test_max_batch_bounds_memory_and_changes_nothing_else(tmp_path, max_batch, d
     assert max_batch < 1000 or max(classifier.sizes) == 4 * 5 * draws
 
 
-@pytest.mark.slow
 def test_defenses_with_a_denoiser_run_too(tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -350,7 +350,6 @@ def contents(out: Path) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
-@pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_a_killed_evaluation_goes_on_to_the_same_bytes(finished, tmp_path_factory, data):

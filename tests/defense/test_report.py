@@ -18,6 +18,8 @@ from denim.defense.evaluation import Cell, Evaluation, EvaluationSettings, Examp
 from denim.defense.report import curves, print_table, tradeoff, write_report
 from denim.defense.scores import paired_difference, score
 
+pytestmark = pytest.mark.slow
+
 RAW, LEAKY = "noise, raw target", "noise, input statistics"
 FGSM, PGD, GRAY = "fgsm:16/255,eot=2", "pgd:16/255,steps=3,eot=2", "pgd:16/255,steps=3,eot=2,gray"
 ATTACKS = {"none": None, FGSM: 16 / 255, PGD: 16 / 255, GRAY: 16 / 255, "worst 16/255": 16 / 255}
@@ -227,7 +229,6 @@ def test_many_attacks_keep_their_own_colours():
     assert len({tuple(np.atleast_1d(line.get_color())) for line in lines}) == len(attacks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4, 1, 16, 16), (3, 3, 32, 24), (2, 2, 8, 8), (2, 3, 160, 160)])
 def test_page_is_well_formed_and_self_contained(tmp_path, shape):
     file = write_report(evaluation(shape=shape), tmp_path, title="A <title> & more")
@@ -310,7 +311,6 @@ def test_strips_show_the_images(tmp_path, channels, mode):
         np.testing.assert_allclose(pixels / 255, expected.permute(2, 0, 3, 1), atol=0.5 / 255 + 1e-6)
 
 
-@pytest.mark.slow
 def test_small_images_are_enlarged_without_smoothing_and_large_ones_shrunk(tmp_path):
     small = Page(write_report(evaluation(shape=(4, 1, 16, 16)), tmp_path, title="t")).having("strip")
     assert all("pixelated" in attrs["class"] and "height:80px" in attrs["style"] for attrs in small)

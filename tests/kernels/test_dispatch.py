@@ -83,6 +83,7 @@ def test_instruction_set_of_a_gpu(monkeypatch, hip, warp_size, expected):
     assert dispatch.gpu_of.__wrapped__(torch.device("cuda", 0)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triton", ["present", "absent"])
 def test_import_is_silent_and_loads_nothing_beyond_torch(triton):
     program = "import sys; "

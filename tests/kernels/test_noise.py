@@ -362,6 +362,7 @@ def test_caller_state_does_not_change_the_draw():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_a_compilation_says_so_and_code_from_the_cache_does_not(monkeypatch, caplog):
     if noise_backend() != "compiled":
         pytest.skip("no C++ compiler: noise is drawn eagerly here")

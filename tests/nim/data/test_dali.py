@@ -44,9 +44,7 @@ from denim.nim.data.dali_loader import (
     reasons,
 )
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.skipif(problem() is not None, reason=str(problem()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(problem() is not None, reason=str(problem()))]
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 SIDE = 40

@@ -28,6 +28,8 @@ from denim.nim.data import (
 )
 from denim.nim.data.decode import MachineError
 
+pytestmark = pytest.mark.slow
+
 INT64 = st.integers(-(2**63), 2**63 - 1)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
@@ -267,7 +269,6 @@ def on_a_rank(rank, world, folder, source):
     distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_of_a_process_group(tmp_path, in_memory, world):
     source = failing(in_memory(37), {3, 11})
@@ -325,7 +326,6 @@ def test_replacements_are_pinned(in_memory):
     assert loader.plan(3, 0, {7: "", 1: "", 8: ""})[0].tolist() == [4, 0, 0, 6, 2]
 
 
-@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     bad=st.sets(st.integers(0, 22), max_size=12),

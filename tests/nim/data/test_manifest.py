@@ -26,6 +26,8 @@ from denim.nim.data.dali_loader import dali_version, problem
 from denim.nim.data.decode import MachineError, Place, Verdict, decode, judge, judge_all
 from denim.nim.data.manifest import cache_folder, index, list_images, sample_id, try_with_dali
 
+pytestmark = pytest.mark.slow
+
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
@@ -265,7 +267,6 @@ def test_processes_say_what_this_one_says(many):
     assert dict(found.verdicts(listing)) == dict(enumerate(judge_all(map(listing.place, range(700)))))
 
 
-@pytest.mark.slow
 def test_the_limit_reaches_the_processes(many, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     low = opened(many)
@@ -526,7 +527,6 @@ def test_a_full_disk_leaves_nothing_half_written(folder, monkeypatch):
 # --- interruption
 
 
-@pytest.mark.slow
 def test_a_killed_indexing_goes_on(many, monkeypatch):
     """Killed for good after three chunks, in a process of its own, with a line half written."""
     chunks = 3
@@ -601,7 +601,6 @@ def test_who_waited_for_a_journal_that_was_removed_gets_a_new_one(tmp_path):
     assert found == [True]
 
 
-@pytest.mark.slow
 def test_a_killed_process_changes_nothing(many, monkeypatch):
     expected = rows(opened(many, many.parent / "cache"))
     started = []

@@ -10,6 +10,8 @@ from scipy import stats
 from denim.nim.data import Order, order
 from denim.nim.data.order import TABLE
 
+pytestmark = pytest.mark.slow
+
 INT64 = st.integers(-(2**63), 2**63 - 1)
 EDGES = [k + d for k in (1, 2, 4, 256, 1024, 4096) for d in (0, 1)] + [7, 97, 4093]
 
@@ -80,7 +82,6 @@ def independent(first, second):
     return stats.chisquare(table.ravel()).pvalue
 
 
-@pytest.mark.slow
 def test_every_position_gets_every_sample_alike(starts):
     # The corners of the network's rectangle and a place inside.
     for sample in np.moveaxis(starts(0, 1, ROW, COUNT // 2, COUNT - 1), -1, 0):
