@@ -239,7 +239,7 @@ def test_no_level_or_no_draw(levels, draws):
         ({"seeds": torch.zeros(1, 1, 2, dtype=torch.int64)}, ValueError, "seeds must have shape"),
         ({"seeds": torch.zeros(2, dtype=torch.int64, device="meta")}, ValueError, "seeds is on meta and images are on"),
         ({"sigma": 70.0}, TypeError, r"sigma must be a tensor with one level per image, got 70.0: torch.full\(\(2,\)"),
-        ({"seeds": 3}, TypeError, "seeds must be a tensor, got 3; derive them"),
+        ({"seeds": 3}, TypeError, "seeds must be a tensor, got 3; derive seeds"),
         ({"sigma": torch.zeros(3)}, ValueError, r"sigma must have shape \(2,\) or \(S, 2\) for 2 images, got \(3,\)"),
         ({"sigma": torch.tensor(70.0)}, ValueError, "sigma must have shape"),
         ({"sigma": torch.zeros(2, device="meta")}, ValueError, "sigma is on meta and images are on cpu"),
