@@ -136,7 +136,7 @@ def strided_samples(patches: Tensor) -> tuple[Tensor, int, int]:
             are equally far apart, by whole patches.
 
     Returns:
-        base: tensor whose first element is `base[0]`.
+        base: tensor that begins at `base[0]` and ends with the last patch.
         first: patches from the base to the first sample.
         stride: patches from one sample to the next.
     """
@@ -149,9 +149,11 @@ def strided_samples(patches: Tensor) -> tuple[Tensor, int, int]:
     period = 16 // math.gcd(16, size * samples.itemsize)
     for first in range(period):
         if (bytes_off - first * size * samples.itemsize) % 16 == 0 and first * size <= samples.storage_offset():
-            if first:
-                samples = samples.as_strided(samples.shape, samples.stride(), samples.storage_offset() - first * size)
-            return samples, first, samples.stride(0) // size
+            stride = samples.stride(0) // size
+            if first and len(samples):
+                rows = first + (len(samples) - 1) * stride + samples.shape[1]
+                samples = samples.as_strided((rows, size), (size, 1), samples.storage_offset() - first * size)
+            return samples, first, stride
     return samples, 0, samples.stride(0) // size
 
 

@@ -334,14 +334,14 @@ def _arguments(
     # Pixels in channels_last memory are read like bytes; only true planes need their own addresses.
     planar = images.dtype != torch.uint8 and not nhwc.is_contiguous()
     batch, length, _ = prediction.shape
-    prediction, first, stride = strided_samples(prediction)
+    base, first, stride = strided_samples(prediction)
     patches = max(1, block_runs // sizes["RUNS"])
     # A patch of at most one warp's runs has one run per thread. A larger patch gets as few warps as its elements allow,
     # because sums across warps go through shared memory.
     shared = 1 if sizes["RUNS"] <= gpu.warp_size else max(1, 48 // (sizes["SEGMENTS"] * sizes["COLS"]))
     unit = 255 if images.dtype == torch.uint8 else 1
     return (
-        prediction,
+        base,
         (images if planar else nhwc).contiguous(),
         batch * triton.cdiv(length, patches),
         {
@@ -405,16 +405,14 @@ def launch(
     Returns:
         The loss, a float32 scalar on the device. The call does not wait for it.
     """
-    prediction, images, programs, arguments = _arguments(
-        prediction, images, patch_size, mean, std, norm_pix, gpu, block_runs
-    )
+    base, images, programs, arguments = _arguments(prediction, images, patch_size, mean, std, norm_pix, gpu, block_runs)
     partials = torch.empty(programs, dtype=torch.float32, device=prediction.device)
     loss = torch.empty((), dtype=torch.float32, device=prediction.device)
     selected = None if mask is None else mask.sum()
     bits = None if mask is None else mask.contiguous().view(torch.uint8)
     with on_device(prediction.device):
         if programs:
-            partials_kernel[(programs,)](prediction, images, bits, partials, **arguments)
+            partials_kernel[(programs,)](base, images, bits, partials, **arguments)
         loss_kernel[(1,)](partials, selected, loss, programs, prediction.shape[:2].numel(), BLOCK=PARTIALS)
     return loss
 
@@ -456,15 +454,13 @@ def launch_backward(
         Gradient of the prediction, (B, L, D), contiguous, in the prediction's dtype. It does not depend on
         `block_runs`.
     """
-    prediction, images, programs, arguments = _arguments(
-        prediction, images, patch_size, mean, std, norm_pix, gpu, block_runs
-    )
+    base, images, programs, arguments = _arguments(prediction, images, patch_size, mean, std, norm_pix, gpu, block_runs)
     out = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
     selected = None if mask is None else mask.sum()
     bits = None if mask is None else mask.contiguous().view(torch.uint8)
     if programs:
         with on_device(prediction.device):
             prediction_grad_kernel[(programs,)](
-                grad, prediction, images, bits, selected, out, patches=prediction.shape[:2].numel(), **arguments
+                grad, base, images, bits, selected, out, patches=prediction.shape[:2].numel(), **arguments
             )
     return out
