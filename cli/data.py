@@ -6,14 +6,13 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL import Image
     from torch import Tensor
 
@@ -313,20 +312,22 @@ def channel_moments(source: Source) -> tuple[tuple[float, ...], tuple[float, ...
     """
     import numpy as np
 
+    levels = np.arange(256) / 255
     total = np.zeros((2, source.channels))
-    for pixels in _pixels(source):
-        total += pixels.mean(0), np.square(pixels).mean(0)
+    for k in _progress(len(source)):
+        # By counting levels: pixels as float64 would take 24 bytes each.
+        shares = np.array(source.read(k).histogram(), np.float64).reshape(-1, 256)
+        shares /= shares.sum(1, keepdims=True)
+        total += shares @ levels, shares @ levels**2
     mean, square = total / len(source)
     std = np.sqrt(square - mean**2)
     return tuple(round(float(x), 4) for x in mean), tuple(round(float(x), 4) for x in std)
 
 
-def _pixels(source: Source) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
-    import numpy as np
+def _progress(count: int) -> Iterable[int]:
     from rich.progress import track
 
     from denim.nim.text import open_console
 
     console = open_console(stderr=True)
-    for k in track(range(len(source)), "pixels", console=console, disable=not console.is_terminal):
-        yield np.asarray(source.read(k), np.float64).reshape(-1, source.channels) / 255
+    return track(range(count), "pixels", console=console, disable=not console.is_terminal)

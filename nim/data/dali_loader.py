@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from denim.nim.data.decode import DaliTrial, MachineError
+from denim.nim.data.decode import LARGE, DaliTrial, MachineError
 from denim.nim.data.loader import Batch, PlannedLoader
 from denim.nim.data.processes import processors
 from denim.nim.data.sources import EncodedSource, Source
@@ -29,6 +31,7 @@ __all__ = ["DaliLoader", "dali_version", "problem", "reasons"]
 
 QUEUE = 2  # batches that DALI works on at a time
 AHEAD = 2  # batches that are read before DALI takes them
+BUDGET = 1 << 27  # pixels that DALI decodes at a time: 400 MB; a batch that has more is decoded in parts
 READERS = 2  # threads; more get in each other's way where files are small and at hand
 CHUNK = 32  # images that one thread reads in one go
 # Side of the smallest views that torch resizes on the CPU. A 224 crop of a photo takes it 0.26 ms, DALI 1.75 ms and
@@ -105,6 +108,7 @@ def reasons(source: Source, view: View, device: torch.device) -> list[str]:
 class _Sample(NamedTuple):
     content: npt.NDArray[np.uint8]
     geometry: tuple[int, ...]
+    pixels: int  # that DALI may have to decode
 
 
 _Read = dict[int, _Sample | OSError]
@@ -118,14 +122,15 @@ _Inputs = tuple[list[npt.NDArray[np.uint8]] | npt.NDArray[Any], ...]
 class _Ready:
     """A batch that is read, and what was found bad for it.
 
-    Without inputs the run stops: more is bad than may be, or the machine cannot read an image.
+    Inputs are those of parts of the batch, in their order. Without any the run stops: more is bad than may be, or the
+    machine cannot read an image.
     """
 
     step: int
     chosen: npt.NDArray[np.int64]
     real: npt.NDArray[np.bool_]
     found: dict[int, str]
-    inputs: _Inputs | None
+    inputs: list[_Inputs]
     failure: MachineError | None = None
 
 
@@ -140,13 +145,15 @@ class DaliLoader(PlannedLoader):
     In one channel, DALI takes the luma of a JPEG as it is stored, where Pillow computes it from clipped RGB: up to 4
     levels; of other colour files it is 1 level at most, and of grey ones none.
     DALI decodes what any decoder sees the same picture in, which is settled when a data set is indexed (see `Verdict`):
-    usual JPEG, PNG and WebP files. Of all others, and of images so thin that the whole of them would be huge when it is
-    resized, Pillow makes the view, with the same pixels as in `TorchLoader`.
+    usual JPEG, PNG and WebP files. Of all others, of images with more than 33 million pixels (one at a time) and of
+    those so thin that the whole of them would be huge when it is resized, Pillow makes the view, with the same pixels
+    as in `TorchLoader`.
     DALI's RandAugment ("dali-rand-m9-n2", see `TrainView`) has its randomness from the samples' generators too: after
     window and flip, each draws `integers(14, size=n)`, the operations as numbered by `OPERATIONS`, and then
     `integers(2, size=n)`, 1 where an operation that has a sign is negated. There DALI resizes views of every size.
 
-    Where DALI resizes, `Batch.images` is its own memory, without a copy.
+    Where DALI resizes, `Batch.images` is its own memory, without a copy. DALI decodes at most 134 million pixels at a
+    time: a batch of large images is made in parts, which changes no pixel.
 
     **Bad files.** A batch with an image that DALI cannot decode would end the process (see `DaliTrial`). So each file
     is decoded alone before it is first taken into a batch: by `denim data index`, whose word the manifest keeps, or
@@ -201,6 +208,7 @@ class DaliLoader(PlannedLoader):
         # What DALI refuses and Pillow does not. Like `sound` no part of the state: a resumed run finds the same.
         self.sound = np.zeros(len(source), np.bool_)
         self._refused: set[int] = set()
+        self._large = threading.Lock()
         self._trials: list[DaliTrial] = []
         self._version = dali_version()
         # An epoch takes a pipeline from here and puts it back at its end: building takes as long as some batches.
@@ -211,10 +219,15 @@ class DaliLoader(PlannedLoader):
         fed: deque[_Ready] = deque()
         pipeline = self._idle.pop() if self._idle else self._pipeline(self.batch_size, QUEUE)
         try:
+            parts: list[Tensor] = []
             for images in pipeline.run(self._feed(epoch, start_step, readers, fed)):
+                parts.append(images)
+                if len(parts) < len(fed[0].inputs):
+                    continue
                 batch = fed.popleft()
                 self.record(batch.found)
-                yield self.gather(images, batch.chosen, batch.real)
+                yield self.gather(torch.cat(parts) if len(parts) > 1 else images, batch.chosen, batch.real)
+                parts = []
             if fed:
                 if fed[0].failure is not None:
                     raise fed[0].failure
@@ -242,9 +255,9 @@ class DaliLoader(PlannedLoader):
                 epoch, step, {k: sample for chunk in chunks for k, sample in chunk.result().items()}, bad
             )
             fed.append(ready)
-            if ready.inputs is None:
+            if not ready.inputs:
                 return
-            yield ready.inputs
+            yield from ready.inputs
 
     def _settle(self, epoch: int, step: int, samples: _Read, bad: dict[int, str]) -> _Ready:
         """Batch `step`, given what was read for it ahead; others are read for samples that turn out bad."""
@@ -256,14 +269,15 @@ class DaliLoader(PlannedLoader):
             errors = {index: error for index in indices if isinstance(error := samples[index], OSError)}
             machines = [error for error in errors.values() if isinstance(error, MachineError)]
             if machines:
-                return _Ready(step, chosen, real, found, None, machines[0])
+                return _Ready(step, chosen, real, found, [], machines[0])
             failed = {index: str(error) for index, error in errors.items()}
             if not failed:
-                return _Ready(step, chosen, real, found, self._inputs([cast(_Sample, samples[i]) for i in indices]))
+                parts = _parts([cast(_Sample, samples[index]) for index in indices])
+                return _Ready(step, chosen, real, found, [self._inputs(part) for part in parts])
             found |= failed
             bad |= failed
             if self.exceeded(bad):
-                return _Ready(step, chosen, real, found, None)
+                return _Ready(step, chosen, real, found, [])
 
     def _read(self, epoch: int, indices: list[int]) -> _Read:
         """These samples of an epoch, as DALI takes them, or why they cannot be read."""
@@ -271,7 +285,10 @@ class DaliLoader(PlannedLoader):
         for index, geometry in zip(indices, self._geometry(epoch, indices), strict=True):
             try:
                 content = self._for_dali(index)
-                read[index] = self._by_pillow(epoch, index, geometry) if content is None else _Sample(content, geometry)
+                if content is None:
+                    read[index] = self._by_pillow(epoch, index, geometry)
+                else:
+                    read[index] = _Sample(content, geometry, self._pixels(index))
             except OSError as error:
                 read[index] = error
         return read
@@ -279,7 +296,8 @@ class DaliLoader(PlannedLoader):
     def _for_dali(self, index: int) -> npt.NDArray[np.uint8] | None:
         """The encoded image if DALI is to decode it."""
         length, word = self._encoded.plain_length(index), self._encoded.dali(index)
-        if length < 0 or word == f"-{self._version}" or index in self._refused or self._is_thin(index):
+        refused = word == f"-{self._version}" or index in self._refused
+        if length < 0 or refused or self._pixels(index) > LARGE or self._is_thin(index):
             return None
         content = self._encoded.encoded(index)
         if len(content) == length and (word == self._version or self.sound[index] or self._decodes(content)):
@@ -310,11 +328,17 @@ class DaliLoader(PlannedLoader):
         view, side = self.view, self.view.size
         if isinstance(view, TrainView):
             view = replace(view, auto_augment=None)  # DALI's, which comes after
-        made = view(self.source.read(index), sample_rng(self.seed, epoch, int(self.source.ids[index])))
+        # Of large images one at a time is decoded: readers are many.
+        with self._large if self._pixels(index) > LARGE else contextlib.nullcontext():
+            made = view(self.source.read(index), sample_rng(self.seed, epoch, int(self.source.ids[index])))
         header = f"P{5 if made.shape[2] == 1 else 6} {side} {side} 255\n"
         content = np.frombuffer(header.encode() + made.tobytes(), np.uint8)
         whole = (side, side, 0, 0, 0) if isinstance(view, EvalView) else (0, 0, side, side, 0, *geometry[5:])
-        return _Sample(content, whole)
+        return _Sample(content, whole, side * side)
+
+    def _pixels(self, index: int) -> int:
+        width, height = self.source.sizes[index].tolist()
+        return int(width) * int(height)
 
     def _geometry(self, epoch: int, indices: list[int]) -> list[tuple[int, ...]]:
         """What the view does to each image. In the order in which `_Pipeline` takes the numbers."""
@@ -348,6 +372,19 @@ class DaliLoader(PlannedLoader):
 
     def _pipeline(self, batch_size: int, depth: int) -> _Pipeline:
         return _Pipeline(self.view, self.source.channels, self.device, self.workers, batch_size, depth)
+
+
+def _parts(samples: list[_Sample]) -> list[list[_Sample]]:
+    """The samples of a batch, in parts that keep to `BUDGET`."""
+    parts: list[list[_Sample]] = []
+    left = 0
+    for sample in samples:
+        if sample.pixels > left:
+            parts.append([])
+            left = BUDGET
+        parts[-1].append(sample)
+        left -= sample.pixels
+    return parts
 
 
 class _Pipeline:

@@ -47,6 +47,7 @@ EXTENSIONS = frozenset((
     ".ppm", ".pgm", ".pbm", ".pnm", *([".avif"] if "AVIF" in FORMATS else []),
 ))  # fmt: skip
 SAME = 12  # levels: mean difference of two decoders' pictures in the small at most; subsampled colours take up to 6
+LARGE = 1 << 25  # pixels of an image from which on Pillow alone decodes it, which takes the least memory
 MOST_BYTES = 1 << 30  # of an encoded image: 89 million pixels of 8 bytes fit
 # EXIF orientation -> what turns the stored picture upright (CIPA DC-008, tag 274). 1 is upright.
 TURNS = {
@@ -241,10 +242,10 @@ def read_content(file: BinaryIO) -> bytes:
     Raises:
         ValueError: it has more than `MOST_BYTES`.
     """
-    content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
+    if file.seek(0, os.SEEK_END) > MOST_BYTES:
         raise ValueError(f"more than {MOST_BYTES >> 20} MiB encoded")
-    return content
+    file.seek(0)
+    return file.read()
 
 
 def _upright(
@@ -296,7 +297,7 @@ def _decoded(
         kind = "JPEG" if kind == "MPO" else kind  # a JPEG with more of them behind it
         verdict = Verdict(width, height, kind, "", plain and _is_plain(content, kind, orientation))
         # Nothing of the metadata is written back: entries of unusual types could not be.
-        return image.transpose(TURNS[orientation]) if orientation in TURNS else image.copy(), verdict
+        return image.transpose(TURNS[orientation]) if orientation in TURNS else image, verdict
 
 
 def _orientation(image: Image.Image) -> int:

@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from denim.nim.data.decode import EXTENSIONS, MachineError, Place, Verdict, judge_all, open_place
+from denim.nim.data.decode import EXTENSIONS, LARGE, MachineError, Place, Verdict, judge_all, open_place
 from denim.nim.data.processes import CHUNK, ask_processes
 from denim.nim.files import atomic_write
 
@@ -740,9 +740,10 @@ def try_with_dali(manifest: Manifest, version: str) -> Manifest:
     Raises:
         OSError: processes do not start, or the manifest cannot be written.
     """
-    said = {version: "", f"-{version}": ""}
-    rows = range(manifest.valid)
-    if all(manifest.dali(row) in said or not manifest.is_plain(row) for row in rows):
+    said = (version, f"-{version}")
+    small = manifest.sizes[: manifest.valid].long().prod(1) <= LARGE
+    rows = [row for row in small.nonzero().flatten().tolist() if manifest.is_plain(row)]
+    if all(manifest.dali(row) in said for row in rows):
         return manifest
     with _locked(manifest.file.with_suffix(".journal")) as journal:
         manifest = Manifest(manifest.file, manifest.root, manifest.key)
@@ -751,7 +752,7 @@ def try_with_dali(manifest: Manifest, version: str) -> Manifest:
         )
         known = {name: verdict.dali for name, verdict in _read_journal(journal) if verdict.dali in said}
         words = [known.get(names[row], manifest.dali(row)) for row in range(len(manifest))]
-        todo = [row for row in rows if manifest.is_plain(row) and words[row] not in said]
+        todo = [row for row in rows if words[row] not in said]
         for chunk, answers in ask_processes("dali", manifest.place, todo, "trying with DALI"):
             entries = []
             for row, answer in zip(chunk, answers, strict=True):

@@ -484,6 +484,21 @@ def test_what_the_index_says_is_believed(tmp_path, monkeypatch):
     assert rows(DaliLoader(source, VIEW, 4)) == sound
 
 
+@pytest.mark.parametrize("view", [VIEW, LARGE, EvalView(30, 35)])
+@pytest.mark.parametrize("budget", [1, 3000, 5000])
+def test_batches_that_are_made_in_parts_are_the_same(jpegs, monkeypatch, view, budget):
+    """Images have 1,500 to 2,300 pixels: parts of one, of one or two, and of two or three."""
+    whole = rows(DaliLoader(jpegs, view, 8, last="keep"))
+    monkeypatch.setattr(dali_loader, "BUDGET", budget)
+    handed = []
+    inputs = DaliLoader._inputs
+    monkeypatch.setattr(DaliLoader, "_inputs", lambda self, part: handed.append(part) or inputs(self, part))
+    assert rows(DaliLoader(jpegs, view, 8, last="keep")) == whole
+    assert all(len(part) == 1 or sum(sample.pixels for sample in part) <= budget for part in handed)
+    assert len(handed) == {1: 37}.get(budget, len(handed))
+    assert len(handed) > len(whole)
+
+
 @pytest.mark.parametrize(("ranks", "workers"), [(None, 6), ("1", 6), ("2", 3), ("4", 1), ("8", 1)])
 def test_threads_are_those_of_this_process(jpegs, monkeypatch, ranks, workers):
     monkeypatch.setattr(dali_loader, "processors", lambda: 6)
