@@ -31,6 +31,17 @@ def poisoned(allocate):
     return wrapper
 
 
+# Fixtures that build kernels or start Triton's interpreter: many seconds, whichever test asks for them first.
+SLOW_FIXTURES = {"built", "run_script", "run_in_process"}
+
+
+def pytest_collection_modifyitems(items):
+    """A test that uses one of `SLOW_FIXTURES` is marked slow."""
+    for item in items:
+        if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def unwritten_memory_is_nan():
     """Fresh memory is often zero by luck, which hides what an operator forgot to write."""
