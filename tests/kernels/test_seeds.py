@@ -97,10 +97,11 @@ def calls() -> dict[str, list[tuple]]:
     return {"derive_seeds": derive, "noise_words": words}
 
 
-def test_triton_gives_the_bits_of_the_reference(tmp_path, run_script):
+@pytest.mark.parametrize("how", ["interpreted", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_triton_gives_the_bits_of_the_reference(tmp_path, run_script, how):
     pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
     torch.save(calls(), tmp_path / "given.pt")
-    run_script("kernels/interpreter_seeds.py", tmp_path / "given.pt", tmp_path / "got.pt")
+    run_script("kernels/triton_seeds.py", tmp_path / "given.pt", tmp_path / "got.pt", how)
     got = torch.load(tmp_path / "got.pt", weights_only=True)
     for name, cases in calls().items():
         for arguments, result in zip(cases, got[name], strict=True):
