@@ -394,10 +394,8 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(finished, tmp_path,
         signal.signal(signal.SIGINT, before)
     assert stopped.value.number == number
     assert len(records(tmp_path)) == 2 * COUNT
-    run(tmp_path)
-    assert (tmp_path / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes().replace(
-        b'"a",\n    "b",\n    "c"\n  ', b""
-    )
+    run(tmp_path, classes=("a", "b", "c"))
+    assert (tmp_path / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
 
 
 def test_an_evaluation_has_one_owner(finished, tmp_path):
@@ -482,7 +480,7 @@ def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
     write = Path.write_text
 
     def killed(self: Path, text: str, *args, **kwargs):
-        if "results.json" in self.name:
+        if '"cells"' in text:
             write(self, text[: len(text) // 2])
             raise KeyboardInterrupt
         return write(self, text, *args, **kwargs)
