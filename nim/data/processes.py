@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from denim.nim.data.decode import PAUSES, Place, Verdict
+from denim.nim.text import open_console
 
 __all__ = ["CHUNK", "ask_processes", "processors"]
 
@@ -60,7 +60,7 @@ def ask_processes(
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     count = min(processors(), len(chunks))
     with (
-        Progress(*columns, console=Console(stderr=True)) as progress,
+        Progress(*columns, console=open_console(stderr=True)) as progress,
         _Processes(question, count) as processes,
         ThreadPool(count) as pool,
     ):

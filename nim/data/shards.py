@@ -32,12 +32,12 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.progress import track
 
 from denim.nim.data.decode import EXTENSIONS
 from denim.nim.data.manifest import Listing, Manifest, index, sample_id
 from denim.nim.files import atomic_write
+from denim.nim.text import open_console
 
 __all__ = ["Packed", "ShardManifest", "list_members", "list_shards", "open_shards", "pack"]
 
@@ -543,5 +543,5 @@ def _write(file: Path, manifest: Manifest, rows: npt.NDArray[np.int64]) -> list[
 
 
 def _progress(items: Sequence[_T], what: str) -> Iterable[_T]:
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     return track(items, what, console=console, disable=not console.is_terminal)
