@@ -6,10 +6,10 @@ STAMP := $(VENV)/.installed
 
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: help demo quick test coverage lint format types layers docs bench gpu-check kernels noise-statistics clean
+.PHONY: help demo quick test coverage lint format types layers docs bench gpu-check kernels noise-statistics package-check clean
 
 help:
-	@echo "make demo | quick | test | coverage | lint | format | docs | bench | gpu-check | kernels | noise-statistics | clean"
+	@echo "make demo | quick | test | coverage | lint | format | docs | bench | gpu-check | kernels | noise-statistics | package-check | clean"
 
 # Installed once; again only when pyproject.toml changes.
 $(STAMP): pyproject.toml
@@ -51,6 +51,10 @@ noise-statistics: $(STAMP)
 
 kernels: $(STAMP)
 	$(BIN)/denim kernels
+
+# Minutes, and gigabytes of downloads: what a user's pip installs.
+package-check: $(STAMP)
+	.ci/package-check $(BIN)/python
 
 lint: $(STAMP) types layers
 	$(BIN)/ruff check .
