@@ -43,7 +43,7 @@ model = pretrain(
 )
 
 source = open_source(args.folder, "train", channels=3, labelled=False)
-side = model.config.grid[0] * model.config.patch_size
+side = model.config.grid_size[0] * model.config.patch_size
 batch = next(iter(TorchLoader(source, EvalView(side), batch_size=1, shuffle=False).epoch(0)))
 sigma, seeds = torch.tensor([args.sigma]), derive_seeds(0, Domain.DEFENSE, batch.ids)
 with torch.no_grad():

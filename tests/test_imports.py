@@ -73,7 +73,7 @@ def test_no_module_imports_itself_through_others():
 # Statements in the order in which they may load more, each with the modules of Denim that it must not load; None is not
 # checked. Of other packages, only torch and timm may be loaded, and with the settings not even these.
 LAYERS_ABOVE = ("denim.benchmarks", "denim.cli")
-TRAINING = ("data", "engine", "exchange", "finetuning", "objectives", "pretraining", "run", "settings", "sigma")
+TRAINING = ("data", "engine", "exchange", "finetuning", "objectives", "pretraining", "run", "settings")
 LATE = (*LAYERS_ABOVE, *(f"denim.nim.{name}" for name in TRAINING))
 EVALUATION = tuple(f"denim.defense.{name}" for name in ("attacks", "evaluation", "report", "scores"))
 LIGHT = {
