@@ -61,6 +61,6 @@ def test_pretrain_on_a_folder_leaves_a_denoiser_and_a_picture(tmp_path, make_fol
     assert str(tmp_path / "run" / "model") in printed
     model = Autoencoder.from_pretrained(tmp_path / "run" / "model")
     assert model.config.channels == 3
-    assert not model.config.norm_pix
+    assert model.config.target == "raw"
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert Image.open(tmp_path / "run" / "denoised.png").size == (32, 16)
