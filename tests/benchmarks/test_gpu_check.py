@@ -117,7 +117,7 @@ def test_pretraining_says_what_it_measured(bare):
 def test_a_part_ran_as_a_process(bare):
     (part,) = bare[1]["parts"]
     assert (part["status"], bare[1]["passed"]) == ("passed", True)
-    assert len(part["rows"]) == len(bare[0]["attack start"])
+    assert len(part["rows"]) == len(bare[0][part["arguments"][0].replace("_", " ")])
 
 
 def test_model_flops_equal_the_count_by_hand():
