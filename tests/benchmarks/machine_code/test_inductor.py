@@ -43,3 +43,13 @@ def test_compiled_attack_step_is_one_kernel_that_moves_the_same_bytes(run_in_pro
     assert kinds["eager"]["moved"] > 3 * kernel["moved"]
     assert 5 < kernel["instructions"] < 50
     assert kernel["stores"] == {"16": 2}
+
+
+@pytest.mark.skipif(inductor.unavailable() is not None, reason=str(inductor.unavailable()))
+@pytest.mark.parametrize("place", [1, 2])
+def test_baselines_with_several_levels_and_with_a_gradient(run_in_process, place):
+    """The first has no naive kernel, which would run once for each level; in the second, torch asks for a GPU early."""
+    case = inductor.COMPARED[place]
+    counted = run_in_process(inductor._count_baselines, f"{case.operation}, {case.name}")
+    assert ("naive" in counted["forward"]) == (case.outer == 1)
+    assert all(kinds["compiled"] for kinds in counted.values())
