@@ -21,6 +21,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
+from denim.cli.waiting import Others, choose_waiting
+
 __all__ = ["main", "run"]
 
 COMMANDS = {
@@ -37,9 +39,6 @@ COMMANDS = {
 }
 # A name is suggested in place of a word if they have this share of their characters in common (difflib's ratio).
 SIMILAR = 0.5
-
-# Variables by which a user says how OpenMP's threads wait.
-WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"}
 
 Command = Callable[..., None]
 
@@ -138,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 for a mistake in the arguments, after a message on stderr; with status 0 after help.
     """
+    others = Others()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
         print(f"denim {version()}")
@@ -151,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _refuse_unknown_options(program, commands[part], words)
     import tyro
 
+    choose_waiting(others)
     tyro.cli(commands[part], args=words, prog=program)
 
 
@@ -174,7 +175,6 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale, a name that it cannot spell is no failure
             stream.reconfigure(errors="backslashreplace")
-    _let_threads_sleep()
     try:
         try:
             main()
@@ -248,12 +248,3 @@ def _drop_output() -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-def _let_threads_sleep() -> None:
-    """Let OpenMP's threads sleep while they wait, unless the user has chosen; it is read when torch is imported.
-
-    Threads that spin keep a core from the process that has something to do on it.
-    """
-    if not WAITING & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from denim.cli import COMMANDS
@@ -19,6 +20,7 @@ def block(heading):
     return code
 
 
+@pytest.mark.slow
 def test_the_library_in_ten_lines_runs(tmp_path):
     code = block("The library in ten lines")
     with torch.random.fork_rng():

@@ -43,6 +43,7 @@ def photo(tmp_path):
     return tmp_path / "photo.jpg"
 
 
+@pytest.mark.slow
 def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_path, capsys):
     words = (
         *("evaluate", "--classifier", runs / "ft" / "model", "--denoiser", runs / "nim" / "model"),

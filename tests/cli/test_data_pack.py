@@ -39,6 +39,7 @@ def folder(tmp_path):
     return tmp_path / "set"
 
 
+@pytest.mark.slow
 def test_pack_writes_every_split(folder, tmp_path, capsys):
     (folder / "train" / "cat" / "page.png").write_text("<html>404</html>")
     with pytest.warns(UserWarning, match="left out"):

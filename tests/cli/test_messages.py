@@ -39,8 +39,7 @@ def denim(*words, status=0):
 def alone(body, **environment):
     """Run `cli.run` in a process of its own, with a `main` of our own."""
     script = f"import os, signal, sys, time\nfrom denim import cli\ndef main():\n    {body}\ncli.main = main\ncli.run()"
-    kept = {name: value for name, value in os.environ.items() if name not in cli.WAITING}
-    return [sys.executable, "-c", script], {**kept, **environment}
+    return [sys.executable, "-c", script], {**os.environ, **environment}
 
 
 # Errors
@@ -177,17 +176,6 @@ def test_results_are_written_before_they_are_printed(odd, tmp_path, monkeypatch)
 
 
 # Machines
-
-
-def test_threads_wait_asleep_unless_the_user_says_how():
-    body = "print(*(os.environ.get(name) for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')))"
-    for environment, expected in (
-        ({}, "PASSIVE None\n"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None\n"),
-        ({"GOMP_SPINCOUNT": "1000"}, "None 1000\n"),
-    ):
-        command, whole = alone(body, **environment)
-        assert subprocess.run(command, env=whole, capture_output=True, text=True).stdout == expected
 
 
 def test_a_folder_in_use_is_refused_by_name(tmp_path, capsys):

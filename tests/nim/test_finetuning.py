@@ -164,6 +164,7 @@ def test_the_full_recipe_is_keyed(denoiser, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_the_denoiser_stays_frozen(denoiser, tmp_path):
     before = Autoencoder.from_pretrained(denoiser).state_dict()
     model = finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, **FAST, **PLAIN), QUIET)

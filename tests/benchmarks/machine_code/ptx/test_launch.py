@@ -218,6 +218,7 @@ def test_the_example_in_the_documentation_runs(tmp_path, capsys, monkeypatch):
     assert int(capsys.readouterr().out) > 100
 
 
+@pytest.mark.slow
 def test_importing_it_imports_no_triton():
     program = "import sys; from denim.benchmarks.machine_code import run_on_cpu; assert 'triton' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
