@@ -14,6 +14,9 @@ __all__ = ["broken_invariants"]
 # Arithmetic and conversions of float64.
 DOUBLE = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)|F64|_f64")
 
+# Conversions between floating-point types.
+CONVERSION = re.compile(r"F2FP?\.")
+
 
 def broken_invariants(build: Build, target: str, entry: Mapping[str, Any]) -> list[str]:
     """What machine code must hold or must not, whatever the budgets say. Empty if all is well."""
@@ -44,6 +47,8 @@ def broken_invariants(build: Build, target: str, entry: Mapping[str, Any]) -> li
         wide = "IMAD.WIDE.U32" if nvidia else "v_mad_u64_u32"
         # Two products in each of Philox's ten rounds, but those of a round may have a constant factor.
         require(count(wide) >= 18, f"{count(wide)} {wide}: Philox does not multiply 32 by 32 bits in one instruction")
+    truncating = {opcode for opcode in entry["opcodes"] if CONVERSION.match(opcode) and "RZ" in opcode.split(".")}
+    require(not truncating, f"{', '.join(sorted(truncating))}: conversions that truncate, where rounding is meant")
     if "bfloat16" in entry["dtypes"] and nvidia:
         require(count("F2FP.BF16") > 0, "no F2FP.BF16: bfloat16 is not rounded to by the conversion instruction")
     return broken

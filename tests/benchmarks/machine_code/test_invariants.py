@@ -29,3 +29,9 @@ def test_every_broken_invariant_is_noticed(built):
     for change in ({"spills": 8}, {"local": 2}, *({"opcodes": opcodes | {opcode: 1}} for opcode in wrong)):
         assert len(invariants.broken_invariants(case, "sm_90", entry | change)) == 1
     assert len(invariants.broken_invariants(case, "sm_90", entry | {"followers": ["s_nop", "v_mul_f32"]})) == 1
+    # bfloat16 that is cut off: every value, or some beside others that are rounded.
+    cut = {(f"{name}.RZ" if name.startswith("F2FP.BF16") else name): n for name, n in opcodes.items()}
+    mixed = opcodes | {"F2FP.BF16.F32.PACK_AB.RZ": 1}
+    for changed in (cut, mixed, opcodes | {"F2FP.BF16.PACK_AB.RZ": 1}, opcodes | {"F2FP.F16.F32.PACK_AB.RZ": 1}):
+        (text,) = invariants.broken_invariants(case, "sm_90", entry | {"opcodes": changed})
+        assert "PACK_AB.RZ" in text
