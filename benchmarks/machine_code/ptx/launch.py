@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from denim.benchmarks.machine_code.ptx.counts import Counts
 from denim.benchmarks.machine_code.ptx.machine import Machine
 from denim.benchmarks.machine_code.ptx.memory import Buffer
 from denim.benchmarks.machine_code.ptx.parser import parse
@@ -30,6 +31,8 @@ class Launch:
     ptx: str
     warp_instructions: int
     """Instructions that warps executed; one counts once, however many of the warp's lanes execute it."""
+    counts: Counts | None = None
+    """Accesses to memory and divergence, if `run_on_cpu` was asked to count."""
 
 
 class _Driver:
@@ -96,6 +99,7 @@ def _execute(
     grid: Sequence[int],
     approximation: float,
     programs: Callable[[int], Sequence[int]] | None,
+    count: bool,
 ) -> Launch:
     packed: list[bytes] = []
     buffers: list[Buffer] = []
@@ -108,9 +112,9 @@ def _execute(
     kernel = parse(ptx)
     # Behind the arguments come pointers to scratch memory, which kernels that need none leave alone.
     packed += [bytes(8)] * (len(kernel.parameters) - len(packed))
-    machine = Machine(kernel, grid, packed, buffers, compiled.metadata.shared, approximation)
+    machine = Machine(kernel, grid, packed, buffers, compiled.metadata.shared, approximation, count)
     machine.run(None if programs is None else programs(int(np.prod(grid))))
-    return Launch(kernel.name, tuple(grid), kernel.threads, ptx, machine.warp_instructions)
+    return Launch(kernel.name, tuple(grid), kernel.threads, ptx, machine.warp_instructions, machine.counts)
 
 
 @contextlib.contextmanager
@@ -119,6 +123,7 @@ def run_on_cpu(
     *,
     approximation: float = 0.0,
     programs: Callable[[int], Sequence[int]] | None = None,
+    count: bool = False,
 ) -> Iterator[list[Launch]]:
     """Within the block, Triton kernels are compiled for an NVIDIA GPU and executed on CPU tensors, instruction by
     instruction, with every access checked.
@@ -147,6 +152,7 @@ def run_on_cpu(
         approximation: how wrong approximate functions (sine, base-2 logarithm, ...) are, as a share of the largest
             error that PTX grants them.
         programs: takes the number of programs of a launch, and says which of them run; by default all.
+        count: whether every launch also counts its accesses to memory (`Launch.counts`), which takes longer.
 
     Yields:
         The launches, in order, as they are executed.
@@ -175,7 +181,7 @@ def run_on_cpu(
         bound = inspect.signature(self.fn).bind(*args, **given)
         bound.apply_defaults()
         sizes = grid(bound.arguments) if callable(grid) else grid
-        launches.append(_execute(compiled, bound.arguments, sizes, approximation, programs))
+        launches.append(_execute(compiled, bound.arguments, sizes, approximation, programs, count))
         return compiled
 
     before = driver._active

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from denim.benchmarks.machine_code.ptx.counts import Counts
 from denim.benchmarks.machine_code.ptx.memory import Buffer, GlobalMemory
 from denim.benchmarks.machine_code.ptx.parser import Address, Instruction, Kernel, as_tuple
 from denim.benchmarks.machine_code.ptx.programs import SPECIAL, WARP, Array, Launched, Mask, Programs
@@ -89,6 +90,7 @@ class Machine:
         shared: bytes of shared memory of a program.
         approximation: how wrong the approximate functions (`arithmetic.GRANTED`) are, as a share of the largest error
             that PTX grants them: 0 for the nearest float32, 1 for the worst; the sign varies from value to value.
+        count: whether accesses to memory are counted, in `counts`.
 
     Raises:
         UnknownInstruction: an instruction that is not implemented. All are looked at before any is executed.
@@ -102,6 +104,7 @@ class Machine:
         memory: Sequence[Buffer],
         shared: int = 0,
         approximation: float = 0.0,
+        count: bool = False,
     ) -> None:
         if kernel.threads % WARP:
             raise UnknownInstruction(f"kernel {kernel.name} has {kernel.threads} threads, not whole warps of {WARP}")
@@ -123,16 +126,30 @@ class Machine:
             },
             shared,
             approximation,
+            Counts() if count else None,
         )
         self.blocks = _blocks(kernel)
-        # How often a warp has executed each block.
+        # How often a warp, and how often a lane, has executed each block.
         self.executed = np.zeros(len(self.blocks), np.int64)
+        self.executed_by_lanes = np.zeros(len(self.blocks), np.int64)
 
     @property
     def warp_instructions(self) -> int:
         """Instructions of warps so far: one counts once, however many of the warp's lanes execute it."""
-        sizes = [len(block.steps) + (block.end is not None) for block in self.blocks]
-        return int(self.executed @ np.array(sizes, np.int64))
+        return int(self.executed @ self._sizes)
+
+    @property
+    def counts(self) -> Counts | None:
+        """What has been counted so far; None unless it was asked for."""
+        counts = self.launched.counts
+        if counts is not None:
+            counts.warp_instructions = self.warp_instructions
+            counts.thread_instructions = int(self.executed_by_lanes @ self._sizes)
+        return counts
+
+    @property
+    def _sizes(self) -> Array:
+        return np.array([len(block.steps) + (block.end is not None) for block in self.blocks], np.int64)
 
     def run(self, programs: Sequence[int] | None = None) -> None:
         """Execute programs, by their index in the grid (x runs fastest); by default all, in order.
@@ -164,6 +181,7 @@ class _Paths:
                 number = int(self.at[ready].min())
                 here = ready & (self.at == number)
                 self.machine.executed[number] += int(here.reshape(-1, WARP).any(1).sum())
+                self.machine.executed_by_lanes[number] += int(here.sum())
                 self._execute(blocks[number], number, here)
             elif self.waiting.any():
                 self._meet()

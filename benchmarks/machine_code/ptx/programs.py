@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from denim.benchmarks.machine_code.ptx import arithmetic
+from denim.benchmarks.machine_code.ptx.counts import Counts
 from denim.benchmarks.machine_code.ptx.forms import Form
 from denim.benchmarks.machine_code.ptx.memory import PROGRAM, GlobalMemory, LocalMemory, SharedMemory
 from denim.benchmarks.machine_code.ptx.parser import Kernel, Register, as_tuple
@@ -52,6 +53,8 @@ class Launched:
     """Bytes of a program."""
     approximation: float
     """How wrong approximate functions are, as a share of the error that PTX grants."""
+    counts: Counts | None
+    """Gets every access to global and shared memory, if it is wanted."""
 
 
 def _extended(value: Array, width: int) -> Array:
@@ -170,6 +173,7 @@ class Programs:
     # Memories.
 
     def load(self, memory: str, address: Array, size: int, lanes: Array) -> Array:
+        self._count("load", memory, address, size, lanes)
         try:
             if memory == "shared":
                 return self.shared.load(self.program[lanes], self.thread[lanes], address, size)
@@ -181,6 +185,7 @@ class Programs:
             raise
 
     def store(self, memory: str, address: Array, data: Array, lanes: Array) -> None:
+        self._count("store", memory, address, data.shape[1], lanes)
         try:
             if memory == "shared":
                 self.shared.store(self.program[lanes], self.thread[lanes], address, data)
@@ -191,6 +196,12 @@ class Programs:
         except Trap as trap:
             trap.lanes = lanes[np.asarray(trap.lanes, np.int64)]
             raise
+
+    def _count(self, kind: str, memory: str, address: Array, size: int, lanes: Array) -> None:
+        if self.launch.counts is not None and memory == "global":
+            self.launch.counts.global_access(kind, address, size, lanes)
+        elif self.launch.counts is not None and memory == "shared":
+            self.launch.counts.shared_access(address, size, lanes)
 
     def _who(self, lanes: Array) -> tuple[Array, Array]:
         """Numbers of threads in the launch, and barriers that their programs have passed."""
