@@ -67,6 +67,18 @@ def count(out):
     tl.atomic_add(out, 1)
 
 
+@triton.jit
+def product(x, out, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tile = tl.load(x + place)
+    tl.store(out + place, tl.dot(tile, tile))
+
+
+@triton.jit
+def swap(out):
+    tl.atomic_cas(out, 0, 1)
+
+
 CAPABILITIES = (80, 90, 100)
 
 
@@ -171,6 +183,23 @@ def test_two_programs_at_one_place_are_trapped():
 def test_what_the_machine_does_not_know_is_named():
     with run_on_cpu(), pytest.raises(UnknownInstruction, match=r"kernel count.*atom"):
         count[(2,)](torch.zeros(1, dtype=torch.int32))
+
+
+def test_compare_and_swap_is_named():
+    with run_on_cpu(), pytest.raises(UnknownInstruction, match=r"kernel swap.*atom"):
+        swap[(2,)](torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_matrix_products_are_named(capability):
+    """Before anything runs: the result is as it was."""
+    x, out = torch.ones(32, 32, dtype=torch.bfloat16), torch.full((32, 32), -7.0)
+    with (
+        run_on_cpu(capability),
+        pytest.raises(UnknownInstruction, match=r"kernel product, test_launch\.py:\d+.*(mma|ldmatrix)"),
+    ):
+        product[(1,)](x, out, SIZE=32)
+    assert (out == -7).all()
 
 
 def test_tensors_elsewhere_are_refused():
