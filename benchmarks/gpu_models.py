@@ -85,53 +85,71 @@ def _gradients(model: nn.Module) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
+def _pass(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss and gradients of one forward and backward pass.
+
+    Neither is attached to the graph of the pass, which is gone when this returns. A graph that is still there during a
+    capture makes torch fail: its AccumulateGrad nodes, which later passes share, belong to the stream of the pass that
+    made them.
+    """
+    model.zero_grad(set_to_none=True)
+    value = loss()
+    value.backward()
+    return value.detach(), _gradients(model)
+
+
+def _agreement(what: str, got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> Iterator[Row]:
+    # float32 throughout; only the order of sums differs, through some dozens of layers.
+    yield Row(f"{what}: loss", abs(got[0].item() / expected[0].item() - 1), "relative error", 1e-5)
+    yield Row(f"{what}: gradients", relative_rms(got[1], expected[1]), "relative", 1e-3)
+
+
+def _capture(device: str, function: Callable[[], Any]) -> tuple[Callable[[], None], Any] | None:
+    """A CUDA graph of one call, after three on a stream beside: its replay, and what the call returned.
+
+    Each replay writes the same tensors again. None on a device without graphs.
+    """
+    if device != "cuda":
+        return None
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
+
+
 def compiled_and_captured(device: str, sizes: str) -> Iterator[Row]:
     """One compiled graph of noise_patchify, autoencoder and patch_loss; and a CUDA graph of them, replayed."""
     size = SIZES[sizes]
     model = _autoencoder(device, size.small)
     images, sigma, seeds = _batch(device, model, 4)
-    others = [derive_seeds(draw, Domain.SCORE, torch.arange(4, device=device)) for draw in (1, 2)]
-
-    def eager(these: Tensor) -> tuple[float, Tensor]:
-        model.zero_grad(set_to_none=True)
-        loss = _loss(model, images, sigma, these)
-        loss.backward()
-        return loss.item(), _gradients(model)
-
-    expected = {draw: eager(these) for draw, these in enumerate((seeds, *others))}
+    draws = [seeds, *(derive_seeds(draw, Domain.SCORE, torch.arange(4, device=device)) for draw in (1, 2))]
+    eager = functools.partial(_loss, model, images, sigma)
     function = torch.compile(functools.partial(_loss, model), fullgraph=True, backend=size.backend)
-    for draw, these in enumerate((seeds, *others)):
-        model.zero_grad(set_to_none=True)
-        loss = function(images, sigma, these)
-        loss.backward()
-        # float32 throughout; only the order of sums differs, through some dozens of layers.
-        yield Row(f"compiled, draw {draw}: loss", abs(loss.item() / expected[draw][0] - 1), "relative error", 1e-5)
-        yield Row(
-            f"compiled, draw {draw}: gradients", relative_rms(_gradients(model), expected[draw][1]), "relative", 1e-3
-        )
-    yield Row("draws of other seeds with an equal loss", 3 - len({loss for loss, _ in expected.values()}), limit=0)
-    if device != "cuda":
-        return
-    for name, captured in (("eager", functools.partial(_loss, model)), ("compiled", function)):
+    compiled = functools.partial(function, images, sigma)
+
+    expected = [_pass(model, functools.partial(eager, these)) for these in draws]
+    for draw, these in enumerate(draws):
+        got = _pass(model, functools.partial(compiled, these))
+        yield from _agreement(f"compiled, draw {draw}", got, expected[draw])
+    distinct = len({loss.item() for loss, _ in expected})
+    yield Row("draws of other seeds with an equal loss", len(draws) - distinct, limit=0)
+
+    for name, loss in (("eager", eager), ("compiled", compiled)):
         buffer = seeds.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                model.zero_grad(set_to_none=True)
-                captured(images, sigma, buffer).backward()
-        torch.cuda.current_stream().wait_stream(side)
-        model.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = captured(images, sigma, buffer)
-            loss.backward()
-        for draw, these in enumerate((seeds, *others)):
+        captured = _capture(device, functools.partial(_pass, model, functools.partial(loss, buffer)))
+        if captured is None:
+            return
+        replay, result = captured
+        for draw, these in enumerate(draws):
             buffer.copy_(these)
-            graph.replay()
-            what = f"{name}, captured, replayed with draw {draw}"
-            yield Row(f"{what}: loss", abs(loss.item() / expected[draw][0] - 1), "relative error", 1e-5)
-            yield Row(f"{what}: gradients", relative_rms(_gradients(model), expected[draw][1]), "relative", 1e-3)
+            replay()
+            yield from _agreement(f"{name}, captured, replayed with draw {draw}", result, expected[draw])
 
 
 def model_flops(model: Any, loss: Callable[[], Tensor]) -> int:

@@ -1,5 +1,7 @@
 """`make gpu-check` where there is no GPU: its parts on the CPU at tiny sizes, its processes, its report."""
 
+import contextlib
+import gc
 import importlib
 import json
 import math
@@ -141,6 +143,69 @@ def failed(name: str) -> list[str]:
     module, function = PARTS[name].function.split(":")
     rows = getattr(importlib.import_module(module), function)("cpu", "tiny", *PARTS[name].arguments)
     return [row.what for row in rows if not row.passed]
+
+
+def test_no_graph_of_an_earlier_pass_is_alive_during_a_capture(monkeypatch):
+    """Its AccumulateGrad nodes would belong to another stream. The capture is played on the CPU."""
+
+    def attached() -> set[int]:
+        objects = (one for one in gc.get_objects() if type(one) is torch.Tensor)  # not the fakes of torch.compile
+        return {id(one) for one in objects if one.grad_fn is not None}
+
+    found, before = [], attached()
+
+    def capture(device, function):
+        found.append(attached() - before)
+        result = function()
+
+        def replay() -> None:
+            for written, value in zip(result, function(), strict=True):
+                written.copy_(value)
+
+        return replay, result
+
+    monkeypatch.setattr(gpu_models, "_capture", capture)
+    rows = list(gpu_models.compiled_and_captured("cpu", "tiny"))
+    assert found == [set(), set()]
+    replayed = [row for row in rows if "captured" in row.what]
+    assert len(replayed) == 2 * 3 * 2  # eager and compiled, three draws, loss and gradients
+    assert [row.what for row in rows if not row.passed] == []
+
+
+def test_a_capture_follows_three_calls_on_a_stream_beside(monkeypatch):
+    said = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            said.append("replay")
+
+    @contextlib.contextmanager
+    def within(what):
+        said.append(f"begin {type(what).__name__}")
+        yield
+        said.append(f"end {type(what).__name__}")
+
+    for name, fake in {
+        "Stream": Stream,
+        "current_stream": lambda: Stream("current"),
+        "stream": within,
+        "CUDAGraph": Graph,
+        "graph": within,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    replay, result = gpu_models._capture("cuda", lambda: said.append("call") or 7)
+    replay()
+    assert result == 7
+    warm = ["side waits for current", "begin Stream", "call", "call", "call", "end Stream", "current waits for side"]
+    assert said == [*warm, "begin Graph", "call", "end Graph", "replay"]
+    assert gpu_models._capture("cpu", said.clear) is None
 
 
 def altered(name: str, change):
