@@ -78,7 +78,7 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str | None, versions: str) -> str:
-    targets = list(next(iter(built.values())))
+    targets = list(dict.fromkeys(target for entries in built.values() for target in entries))
     parts = [f"Written by `denim kernels --page` with {versions}. All numbers are static: nothing was run."]
     if table is not None:
         parts += [
@@ -88,7 +88,11 @@ def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str
         if reason:
             parts.append(f"torch.compile's kernels are not available here: {reason}.")
     for target in targets:
-        rows = [[name, *_row(entries[target]), _memory(entries[target])] for name, entries in built.items()]
+        rows = [
+            [name, *_row(entries[target]), _memory(entries[target])]
+            for name, entries in built.items()
+            if target in entries
+        ]
         parts += [f"### {target}", _markdown(("kernel", *COLUMNS, "shared memory"), rows)]
     return "\n\n".join(parts)
 
@@ -182,8 +186,9 @@ def main(
         columns = [COLUMNS[place] for place in kept]
         shown = Table("kernel", *columns, title=f"{target}, static, per output element and per image", box=None)
         for name, entries in built.items():
-            row = _row(entries[target])
-            shown.add_row(name, *(row[place] for place in kept))
+            if target in entries:
+                row = _row(entries[target])
+                shown.add_row(name, *(row[place] for place in kept))
         console.print(shown)
     if table is not None:
         shown = Table(*BASELINE_COLUMNS, title="baselines, H100, static", box=None)
@@ -196,6 +201,7 @@ def main(
         text
         for case in cases
         for target in chosen
+        if target in built[case.name]
         for text in broken_invariants(case, target, built[case.name][target])
     ]
     if update_budgets:

@@ -16,15 +16,20 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-__all__ = ["NVIDIA_TOOLS", "TARGETS", "Built", "NoDevice", "build", "unavailable"]
+__all__ = ["CONSUMER", "NVIDIA_TOOLS", "TARGETS", "Built", "NoDevice", "build", "unavailable"]
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Consumer GPUs. One case of every pass is built for them (`denim.benchmarks.machine_code.cases.Build.built_for`).
+CONSUMER = ("sm_86", "sm_89", "sm_120")
 
 
 class NoDevice:

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from denim.benchmarks import cases
 from denim.benchmarks.case import BACKWARD, FORWARD, SIDE, Case
+from denim.benchmarks.machine_code.builds import CONSUMER
 from denim.kernels.dispatch import GPU, launcher
 
 __all__ = ["BATCH", "BUILDS", "Build", "Work", "launch"]
@@ -62,6 +63,13 @@ class Build:
     def name(self) -> str:
         """What `--only` and the budgets call it."""
         return f"{self.operation}, {self.case.name}"
+
+    def built_for(self, target: str) -> bool:
+        """Whether the report has the build for a target.
+
+        Consumer GPUs run the code of the others with fewer warps, so the first case of every pass stands for the rest.
+        """
+        return target not in CONSUMER or self == FIRST[self.operation]
 
     @property
     def draws_numbers(self) -> str:
@@ -163,3 +171,4 @@ def launch(case: Case, part: str, arguments: Sequence[Any], gpu: GPU, **more: An
 
 
 BUILDS: tuple[Build, ...] = tuple(Build(case, part) for case in cases.CASES for part in case.built)
+FIRST = {one.operation: one for one in reversed(BUILDS)}

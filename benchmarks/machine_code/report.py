@@ -111,10 +111,11 @@ def select(names: Sequence[str], targets: Sequence[str]) -> tuple[list[Build], l
     """The builds and the targets to report on.
 
     A name of `names` selects the build of that name, or else all builds whose names begin with it. Without names all
-    builds are selected, and without targets all that this Triton can build for.
+    builds are selected, and without targets all that this Triton can build for. Of a build and a target the report has
+    an entry if `Build.built_for` says so.
 
     Raises:
-        ValueError: a name or a target is unknown, or Triton cannot build for a target.
+        ValueError: a name or a target is unknown, Triton cannot build for a target, or no build selected is for them.
     """
     builds: dict[str, Build] = {}
     for name in names:
@@ -129,7 +130,12 @@ def select(names: Sequence[str], targets: Sequence[str]) -> tuple[list[Build], l
             raise ValueError(f"unknown target {target!r}; expected some of {', '.join(TARGETS)}")
         if reason := unavailable(target):
             raise ValueError(f"cannot build for {target}: {reason}")
-    return list(builds.values()) if names else list(BUILDS), chosen
+    selected = list(builds.values()) if names else list(BUILDS)
+    served = [one for one in selected if any(one.built_for(target) for target in chosen)]
+    if not served:
+        valid = "".join(f"\n  {one.name}" for one in BUILDS if one.built_for(chosen[0]))
+        raise ValueError(f"{selected[0].name} is not built for {', '.join(chosen)}; these are:{valid}")
+    return served, chosen
 
 
 def _build_and_count(name: str, target: str) -> dict[str, Any]:
@@ -160,9 +166,11 @@ def report(
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ValueError("TRITON_INTERPRET is set: kernels would be interpreted, not built; unset it")
     builds, chosen = select(names, targets)
-    jobs = [(one.name, target) for target in chosen for one in builds]
+    jobs = [(one.name, target) for target in chosen for one in builds if one.built_for(target)]
     # Spawned, since a forked process would share Triton's driver and torch's threads with this one.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
         results = dict(zip(jobs, pool.map(_build_and_count, *zip(*jobs, strict=True)), strict=True))
-    return {one.name: {target: results[one.name, target] for target in chosen} for one in builds}
+    return {
+        one.name: {target: results[one.name, target] for target in chosen if one.built_for(target)} for one in builds
+    }

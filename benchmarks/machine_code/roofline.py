@@ -19,25 +19,54 @@ class GPU(NamedTuple):
     """Hz."""
     bandwidth: float
     """Bytes per second."""
+    integer: float = 2.0
+    """Warp instructions of 32-bit integer arithmetic per clock and multiprocessor."""
 
 
 # NVIDIA's data sheets: A100 80GB SXM (19.5 TFLOPS, 2039 GB/s; 108 SMs of 64 float32 lanes), H100 SXM (67 TFLOPS,
-# 3.35 TB/s; 132 of 128), HGX B200 (600 TFLOPS and 64 TB/s for eight; 148 of 128).
+# 3.35 TB/s; 132 of 128), HGX B200 (600 TFLOPS and 64 TB/s for eight; 148 of 128). GeForce RTX 3090 (35.6 TFLOPS, 936
+# GB/s; 82 of 128), RTX 4090 (82.6 TFLOPS, 1008 GB/s; 128 of 128), RTX 5090 (104.8 TFLOPS, 1792 GB/s; 170 of 128, which
+# also add integers).
 GPUS = {
     "sm_80": GPU("A100", 108, 1.41e9, 2.039e12),
+    "sm_86": GPU("RTX 3090", 82, 1.695e9, 0.936e12),
+    "sm_89": GPU("RTX 4090", 128, 2.52e9, 1.008e12),
     "sm_90": GPU("H100", 132, 1.98e9, 3.35e12),
     "sm_100": GPU("B200", 148, 1.98e9, 8.0e12),
+    "sm_120": GPU("RTX 5090", 170, 2.407e9, 1.792e12, integer=4.0),
 }
 # Warp instructions per clock and multiprocessor: four schedulers issue one each; 64 results per clock of 32-bit integer
-# multiplication and likewise of addition, comparison and logic, 16 of special functions ("Throughput of Native
-# Arithmetic Instructions" in the CUDA C++ programming guide, compute capability 8.0, 9.0 and 10.0; a warp is 32).
-RATES = {"issue": 4.0, "multiply": 2.0, "integer": 2.0, "special": 0.5}
+# multiplication, 16 of special functions ("Throughput of Native Arithmetic Instructions" in the CUDA C++ programming
+# guide; a warp is 32). Of addition, comparison and logic 64 (`GPU.integer`), but 128 additions from compute capability
+# 12.0 on; that all of the class are as fast as additions keeps the bound a bound.
+RATES = {"issue": 4.0, "multiply": 2.0, "special": 0.5}
+
+
+class Multiprocessor(NamedTuple):
+    """What a multiprocessor can hold at once."""
+
+    warps: int
+    blocks: int
+    shared: int
+    """KB."""
+
+
+# "Technical Specifications per Compute Capability" in the CUDA programming guide, and `cuda/__device/arch_traits.h` of
+# NVIDIA's CCCL. (The Blackwell tuning guide gives other numbers for 12.0; an RTX 5090 reports these.)
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 32, 164),
+    86: Multiprocessor(48, 16, 100),
+    89: Multiprocessor(48, 24, 100),
+    90: Multiprocessor(64, 32, 228),
+    100: Multiprocessor(64, 32, 228),
+    120: Multiprocessor(48, 24, 100),
+}
 
 
 def roofline(gpu: GPU, moved: float, warp_instructions: Mapping[str, float]) -> dict[str, Any]:
     """Microseconds per image that each limit alone would take, and which `binds`: the largest."""
     limits = {"memory": moved / gpu.bandwidth * 1e6}
-    for name, rate in RATES.items():
+    for name, rate in (*RATES.items(), ("integer", gpu.integer)):
         limits[name] = warp_instructions[name] / (rate * gpu.multiprocessors * gpu.clock) * 1e6
     return {**limits, "binds": max(limits, key=lambda name: limits[name])}
 
@@ -49,11 +78,10 @@ def _blocks(registers_limit: int, per_block: int) -> int:
 def occupancy(target: GPUTarget, registers: int, warps: int, shared: int) -> float:
     """Warps of a kernel that fit into a multiprocessor at once, as a share of those that it can hold.
 
-    NVIDIA: 64 warps, 32 blocks, 65536 registers handed out to warps in units of 256, and 164 KB of shared memory (228
-    KB from compute capability 9.0 on) of which every block takes another 1 KB ("Compute Capabilities" in the CUDA
-    programming guide; units as in the occupancy calculator of Nsight Compute). CDNA 3: four SIMDs of 8 waves, 512
-    registers for a lane of each in units of 8, 64 KB of LDS ("AMD Instinct MI300 Instruction Set Architecture",
-    sections on VGPRs and LDS; workgroup size and wave limits as in LLVM's AMDGPU usage).
+    NVIDIA: warps, blocks and shared memory as in `MULTIPROCESSORS`, of which every block takes another 1 KB, and 65536
+    registers handed out to warps in units of 256 (as in the occupancy calculator of Nsight Compute). CDNA 3: four SIMDs
+    of 8 waves, 512 registers for a lane of each in units of 8, 64 KB of LDS ("AMD Instinct MI300 Instruction Set
+    Architecture", sections on VGPRs and LDS; workgroup size and wave limits as in LLVM's AMDGPU usage).
 
     Args:
         target: of the build.
@@ -71,6 +99,7 @@ def occupancy(target: GPUTarget, registers: int, warps: int, shared: int) -> flo
     warp_registers = -(-registers * 32 // 256) * 256
     # Each of the four parts of a multiprocessor has registers of its own.
     held = 65536 // 4 // warp_registers * 4
-    capacity = (164 if target.arch < 90 else 228) << 10
-    programs = min(64 // warps, 32, held // warps, _blocks(capacity, -(-(shared + 1024) // 128) * 128))
-    return programs * warps / 64
+    most = MULTIPROCESSORS[target.arch]
+    by_shared = _blocks(most.shared << 10, -(-(shared + 1024) // 128) * 128)
+    programs = min(most.warps // warps, most.blocks, held // warps, by_shared)
+    return programs * warps / most.warps

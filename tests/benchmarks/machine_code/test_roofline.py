@@ -20,6 +20,14 @@ roofline = pytest.importorskip("denim.benchmarks.machine_code.roofline", reason=
         ("sm_90", 16, 1, 0, 0.5),  # 32 blocks of one warp
         ("sm_90", 32, 4, 32 << 10, 0.375),  # 6 blocks of 33 KB in 228 KB
         ("sm_80", 32, 4, 32 << 10, 0.25),  # 4 blocks of 33 KB in 164 KB
+        ("sm_86", 40, 4, 0, 1.0),  # 12 blocks of 4 warps are all of 48
+        ("sm_89", 48, 4, 0, 5 / 6),
+        ("sm_120", 64, 4, 0, 2 / 3),
+        ("sm_86", 16, 1, 0, 1 / 3),  # 16 blocks of one warp
+        ("sm_89", 16, 1, 0, 0.5),  # 24 blocks
+        ("sm_120", 16, 1, 0, 0.5),
+        ("sm_89", 32, 4, 32 << 10, 0.25),  # 3 blocks of 33 KB in 100 KB
+        ("sm_120", 32, 4, 49 << 10, 1 / 6),
         ("gfx942", 64, 4, 0, 1.0),
         ("gfx942", 65, 4, 0, 0.875),
         ("gfx942", 128, 2, 0, 0.5),
@@ -38,3 +46,4 @@ def test_the_largest_limit_binds():
     assert limits.pop("binds") == "memory"
     assert limits == pytest.approx(expected)
     assert roofline.roofline(gpu, 1e3, given)["binds"] == "special"
+    assert roofline.roofline(gpu._replace(integer=4.0), 1e6, given)["integer"] == pytest.approx(0.0025)
