@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from denim import kernels
 from denim.benchmarks.gpu_operators import relative_rms
 from denim.benchmarks.gpu_rows import SIZES, Row, Sizes
-from denim.benchmarks.timing import measure
+from denim.benchmarks.timing import step_seconds
 from denim.kernels import Domain, derive_seeds, draw_seeds
 
 __all__ = ["compiled_and_captured", "kernel_times", "model_flops", "pretraining", "sweep"]
@@ -42,9 +42,8 @@ PEAK_FLOPS = {
 
 
 def _times(device: str, function: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of single calls, sorted; the first call is not among them."""
-    function()
-    return sorted(measure({"": function}, torch.device(device), least=repeats)[""])
+    """Seconds of calls one behind another, sorted."""
+    return sorted(step_seconds(function, torch.device(device), repeats))
 
 
 def _spread(times: list[float]) -> str:
@@ -300,7 +299,7 @@ def kernel_times(device: str, sizes: str) -> Iterator[Row]:
 
     batch, seen = (1 if sizes == "tiny" else None), set()
     for word, compile in SIZES[sizes].timed:
-        for record in bench.run(device, [word], batch, seconds=0.1, compile=compile):
+        for record in bench.run(device, [word], batch, seconds=0.1, compile=compile, cold=device == "cuda"):
             if record.case in seen:
                 continue
             seen.add(record.case)

@@ -18,9 +18,19 @@ from torch import Tensor
 
 from denim.benchmarks.case import BOTH, SIDE, Case, expected, passes, share_of_error
 from denim.benchmarks.cases import CASES
-from denim.benchmarks.timing import measure, peak_memory
+from denim.benchmarks.timing import Times, measure, peak_memory
 
-__all__ = ["BENCHMARKS", "Benchmark", "Providers", "Record", "WrongResultError", "prepare", "run", "select"]
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "Providers",
+    "Record",
+    "WrongResultError",
+    "compare",
+    "prepare",
+    "run",
+    "select",
+]
 
 # Images of 224 x 224. Of 32 x 32 there are 16 times as many, about a third of the pixels.
 BATCH = {"cpu": 16, "cuda": 256}
@@ -33,14 +43,18 @@ class WrongResultError(RuntimeError):
 
 @dataclass(frozen=True)
 class Providers:
-    """One benchmark, ready to run: every provider returns the result and, behind it, the gradients."""
+    """One benchmark, ready to run: every provider but the copy returns the result and, behind it, the gradients."""
 
     fused: Callable[[], tuple[Tensor, ...]]
     chain: Callable[[], tuple[Tensor, ...]]
     """As a user would run it, with noise of its own."""
     compiled: Callable[[], tuple[Tensor, ...]]
     """Compiles when it is first called."""
+    copy: Callable[[], object]
+    """Moves `minimum` bytes: reads half and writes half."""
     batch: int
+    shape: str
+    """Of the first input and of the result."""
     minimum: int
     """Bytes when each pass reads its inputs once and writes its outputs once."""
     naive: Callable[[], object] | None = None
@@ -82,6 +96,9 @@ class Record:
     operation: str
     device: str
     batch: int
+    """Images."""
+    shape: str
+    """Of the first input and of the result. Levels and draws stand in front of the batch."""
     error: float
     """Largest error of the fused result, in units of what is allowed."""
     minimum_bytes: int
@@ -94,8 +111,17 @@ class Record:
     ratios: dict[str, float]
     peak_bytes: dict[str, int]
     """Allocated at once during a call, outputs included."""
+    methods: dict[str, str]
+    """How each was timed: see `denim.benchmarks.timing`."""
+    cold: bool
+    """Whether the L2 cache was overwritten before every call."""
     absent: dict[str, str] = field(default_factory=dict)
     """Providers that did not run, and why."""
+
+    @property
+    def faster(self) -> list[str]:
+        """The baselines that take less time than the fused operation."""
+        return [name for name, ratio in self.ratios.items() if ratio < 1]
 
 
 def select(only: Sequence[str]) -> list[Benchmark]:
@@ -152,6 +178,10 @@ def chains_may_run(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
 def prepare(benchmark: Benchmark, device: torch.device, batch: int | None = None) -> tuple[Providers, float]:
     """A benchmark's providers, and the error of the fused one in units of what is allowed.
 
@@ -180,12 +210,17 @@ def prepare(benchmark: Benchmark, device: torch.device, batch: int | None = None
     exact, errors = expected(case, inputs, upstream)
     chain = functools.partial(case.chain, **case.constants(device))
     given = {name: value for name, value in inputs.items() if name != "seeds"}
+    source = torch.zeros(max(1, minimum // 2), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    first = next(iter(inputs.values()))
     providers = Providers(
         fused=passes(case.fused, inputs, leaves, upstream),
         chain=passes(chain, given, leaves, upstream),
         # Static shapes and no guard that could let a graph break pass for a compiled chain.
         compiled=passes(torch.compile(chain, fullgraph=True, dynamic=False), given, leaves, upstream),
+        copy=lambda: target.copy_(source),
         batch=case.batch,
+        shape=f"{_shape(first)} to {_shape(result)}",
         minimum=minimum,
         naive=None if leaves else case.naive(**inputs),
     )
@@ -193,7 +228,13 @@ def prepare(benchmark: Benchmark, device: torch.device, batch: int | None = None
 
 
 def compare(
-    benchmark: Benchmark, device: torch.device, batch: int | None = None, *, seconds: float = 1.0, compile: bool = True
+    benchmark: Benchmark,
+    device: torch.device,
+    batch: int | None = None,
+    *,
+    seconds: float = 1.0,
+    compile: bool = True,
+    cold: bool = False,
 ) -> Record:
     """Check and time one benchmark, within `chains_may_run`. Arguments and errors are those of `run`."""
     providers, error = prepare(benchmark, device, batch)
@@ -213,25 +254,26 @@ def compare(
         functions["naive"] = providers.naive
     else:
         absent["naive"] = "runs on a GPU, forward noise_patchify alone"
-    source = torch.zeros(max(1, providers.minimum // 2), dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    times = measure({**functions, "copy": lambda: target.copy_(source)}, device, seconds=seconds)
-    best = {name: min(values) for name, values in times.items()}
+    times: dict[str, Times] = measure({**functions, "copy": providers.copy}, device, seconds=seconds, cold=cold)
+    best = {name: min(taken.seconds) for name, taken in times.items()}
     return Record(
         case=benchmark.name,
         operation=benchmark.operation,
         device=str(device),
         batch=providers.batch,
+        shape=providers.shape,
         error=error,
         minimum_bytes=providers.minimum,
         best_seconds=best,
-        median_seconds={name: statistics.median(values) for name, values in times.items()},
+        median_seconds={name: statistics.median(taken.seconds) for name, taken in times.items()},
         gigabytes_per_second=providers.minimum / best["fused"] / 1e9,
         copy_share=best["copy"] / best["fused"],
         ratios={name: best[name] / best["fused"] for name in functions if name != "fused"},
         peak_bytes={name: peak_memory(function, device) for name, function in functions.items()},
+        methods={name: taken.method for name, taken in times.items()},
+        cold=cold,
         absent=absent,
     )
 
@@ -243,6 +285,7 @@ def run(
     *,
     seconds: float = 1.0,
     compile: bool = True,
+    cold: bool = False,
     report: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Check and time the fused operations.
@@ -254,13 +297,14 @@ def run(
             of several levels or draws has fewer images, so that its result is as large.
         seconds: of timing per benchmark, five rounds at least. Compilation comes on top.
         compile: compare with the chain under `torch.compile` too.
+        cold: overwrite the L2 cache of a GPU before every call.
         report: called with each record as it is made.
 
     Returns:
         One record per benchmark.
 
     Raises:
-        ValueError: an unknown name, a batch below 1, or a CUDA device where there is none.
+        ValueError: an unknown name, a batch below 1, a CUDA device where there is none, or `cold` on a CPU.
         WrongResultError: a fused operation disagrees with its definition.
     """
     where = torch.device(device)
@@ -270,13 +314,15 @@ def run(
         raise ValueError("device cuda was asked for and torch sees no GPU; use cpu, or see `denim doctor`")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
+    if cold and where.type != "cuda":
+        raise ValueError(f"cold overwrites the L2 cache of a GPU and the device is {device}; leave it out")
     if not seconds > 0:
         raise ValueError(f"seconds must be above 0, got {seconds}")
     benchmarks = select(only)
     records: list[Record] = []
     with chains_may_run(where):
         for benchmark in benchmarks:
-            records.append(compare(benchmark, where, batch, seconds=seconds, compile=compile))
+            records.append(compare(benchmark, where, batch, seconds=seconds, compile=compile, cold=cold))
             if report is not None:
                 report(records[-1])
     return records

@@ -330,7 +330,7 @@ def _turn(name: str, task: Task, seconds: float) -> float:
         if (images.dtype, tuple(images.shape)) != (torch.uint8, expected):
             raise RuntimeError(f"{name} gives {images.dtype} {tuple(images.shape)}, expected uint8 {expected}")
     call = functools.partial(next, batches)
-    times = measure({name: call}, torch.device("cpu"), seconds=seconds, least=FEWEST)[name]
+    times = measure({name: call}, torch.device("cpu"), seconds=seconds, least=FEWEST)[name].seconds
     # The mean, since batches that were made in advance take no time.
     rate = len(times) * task.batch_size / sum(times)
     del batches, call  # ends its threads and processes

@@ -27,6 +27,7 @@ def task(tmp_path_factory):
     return bench.open_task(root, size=SIZE, batch_size=BATCH, workers=2)
 
 
+@pytest.mark.benchmark(group="loaders")
 @pytest.mark.parametrize("name", bench.LOADERS)
 def test_loader(benchmark, task, name):
     if (why := bench.reason(name, task)) is not None:

@@ -1,5 +1,6 @@
 """A sweep over levels and draws: one batched pass against a loop over both, which gives the same logits."""
 
+import pytest
 import torch
 
 from denim.defense import De3
@@ -9,6 +10,7 @@ from denim.nim import Autoencoder, Classifier, ClassifierConfig, preset
 SIGMAS, DRAWS, BATCH = (0.0, 35.0, 70.0, 140.0), 4, 16
 
 
+@pytest.mark.benchmark(group="sweep")
 def test_sweep(benchmark, best_seconds):
     config = preset("micro", target="raw")
     with torch.random.fork_rng():

@@ -1,10 +1,10 @@
-"""The cases of `denim bench kernels`: fused operations against their chains, eager and compiled, in one process.
+"""The cases of `denim bench kernels` for pytest-benchmark: the providers of one case are one group, and are ranked.
 
-Checked first, then timed. `extra_info` of each record holds how many times as long the chains take, peak memory, and
-the bytes that must be moved at least.
+The fused operation is checked first. `extra_info` of each record holds the batch, the shapes, and the bytes that must
+be moved at least. On a GPU a time is that of a call with its launches; `denim bench kernels` times the device alone.
 """
 
-import dataclasses
+import functools
 
 import pytest
 import torch
@@ -23,15 +23,34 @@ def one_process():
         yield
 
 
-@pytest.mark.parametrize("case", bench.BENCHMARKS, ids=lambda case: case.name)
-def test_case(benchmark, case):
-    providers, _ = bench.prepare(case, DEVICE, 1 if benchmark.disabled else None)
+@pytest.fixture(scope="module")
+def prepare():
+    """`bench.prepare`, which remembers the last case: its providers follow each other."""
+    return functools.lru_cache(maxsize=1)(bench.prepare)
 
-    def fused():
-        providers.fused()
+
+@pytest.mark.parametrize("provider", ["fused", "chain", "compiled", "naive"])
+@pytest.mark.parametrize("case", bench.BENCHMARKS, ids=lambda case: case.name)
+def test_case(benchmark, prepare, case, provider):
+    benchmark.group = case.name
+    if provider == "naive" and DEVICE.type == "cpu":
+        pytest.skip("runs on a GPU alone")
+    if provider == "compiled" and benchmark.disabled:
+        pytest.skip("takes many seconds to compile")
+    providers, error = prepare(case, DEVICE, 1 if benchmark.disabled else None)
+    function = getattr(providers, provider)
+    if function is None:
+        pytest.skip(f"there is no {provider} kernel for this case")
+
+    def call():
+        function()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(fused, rounds=ROUNDS, warmup_rounds=1)
-    if not benchmark.disabled:
-        benchmark.extra_info |= dataclasses.asdict(bench.compare(case, DEVICE)) | timing.environment(DEVICE)
+    benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.extra_info |= timing.environment(DEVICE) | {
+        "batch": providers.batch,
+        "shape": providers.shape,
+        "minimum_bytes": providers.minimum,
+        "error": error,
+    }

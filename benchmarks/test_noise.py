@@ -35,6 +35,7 @@ def seeds() -> torch.Tensor:
     return derive_seeds(0, Domain.TRAINING, torch.arange(BATCH))
 
 
+@pytest.mark.benchmark(group="normal_noise")
 def test_normal_noise(benchmark, best_seconds, seeds):
     shape = (SIDE, SIDE, CHANNELS)
     words = noise_words(seeds[:2], SIDE * SIDE * CHANNELS).unflatten(-1, (-1, 2))

@@ -11,6 +11,7 @@ BATCH = 128
 
 @pytest.mark.parametrize("img_size", [16, 32])
 def test_training_step(benchmark, best_seconds, img_size):
+    benchmark.group = f"pretraining step, {img_size} x {img_size}"
     config = preset("micro", img_size=img_size, channels=3, target="raw")
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,8 +1,9 @@
 """The timer of every benchmark: calls in turns, each timed by itself, and the memory that a call takes.
 
-On a CPU a call is timed by the wall clock, with warm caches. On a GPU it is timed between two events on the device,
-with nothing of the call before left in the L2 cache. The best of many times is the one to compare: other work on the
-machine only ever adds time.
+On a CPU a call is timed by the wall clock. On a GPU it is timed between two events on the device, behind a delay: the
+device spins until the host has enqueued the whole call, so that the time holds what the device works and not what
+Python takes to launch it. A forward and backward pass of one fused operation works for some tens of microseconds and
+takes Python some hundreds. The best of many times is the one to compare: other work on the machine only ever adds time.
 """
 
 from __future__ import annotations
@@ -13,52 +14,130 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-__all__ = ["best_seconds", "environment", "measure", "peak_memory"]
+__all__ = ["DEVICE", "HOST", "WALL", "Times", "best_seconds", "environment", "measure", "peak_memory", "step_seconds"]
 
-# Bytes; larger than any L2, so that a GPU finds nothing of the last call there.
-FLUSH = 2**28
+# How a call was timed, in words.
+WALL = "wall clock"
+DEVICE = "between events, behind a delay: the device's work alone"
+HOST = "between events: the call waits for the device, so the host's part is in it"
+# Seconds that the device spins before a call: at first, and at most. A call that is not enqueued by then waits for the
+# device itself.
+DELAY, LONGEST = 0.5e-3, 0.2
+# `torch.cuda._sleep` spins for cycles; GPUs clock at most about this high (Hz).
+CLOCK = 3e9
+
+
+class Times(NamedTuple):
+    """Times of one function."""
+
+    seconds: list[float]
+    """Of every call."""
+    method: str
+    """`WALL`, `DEVICE` or `HOST`."""
+
+
+class _Device:
+    """Times calls on one GPU."""
+
+    def __init__(self, device: torch.device, cold: bool) -> None:
+        self.stream = torch.cuda.current_stream(device)
+        # Twice the cache, so that nothing of it survives, whatever the policy of replacement.
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.empty(size, dtype=torch.uint8, device=device) if cold else None
+
+    def seconds(self, function: Callable[[], object], delay: float) -> tuple[float, float]:
+        """Seconds of a call on the device, and the delay behind which the host had enqueued it.
+
+        A delay that was too short is doubled, and the call repeated. A delay above `LONGEST` says that no delay is long
+        enough.
+        """
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if self.flush is not None:
+                self.flush.zero_()
+            torch.cuda._sleep(int((delay if delay <= LONGEST else DELAY) * CLOCK))
+            start.record(self.stream)
+            function()
+            end.record(self.stream)
+            enqueued = not start.query()
+            end.synchronize()
+            if enqueued or delay > LONGEST:
+                return start.elapsed_time(end) / 1000, delay
+            delay *= 2
 
 
 def measure(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, *, seconds: float = 0.0, least: int = 5
-) -> dict[str, list[float]]:
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 0.0,
+    least: int = 5,
+    cold: bool = False,
+) -> dict[str, Times]:
     """Seconds of every call, in rounds in which each function has its turn.
 
     Args:
         functions: by name; each has run before.
-        device: that they run on.
+        device: that they run on, a CPU or a GPU.
         seconds: after which no round begins.
         least: rounds at least.
+        cold: on a GPU, the L2 cache is overwritten before every call. Otherwise a call finds what the one before left.
+
+    Raises:
+        ValueError: `cold` on a CPU, whose caches this does not control.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device) if device.type == "cuda" else None
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, function in functions.items():
-            if flush is None:
+
+    def more() -> bool:
+        return time.perf_counter() < end or len(next(iter(times.values()))) < least
+
+    if device.type != "cuda":
+        if cold:
+            raise ValueError("cold overwrites the L2 cache of a GPU; on a CPU leave it out")
+        while more():
+            for name, function in functions.items():
                 start = time.perf_counter()
                 function()
                 times[name].append(time.perf_counter() - start)
-            else:
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                flush.zero_()
-                events[0].record()
-                function()
-                events[1].record()
-                torch.cuda.synchronize(device)
-                times[name].append(events[0].elapsed_time(events[1]) / 1000)
-    return times
+        return {name: Times(values, WALL) for name, values in times.items()}
+    with torch.cuda.device(device):
+        timer, delays = _Device(device, cold), dict.fromkeys(functions, DELAY)
+        while more():
+            for name, function in functions.items():
+                took, delays[name] = timer.seconds(function, delays[name])
+                times[name].append(took)
+    return {name: Times(values, HOST if delays[name] > LONGEST else DEVICE) for name, values in times.items()}
 
 
 def best_seconds(function: Callable[[], object], device: torch.device, *, least: int = 10) -> float:
     """The shortest of `least` calls, after a first one that is not counted."""
     function()
-    return min(measure({"": function}, device, least=least)[""])
+    return min(measure({"": function}, device, least=least)[""].seconds)
+
+
+def step_seconds(function: Callable[[], object], device: torch.device, steps: int) -> list[float]:
+    """Seconds of calls one behind another, as in training: the host prepares a step while the device works on another.
+
+    So a time holds whichever of the two is slower. A first call is not counted.
+    """
+    function()
+    if device.type != "cuda":
+        return measure({"": function}, device, least=steps)[""].seconds
+    with torch.cuda.device(device):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        torch.cuda.synchronize(device)
+        events[0].record(torch.cuda.current_stream(device))
+        for event in events[1:]:
+            function()
+            event.record(torch.cuda.current_stream(device))
+        torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(events)]
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
@@ -22,8 +23,26 @@ COMMANDS = {
 }
 
 
+# Headings of the table of `denim bench kernels` behind the case, and what stands under them.
+COLUMNS = {
+    "images": "images of a call",
+    "shape": "the first input and the result; levels and draws stand in front of the images",
+    "ms": "best time of the fused operation",
+    "median": "its median time, ms",
+    "GB/s": "the bytes that it must move at least, over its best time",
+    "copy": "time of a copy of as many bytes, over its best time",
+    "chain": "how many times as long the chain of PyTorch operations takes",
+    "compiled": "likewise the chain under torch.compile",
+    "naive": "likewise a kernel that is written naively",
+    "MB": "allocated at once by the fused operation",
+    "chain's": "likewise by the chain, MB",
+}
+# Seconds between two lines of progress, where there is no terminal.
+EVERY = 10.0
+
+
 def _versus(record: bench.Record, name: str) -> str:
-    return f"{record.ratios[name]:.2f}x" if name in record.ratios else "-"
+    return f"{record.ratios[name]:.2f}x{' <' if name in record.faster else ''}" if name in record.ratios else "-"
 
 
 def _table(records: Sequence[bench.Record], title: str) -> Table:
@@ -31,11 +50,16 @@ def _table(records: Sequence[bench.Record], title: str) -> Table:
 
     table = Table(title=title, box=None)
     table.add_column("case", min_width=24, overflow="fold")
-    for heading in ("ms", "median", "GB/s", "copy", "chain", "compiled", "naive", "MB", "chain's"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in COLUMNS:
+        left = heading == "shape"
+        table.add_column(
+            heading, justify="left" if left else "right", no_wrap=not left, overflow="fold" if left else "ellipsis"
+        )
     for record in records:
         table.add_row(
             record.case,
+            str(record.batch),
+            record.shape,
             f"{record.best_seconds['fused'] * 1e3:.3f}",
             f"{record.median_seconds['fused'] * 1e3:.3f}",
             f"{record.gigabytes_per_second:.1f}",
@@ -46,19 +70,33 @@ def _table(records: Sequence[bench.Record], title: str) -> Table:
     return table
 
 
+def _explained(records: Sequence[bench.Record]) -> list[str]:
+    """The lines under the table."""
+    lines = [f"{heading}: {what}" for heading, what in COLUMNS.items()]
+    slower = [record for record in records if record.faster]
+    lines.append(f"<: the baseline is faster than the fused operation: in {len(slower)} of {len(records)} rows")
+    methods: dict[str, set[str]] = {}
+    for record in records:
+        for name, method in record.methods.items():
+            methods.setdefault(method, set()).add(name)
+    for method, names in methods.items():
+        lines.append(f"times of {', '.join(sorted(names))}: {method}")
+    lines.append(f"caches: {'L2 overwritten before every call' if records[0].cold else 'as the call before left them'}")
+    return lines
+
+
 def kernels(
     device: str = "auto",
     only: tuple[str, ...] = (),
     batch: int | None = None,
     seconds: float = 1.0,
     compile: bool = True,
+    cold: bool = False,
     json: Path | None = None,
 ) -> None:
     """Check the fused operations against chains of PyTorch operations, then time both.
 
-    Columns: best and median time of the fused operation; the bytes that it must move at least, over its best time;
-    the time of a copy of as many bytes, over its time; how many times as long the chain takes, the chain under
-    torch.compile, and a kernel written naively; MB allocated at once, by it and by the chain.
+    The lines under the table say what its columns are and how the times were taken.
 
     Args:
         device: Device to measure on: auto (a GPU where there is one), cpu or cuda.
@@ -67,6 +105,7 @@ def kernels(
             GPU.
         seconds: Time to measure each case for, in seconds.
         compile: Also time the chain of operations under torch.compile.
+        cold: Overwrite the L2 cache of the GPU before every call.
         json: JSON file that gets everything that was measured.
     """
     from denim.benchmarks import kernels as bench
@@ -77,18 +116,25 @@ def kernels(
 
     console = open_console()
     if not console.is_terminal:  # a pipe has no width: rich would take 80 columns and cut the table
-        console = open_console(width=160)
+        console = open_console(width=210)
     where = pick_device(device)
     if json is not None and not json.parent.is_dir():
         raise ValueError(f"--json {json}: there is no folder {json.parent}")
     made = environment(where)
-    with console.status("") as status:
+    total, done, said = len(bench.select(only)), 0, time.monotonic()
+    with console.status(f"0 of {total} cases") as status:
 
         def report(record: bench.Record) -> None:
-            status.update(f"{record.case}: checked and timed")
+            nonlocal done, said
+            done += 1
+            text = f"{done} of {total} cases checked and timed, the last: {record.case}"
+            status.update(text)
+            if not console.is_terminal and time.monotonic() - said >= EVERY:
+                print(text, file=sys.stderr, flush=True)
+                said = time.monotonic()
 
         try:
-            records = bench.run(where, only, batch, seconds=seconds, compile=compile, report=report)
+            records = bench.run(where, only, batch, seconds=seconds, compile=compile, cold=cold, report=report)
         except bench.WrongResultError as error:
             print(f"denim: {error}", file=sys.stderr)
             raise SystemExit(1) from None
@@ -98,6 +144,8 @@ def kernels(
             staged.write_text(dumps(content, indent=1) + "\n")
     title = ", ".join(f"{name} {value}" for name, value in made.items())
     console.print(_table(records, title))
+    for line in _explained(records):
+        console.print(line, soft_wrap=True)
     for name, reason in sorted({pair for record in records for pair in record.absent.items()}):
         console.print(f"{name}: {printable(reason)}")
     if json is not None:

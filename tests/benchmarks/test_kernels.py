@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from denim import kernels
 from denim.benchmarks import kernels as bench
+from denim.benchmarks import timing
 from denim.benchmarks.case import FORWARD
 from denim.kernels.noise import noise_backend
 
@@ -40,6 +45,9 @@ def test_records_say_what_was_measured(global_rng_untouched):
     )
     assert seen == [record]
     assert record.batch == 16
+    assert record.shape == "16x64x48 to a number"
+    assert record.methods == dict.fromkeys(("fused", "chain", "copy"), timing.WALL)
+    assert not record.cold
     elements = 16 * 3 * 32 * 32
     # Prediction (float32) and image (uint8) twice, the gradient and the two scalars once.
     assert record.minimum_bytes == elements * (2 * 4 + 2 * 1 + 4) + 2 * 4
@@ -55,6 +63,25 @@ def test_records_say_what_was_measured(global_rng_untouched):
     assert record.peak_bytes["fused"] >= 4 * elements
     assert record.absent["compiled"] == "not asked for"
     assert "GPU" in record.absent["naive"]
+
+
+def test_levels_and_draws_stand_in_the_shape():
+    (benchmark,) = bench.select(["noise_patchify, 32 x 32, uint8, patch 4, bf16, 4 levels of 2 draws"])
+    providers, _ = bench.prepare(benchmark, CPU, 4)
+    # As many results as in other rows, of an eighth of the images.
+    assert (providers.batch, providers.shape) == (8, "8x32x32x3 to 4x2x8x64x48")
+
+
+def test_what_is_faster_than_the_fused_operation_is_known(monkeypatch):
+    seconds = {"fused": 2.0, "chain": 1.5, "copy": 1.0}
+    times = {name: timing.Times([value, 3.0], timing.WALL) for name, value in seconds.items()}
+    monkeypatch.setattr(bench, "measure", lambda functions, *_, **__: {name: times[name] for name in functions})
+    (record,) = bench.run("cpu", ["attack_step, 32 x 32, fp32"], 1, compile=False)
+    assert record.ratios == {"chain": 0.75}
+    assert record.faster == ["chain"]
+    seconds["chain"] = times["chain"].seconds[0] = 2.0
+    (record,) = bench.run("cpu", ["attack_step, 32 x 32, fp32"], 1, compile=False)
+    assert record.faster == []
 
 
 @pytest.mark.parametrize(
@@ -121,6 +148,7 @@ def test_compiled_chain_is_compared():
         ({"device": "meta"}, "device must be cpu or cuda, got meta"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"seconds": 0.0}, "seconds must be above 0"),
+        ({"cold": True}, "L2 cache of a GPU and the device is cpu"),
         pytest.param(
             {"device": "cuda"},
             "torch sees no GPU",
@@ -139,3 +167,17 @@ def test_names_tell_benchmarks_apart():
     assert sorted({benchmark.operation for benchmark in bench.BENCHMARKS}) == OPERATIONS
     assert bench.select([]) == list(bench.BENCHMARKS)
     assert {benchmark.side for benchmark in bench.select(["32 x 32"])} == {32}
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_ranks_the_providers_of_one_case(tmp_path):
+    words = ["-p", "no:cacheprovider", "-q", "--benchmark-only", f"--benchmark-json={tmp_path / 'records.json'}"]
+    chosen = "attack_step and 32 and not compiled and not naive"
+    suite = Path(__file__).parents[2] / "benchmarks" / "test_kernels.py"
+    subprocess.run([sys.executable, "-m", "pytest", suite, *words, "-k", chosen], check=True, cwd=tmp_path)
+    groups: dict[str, list[str]] = {}
+    for record in json.loads((tmp_path / "records.json").read_text())["benchmarks"]:
+        groups.setdefault(record["group"], []).append(record["params"]["provider"])
+    names = {benchmark.name for benchmark in bench.select(["attack_step, 32"])}
+    assert names <= set(groups)
+    assert all(sorted(providers) == ["chain", "fused"] for providers in groups.values())

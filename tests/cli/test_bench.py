@@ -38,8 +38,44 @@ def test_table_and_json(denim, tmp_path):
     assert loss["case"] == words[1]
     assert loss["best_seconds"]["chain"] / loss["best_seconds"]["fused"] == loss["ratios"]["chain"]
     assert f"{loss['ratios']['chain']:.2f}x" in shown
+    assert "16x64x48 to a number" in shown
+    assert [line for line in shown.splitlines() if line.startswith("times of ")] == [
+        "times of chain, copy, fused: wall clock"
+    ]
     assert attack["batch"] == 16
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_every_column_is_explained_and_a_faster_baseline_is_marked(denim, monkeypatch):
+    from denim.benchmarks import kernels as bench
+    from denim.benchmarks.timing import WALL, Times
+
+    seconds = iter([{"fused": 2.0, "chain": 1.5, "copy": 1.0}, {"fused": 1.0, "chain": 1.5, "copy": 1.0}])
+    monkeypatch.setattr(
+        bench, "measure", lambda *_, **__: {name: Times([value], WALL) for name, value in next(seconds).items()}
+    )
+    status, shown, _ = denim("kernels", "--only", "attack_step, 32", "--batch", 1, "--no-compile", "--device", "cpu")
+    assert status == 0
+    header, *lines = shown.splitlines()[1:]
+    for heading in header.split()[1:]:
+        assert any(line.startswith(f"{heading}: ") for line in lines), heading
+    first, second = (
+        next(line for line in lines if f"attack_step, 32 x 32, {name}" in line) for name in ("fp32", "bf16")
+    )
+    assert "0.75x <" in first
+    assert "1.50x " in second
+    assert "<" not in second
+    assert any(line.startswith("<: ") and "in 1 of 2 rows" in line for line in lines)
+
+
+def test_progress_is_shown_in_a_pipe_by_time(denim, monkeypatch):
+    words = ("kernels", "--only", "attack_step, 32", "--batch", 1, "--seconds", 0.01, "--no-compile", "--device", "cpu")
+    assert denim(*words)[2] == ""
+    monkeypatch.setattr("denim.cli.bench.EVERY", 0.0)
+    assert denim(*words)[2].splitlines() == [
+        "1 of 2 cases checked and timed, the last: attack_step, 32 x 32, fp32, forward",
+        "2 of 2 cases checked and timed, the last: attack_step, 32 x 32, bf16, forward",
+    ]
 
 
 def test_a_wrong_operation_fails_without_a_time(denim, monkeypatch, tmp_path):
