@@ -28,6 +28,7 @@ from denim.defense.de3 import De3
 from denim.defense.scores import Interval, Scores, paired_difference, score
 from denim.kernels import Domain
 from denim.nim.checkpoint import with_todays_names
+from denim.nim.classifier import check_logits
 from denim.nim.data import Loader
 from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
 from denim.nim.owner import owned
@@ -157,6 +158,7 @@ def evaluate(
         ValueError: no defense, no images, or `out` holds an evaluation of other settings, weights or images.
         OwnedError: another process writes to `out`.
         Stopped: SIGTERM or Ctrl-C; raised after the batch that was running, whose records are kept.
+        FloatingPointError: logits are not finite; the message names the defense, the attack and the images.
     """
     console = console or open_console(stderr=True)
     if not defenses:
@@ -297,14 +299,18 @@ class _Records:
 
 
 @torch.no_grad()
-def _predict(defense: De3, pixels: Tensor, seeds: Tensor, max_batch: int) -> Tensor:
+def _predict(defense: De3, pixels: Tensor, seeds: Tensor, ids: Tensor, max_batch: int) -> Tensor:
     """Predictions (draws, B) for seeds (draws * defense.draws, B), in passes of at most max_batch images."""
+
+    def predict(part: Tensor) -> Tensor:
+        logits = defense.draw_logits(pixels, part)
+        check_logits(logits, ids)
+        return logits.argmax(dim=-1)
+
     if not defense.is_random:
-        once = defense.draw_logits(pixels, seeds[: defense.draws]).argmax(dim=-1)
-        return once.expand(len(seeds) // defense.draws, -1)
+        return predict(seeds[: defense.draws]).expand(len(seeds) // defense.draws, -1)
     block = max(1, max_batch // (len(pixels) * defense.draws)) * defense.draws
-    parts = [defense.draw_logits(pixels, part).argmax(dim=-1) for part in seeds.split(block)]
-    return torch.cat(parts)
+    return torch.cat([predict(part) for part in seeds.split(block)])
 
 
 def _evaluate_cell(
@@ -340,8 +346,11 @@ def _evaluate_cell(
                 pixels, zero, bad = attack.run(defense, clean, labels, ids, settings.seed)
             confirmation = defense.seeds(settings.seed, Domain.CONFIRMATION, ids, settings.score_draws)
             fresh = defense.seeds(settings.seed, Domain.SCORE, ids, settings.score_draws)
-            confirmed = _predict(defense, pixels, confirmation, settings.max_batch)
-            scored = _predict(defense, pixels, fresh, settings.max_batch)
+            try:
+                confirmed = _predict(defense, pixels, confirmation, ids, settings.max_batch)
+                scored = _predict(defense, pixels, fresh, ids, settings.max_batch)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{name} under {text}: {error}") from error
             missed = (confirmed != labels).sum(dim=0).tolist()
             records.append(
                 [

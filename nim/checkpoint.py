@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from denim.nim.files import DamagedFileError, atomic_write, read_json
 
-__all__ = ["CheckpointError", "Pretrained", "read_safetensors", "with_todays_names"]
+__all__ = [
+    "CheckpointError",
+    "Pretrained",
+    "as_numbers",
+    "first_words",
+    "not_finite",
+    "read_safetensors",
+    "with_todays_names",
+]
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -51,9 +59,14 @@ class Pretrained(nn.Module):
 
         Args:
             folder: made where absent; files of an earlier model in it are replaced.
+
+        Raises:
+            FloatingPointError: a weight is not finite; nothing is written then.
         """
         folder = Path(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        if broken := not_finite(tensors):
+            raise FloatingPointError(f"weights are not finite and are not saved: {first_words(broken)}")
         content = json.dumps({"model": type(self).__name__, **dataclasses.asdict(self.config)}, indent=2)
         with atomic_write(folder / WEIGHTS_FILE) as staged:
             save_file(tensors, staged, metadata={"format": "pt"})
@@ -80,7 +93,8 @@ class Pretrained(nn.Module):
             The model, on the CPU, in evaluation mode.
 
         Raises:
-            CheckpointError: nothing there, truncated files, another kind of model or another architecture.
+            CheckpointError: nothing there, truncated files, another kind of model or another architecture, or weights
+                that are not finite numbers.
         """
         folder = _fetch(source, revision, token)
         config = cls._read_config(folder)
@@ -88,7 +102,7 @@ class Pretrained(nn.Module):
         with torch.random.fork_rng(devices=[]):
             model = cls(config)
         file = folder / WEIGHTS_FILE
-        model.load_weights(read_safetensors(file), f"{file} is of another architecture than its {CONFIG_FILE}")
+        model.load_weights(read_safetensors(file), file, f"is of another architecture than its {CONFIG_FILE}")
         return model.eval()
 
     @classmethod
@@ -113,11 +127,17 @@ class Pretrained(nn.Module):
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{file} does not describe a {cls.__name__}: {error}") from error
 
-    def load_weights(self, state: Mapping[str, Tensor], complaint: str) -> None:
+    def load_weights(self, state: Mapping[str, Tensor], source: str | Path, complaint: str) -> None:
         """Take all weights by name, every one of them and no other.
 
+        Args:
+            state: the weights.
+            source: what they come from, for messages.
+            complaint: what is wrong with the source if they do not fit.
+
         Raises:
-            CheckpointError: names or shapes differ; `complaint` opens its message. Nothing has been changed then.
+            CheckpointError: names or shapes differ, or weights are no floating-point numbers or not finite. Nothing
+                has been changed then.
         """
         own = self.state_dict()
         problems = [f"{name} is missing" for name in own if name not in state]
@@ -128,11 +148,44 @@ class Pretrained(nn.Module):
             if name in state and state[name].shape != own[name].shape
         ]
         if problems:
-            raise CheckpointError(
-                f"{complaint}: {'; '.join(problems[:4])}"
-                + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-            )
-        self.load_state_dict(state)
+            raise CheckpointError(f"{source} {complaint}: {first_words(problems, '; ')}")
+        self.load_state_dict(as_numbers(state, own, source))
+
+
+def first_words(words: Sequence[str], between: str = ", ", count: int = 4) -> str:
+    """The first of many words, and how many more there are."""
+    more = [f"and {len(words) - count} more"] if len(words) > count else []
+    return between.join([*words[:count], *more])
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [name for name, tensor in state.items() if not tensor.isfinite().all()]
+
+
+def as_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """Weights in the dtypes of those that they replace.
+
+    Args:
+        state: the weights.
+        own: what they replace, by the same names.
+        source: what they come from, for messages.
+
+    Raises:
+        CheckpointError: integers in place of floating-point numbers, NaN, infinity, or a number that is infinite in
+            its new dtype.
+    """
+    kinds = [name for name in state if own[name].is_floating_point() and not state[name].is_floating_point()]
+    if kinds:
+        words = [f"{name} ({state[name].dtype})" for name in kinds]
+        raise CheckpointError(f"{source} holds weights that are no floating-point numbers: {first_words(words)}")
+    converted = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+    if broken := not_finite(converted):
+        raise CheckpointError(
+            f"{source} holds weights that are not finite ({first_words(broken)}): the training that wrote them has "
+            "diverged; take an earlier checkpoint"
+        )
+    return converted
 
 
 def with_todays_names(entries: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from denim.nim.attention import Attention
 from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, AutoencoderConfig, check_architecture
-from denim.nim.checkpoint import Pretrained
+from denim.nim.checkpoint import Pretrained, as_numbers, first_words
 
-__all__ = ["Classifier", "ClassifierConfig"]
+__all__ = ["Classifier", "ClassifierConfig", "check_logits"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Classifier(Pretrained, VisionTransformer):
 
         Raises:
             ValueError: a weight is missing, has another shape, or belongs to a part that this classifier does not have
-                (registers, layer scale, more blocks, ...); nothing has been changed then.
+                (registers, layer scale, more blocks, ...), or is not finite; nothing has been changed then.
         """
         own = self.state_dict()
         wanted = [name for name in own if not name.startswith(("head.", "fc_norm."))]
@@ -173,4 +173,26 @@ class Classifier(Pretrained, VisionTransformer):
                     f"encoder of another architecture: {name} has shape {tuple(state[name].shape)}, "
                     f"expected {tuple(own[name].shape)}"
                 )
-        self.load_state_dict({name: state[name] for name in wanted}, strict=False)
+        weights = as_numbers({name: state[name] for name in wanted}, own, "the encoder")
+        self.load_state_dict(weights, strict=False)
+
+
+def check_logits(logits: Tensor, ids: Tensor) -> None:
+    """Refuse logits that would be scored as an answer, and are none.
+
+    Args:
+        logits: (..., B, K).
+        ids: int64 (B,), sample ids, for the message.
+
+    Raises:
+        FloatingPointError: an image has a logit that is NaN or infinite.
+    """
+    finite = logits.isfinite().all(dim=-1)
+    while finite.dim() > 1:
+        finite = finite.all(dim=0)
+    if not finite.all():
+        broken = [str(number) for number in ids[(~finite).to(ids.device)].tolist()]
+        raise FloatingPointError(
+            f"the logits of {len(broken)} of {len(ids)} images are not finite (sample ids {first_words(broken)}): "
+            "the weights of a model, or numbers within it, have overflowed"
+        )

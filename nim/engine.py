@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import printable
 
 __all__ = ["TrainState", "keyed_torch", "train", "training_loader", "training_step"]
+
+READS_ARE_FREE = ("cpu",)  # devices that nobody waits for
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -90,7 +93,7 @@ def training_loader(
 
 @dataclass
 class TrainState:
-    """What a training step reads and changes. A checkpoint holds the model, the optimizer and the last three.
+    """What a training step reads and changes. A checkpoint holds the model, the optimizer and the last four.
 
     Attributes:
         config: the settings.
@@ -101,6 +104,7 @@ class TrainState:
         updates_per_epoch: as many as the loader's parts fill; the rest of an epoch is left out.
         update: updates done.
         losses: float32 (), on the model's device: the sum of the losses of the updates since `logged`.
+        norms: float32 (), on the model's device: the sum of the norms of their gradients.
         logged: the update of the last line of metrics, which is the mean of the losses up to it.
     """
 
@@ -112,6 +116,7 @@ class TrainState:
     updates_per_epoch: int
     update: int
     losses: Tensor
+    norms: Tensor
     logged: int
 
     @property
@@ -122,6 +127,8 @@ class TrainState:
 
 def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
     """One update, in place: gradients of `config.accumulate` parts, averaged, and a step of the optimizer.
+
+    If the norm of the gradients is not finite, the step changes nothing, and `state.norms` is not finite from then on.
 
     Torch's generators, for layers that draw from nothing else, are keyed by the seed, the update and the part.
 
@@ -140,6 +147,12 @@ def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
             value = state.loss(next(parts), epoch)
         (value / config.accumulate).backward()
         state.losses += value.detach() / config.accumulate
+    parameters = (parameter for group in state.optimizer.param_groups for parameter in group["params"])
+    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    state.norms += norm
+    # The fused step leaves everything as it is where this is 1 (what torch's GradScaler tells it). It is read on the
+    # device: the host would have to wait for it.
+    state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     state.optimizer.step()
     state.update += 1
 
@@ -163,15 +176,41 @@ def _begin(
         warmup_prefix=True,
         t_in_epochs=False,
     )
-    progress: dict[str, Any] = {"update": 0, "losses": 0.0, "logged": 0}
+    progress: dict[str, Any] = {"update": 0, "losses": 0.0, "norms": 0.0, "logged": 0}
     newest = latest_checkpoint(config.out)
     if newest is not None:
         progress = load_checkpoint(newest, model, optimizer)
         loader.load_state(progress["loader"])
-    losses = torch.tensor(progress["losses"], device=next(model.parameters()).device)
-    return TrainState(
-        config, model, loss, optimizer, scheduler, updates_per_epoch, progress["update"], losses, progress["logged"]
-    )
+    losses, norms = torch.tensor([progress["losses"], progress["norms"]], device=next(model.parameters()).device)
+    update, logged = progress["update"], progress["logged"]
+    return TrainState(config, model, loss, optimizer, scheduler, updates_per_epoch, update, losses, norms, logged)
+
+
+def _means(state: TrainState) -> tuple[float, float]:
+    """Means of the loss and of the norm of the gradients over the updates since the last line of metrics.
+
+    Raises:
+        FloatingPointError: one of them is not finite.
+    """
+    updates = state.update - state.logged
+    loss, norm = state.losses.item() / updates, state.norms.item() / updates
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"the loss is {loss:g} and the norm of the gradients is {norm:g} near update {state.update}"
+        )
+    return loss, norm
+
+
+@contextmanager
+def _naming_last_finite(run: Path) -> Iterator[None]:
+    """Add to errors of numbers that are not finite what there is and what to do."""
+    try:
+        yield
+    except FloatingPointError as error:
+        newest = latest_checkpoint(run)
+        kept = f"the last finite weights are in {newest}" if newest else "there is no checkpoint yet"
+        advice = "a resumed run would come here again, so lower base_lr or lengthen the warm-up in a new run"
+        raise FloatingPointError(f"{error}; {kept}; {advice}") from error
 
 
 def train(
@@ -202,7 +241,7 @@ def train(
         OwnedError: another process writes to the folder.
         WriteError: the disk is full, or the folder cannot be written to.
         Stopped: SIGTERM or Ctrl-C; raised after a checkpoint of the update that was running.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, a gradient or a weight is not finite. Such weights are not saved.
         CheckpointError: the newest checkpoint cannot be read.
         BadSamplesError: more images than `config.max_bad` allows cannot be read.
     """
@@ -237,10 +276,12 @@ def _train(
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
     progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
     task = progress.add_task(title, total=state.total, completed=state.update, state="")
+    # Where reading a number waits for nothing, each update is checked; elsewhere those that are logged or saved.
+    check_always = state.losses.device.type in READS_ARE_FREE
     model.train()
     since, started = state.update, time.perf_counter()
     try:
-        with progress:
+        with progress, _naming_last_finite(config.out):
             while state.update < state.total:
                 epoch, first = divmod(state.update, updates_per_epoch)
                 parts = loader.epoch(epoch, first * config.accumulate)
@@ -249,15 +290,12 @@ def _train(
                     last = state.update == state.total
                     log = state.update % config.log_every == 0 or last
                     save = state.update % checkpoint_every == 0 or last or bool(stop)
+                    if not (log or save or check_always):
+                        continue
+                    # Before saving as well: two broken checkpoints would push out the last good one.
+                    mean_loss, mean_norm = _means(state)
                     if not (log or save):
                         continue
-                    mean_loss = state.losses.item() / (state.update - state.logged)
-                    # Before saving as well: two broken checkpoints would push out the last good one.
-                    if not math.isfinite(mean_loss):
-                        raise FloatingPointError(
-                            f"the loss is {mean_loss} near update {state.update}; lower base_lr, lengthen the "
-                            f"warm-up, or resume from {latest_checkpoint(config.out)}"
-                        )
                     known, bad = bad, loader.state()["bad"]
                     if new := {name: reason for name, reason in bad.items() if name not in known}:
                         metrics.write({"update": state.update, "bad": len(bad), "new_bad": new})
@@ -268,6 +306,7 @@ def _train(
                                 "update": state.update,
                                 "epoch": state.update / updates_per_epoch,
                                 "loss": mean_loss,
+                                "grad_norm": mean_norm,
                                 "lr": max(group["lr"] for group in state.optimizer.param_groups),
                                 "images_per_second": rate,
                             }
@@ -279,8 +318,10 @@ def _train(
                             console.print(f"{title}: {state.update}/{state.total}  {shown}")
                         since, started, state.logged = state.update, time.perf_counter(), state.update
                         state.losses.zero_()
+                        state.norms.zero_()
                     if save:
-                        done = {"update": state.update, "logged": state.logged, "losses": state.losses.item()}
+                        done = {"update": state.update, "logged": state.logged}
+                        done |= {"losses": state.losses.item(), "norms": state.norms.item()}
                         save_checkpoint(config.out, model, state.optimizer, {**done, "loader": loader.state()})
                         stop.heed()
     finally:

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, Autoencoder, AutoencoderConfig
-from denim.nim.checkpoint import CheckpointError, read_safetensors
+from denim.nim.checkpoint import CheckpointError, as_numbers, read_safetensors
 from denim.nim.classifier import Classifier, ClassifierConfig
 
 __all__ = ["from_timm", "load_foreign", "read_state_dict", "to_timm"]
@@ -196,7 +196,7 @@ def load_foreign(
     # The initial weights are thrown away; drawing them must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = Autoencoder(config) if decoder else Classifier(config)
-    model.load_weights(state, f"{path} holds no plain ViT. {_EXCHANGEABLE}. Differences")
+    model.load_weights(state, path, f"holds no plain ViT. {_EXCHANGEABLE}. Differences")
     return model.eval()
 
 
@@ -307,7 +307,7 @@ def from_timm(
         raise ValueError(f"the ViT takes {vit.patch_embed.proj.in_channels} channels, got mean {config.mean}")
     with torch.random.fork_rng(devices=[]):
         classifier = Classifier(config)
-    classifier.load_state_dict(vit.state_dict())
+    classifier.load_state_dict(as_numbers(vit.state_dict(), classifier.state_dict(), "the ViT"))
     return classifier.to(vit.cls_token).eval()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
-from denim.nim.classifier import Classifier, ClassifierConfig
+from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
 from denim.nim.data import Batch, EvalView, Source, keyed_globals, open_loader
 from denim.nim.engine import keyed_torch, train, training_loader
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
@@ -36,7 +36,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
 
     Raises:
         ValueError: settings or data that do not fit; CheckpointError: no such denoiser. Raised before any work.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, a gradient or a weight is not finite.
     """
     console = console or open_console(stderr=True)
     device = pick_device(config.device)
@@ -133,6 +133,9 @@ def accuracy(
         backend: see `open_loader`.
         workers: see `open_loader`.
         max_bad: see `open_loader`.
+
+    Raises:
+        FloatingPointError: logits are not finite.
     """
     device = next(model.parameters()).device
     view = EvalView(model.config.img_size[0])
@@ -151,6 +154,8 @@ def accuracy(
     for batch in loader.epoch(0):
         counted = batch.to(device).counted()
         pixels = counted.images.permute(0, 3, 1, 2).float() / 255
-        correct += int((model(pixels).argmax(dim=-1) == counted.labels).sum())
+        logits = model(pixels)
+        check_logits(logits, counted.ids)
+        correct += int((logits.argmax(dim=-1) == counted.labels).sum())
         total += len(counted.ids)
     return correct / total

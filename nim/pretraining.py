@@ -27,7 +27,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
 
     Raises:
         ValueError: settings or data that do not fit; raised before any work.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, a gradient or a weight is not finite.
     """
     console = console or open_console(stderr=True)
     device = pick_device(config.device)

@@ -90,16 +90,17 @@ def load_checkpoint(folder: Path, model: Pretrained, optimizer: torch.optim.Opti
 
     Returns:
         What else the checkpoint holds: "update" (updates done), "logged" (the update of the last line of metrics),
-        "losses" (their sum since then) and "loader" (its state).
+        "losses" and "norms" (sums since then, see `TrainState`) and "loader" (its state).
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another architecture.
     """
-    model.load_weights(read_safetensors(folder / WEIGHTS_FILE), f"{folder} is of another architecture")
+    model.load_weights(read_safetensors(folder / WEIGHTS_FILE), folder, "is of another architecture")
     try:
         state = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        return {name: state[name] for name in ("update", "logged", "losses", "loader")}
+        state.setdefault("norms", 0.0)  # checkpoints of the first version have none
+        return {name: state[name] for name in ("update", "logged", "losses", "norms", "loader")}
     except Exception as error:  # torch raises errors of many types for a damaged file, and none names the file
         raise CheckpointError(f"{folder / TRAINING_FILE} cannot be read: {error}; remove {folder}") from error
 

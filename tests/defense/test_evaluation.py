@@ -576,3 +576,27 @@ def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
         run(tmp_path / "light", {"random": random, "frozen": random.frozen(light)}, grey(132), options)
         other = {"random": De3(None, Brightness(False), 135), "frozen": random.frozen(dark)}
         run(tmp_path / "other level", other, grey(132), options)
+
+
+class Broken(Linear):
+    """Not finite for the one brightest image."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits = super().forward(pixels)
+        bright = (pixels.mean(dim=(1, 2, 3)) > 0.9)[:, None]
+        return torch.where(bright & (torch.arange(CLASSES) == 1), self.value, logits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sigma", [None, 10])
+def test_logits_that_are_not_finite_are_an_error_with_the_row_and_the_images(tmp_path, value, sigma):
+    source = loader()
+    source.images[5] = 250
+    with pytest.raises(FloatingPointError, match=r"^row under none: the logits of 1 of \d images .*\(sample ids 8\)"):
+        run(tmp_path, {"row": De3(None, Broken(value), sigma)}, source)
+    assert not (tmp_path / "results.json").exists()
+    assert 8 not in {row["id"] for row in records(tmp_path)}

@@ -308,3 +308,33 @@ def test_killed_while_saving(tmp_path):
     assert all((parameter == 1).all() for parameter in loaded["config"].parameters())
     assert same(loaded["folder"], build())
     assert not (tmp_path / "folder" / "next").exists()
+
+
+# --------------------------------------------------------------------------------------- weights that are no numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(saved, value):
+    model = build(1)
+    model.decoder_pred.bias.data[3] = value
+    with pytest.raises(FloatingPointError, match=r"not finite and are not saved: decoder_pred\.bias$"):
+        model.save_pretrained(saved)
+    assert same(Autoencoder.from_pretrained(saved), build())
+    state = load_file(saved / "model.safetensors")
+    state["decoder_pred.bias"][3] = value
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors holds weights that are not finite \(decoder"):
+        Autoencoder.from_pretrained(saved)
+    classifier = Classifier(ClassifierConfig.for_encoder(CONFIG, 2))
+    broken = {name: tensor * value for name, tensor in build().state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"the encoder holds weights that are not finite \(cls_token"):
+        classifier.load_encoder(broken)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.long, torch.Tensor.bool, lambda tensor: tensor.double() + 1e300])
+def test_weights_that_are_no_float32_numbers_are_refused(saved, convert):
+    state = load_file(saved / "model.safetensors")
+    state["norm.weight"] = convert(state["norm.weight"])
+    save_file(state, saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"that are (no floating-point numbers: |not finite \()norm\.weight"):
+        Autoencoder.from_pretrained(saved)

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from denim.kernels import normalized_patches
 from denim.nim.autoencoder import Autoencoder, AutoencoderConfig
-from denim.nim.classifier import Classifier, ClassifierConfig
+from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
 
 BODY = AutoencoderConfig((12, 20), 4, 32, 2, 4, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3))
 POOLS = pytest.mark.parametrize("pool", ["avg", "token"])
@@ -210,3 +210,14 @@ def test_config_for_an_encoder():
     assert (config.embed_dim, config.depth, config.num_heads, config.mean) == (32, 2, 4, (0.4, 0.5))
     assert config.classes == ("cat", "dog")
     assert replace(config, img_size=[24, 20]).img_size == (24, 20)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_logits_that_are_not_finite_are_named_by_their_images(shape):
+    logits, ids = torch.zeros(shape), torch.tensor([7, -(2**60), 9])
+    check_logits(logits, ids)
+    logits[..., 1, 4] = float("nan")
+    logits[..., 2, 0] = -float("inf")
+    with pytest.raises(FloatingPointError, match=rf"2 of 3 images are not finite \(sample ids {-(2**60)}, 9\)"):
+        check_logits(logits, ids)
+    check_logits(logits[..., :0, :], ids[:0])

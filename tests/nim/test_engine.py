@@ -185,8 +185,8 @@ def test_a_line_of_metrics_that_spans_the_stop_is_the_same(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(configure(tmp_path / "stopped", checkpoint_every=2, log_every=3), stop_at=11)
     run(configure(tmp_path / "stopped", checkpoint_every=2, log_every=3, resume=True))
-    losses = [[record["loss"] for record in metrics(tmp_path / name)] for name in ("whole", "stopped")]
-    assert losses[0] == losses[1]
+    logged = [[(r["loss"], r["grad_norm"]) for r in metrics(tmp_path / name)] for name in ("whole", "stopped")]
+    assert logged[0] == logged[1]
 
 
 def test_broken_weights_are_never_saved(tmp_path):
@@ -201,6 +201,81 @@ def test_broken_weights_are_never_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="00000006"):
         run(config, loss=loss)
     assert latest_checkpoint(config.out).name == "00000006"
+
+
+class Breaking(torch.autograd.Function):
+    """The identity; where `broken`, its gradient is NaN, while the loss stays finite."""
+
+    @staticmethod
+    def forward(value, broken):
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.broken = inputs[1]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan if ctx.broken else gradient, None
+
+
+@pytest.mark.parametrize("every", [3, 20])  # updates between lines of metrics
+@pytest.mark.parametrize("update", [2, 20])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_stops_the_run(tmp_path, monkeypatch, update, every, on_cpu):
+    """Also in the last of 20 updates, after which no loss would show it."""
+    model, calls, before = Line(Size()), [], {}
+
+    def loss(batch, epoch):
+        calls.append(0)
+        if len(calls) == update:
+            before.update({name: value.clone() for name, value in model.state_dict().items()})
+        return Breaking.apply(model.layer(torch.ones(2, 3)).square().mean(), len(calls) == update)
+
+    if not on_cpu:  # where reading a number waits for the device, it is read with the losses
+        monkeypatch.setattr("denim.nim.engine.READS_ARE_FREE", ())
+    config = configure(tmp_path / "run", checkpoint_every=1000, log_every=every)
+    noticed = update if on_cpu else min(-(-update // every) * every, 20)
+    message = f"norm of the gradients is nan near update {noticed}; there is no checkpoint"
+    with pytest.raises(FloatingPointError, match=message):
+        train(config, model, [{"params": list(model.parameters())}], Numbers(), loss, title="", console=QUIET)
+    if on_cpu:
+        assert len(calls) == update
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name])
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert not (config.out / "model").exists()
+    assert latest_checkpoint(config.out) is None
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The gradients are finite, and the step makes an infinite weight."""
+    model = Line(Size())
+
+    def loss(batch, epoch):
+        if epoch == 1:
+            model.layer.weight.data[0, 1] = math.inf
+        return model.layer.bias.square().sum()
+
+    config = configure(tmp_path / "run")
+    with pytest.raises(FloatingPointError, match=r"not saved: layer\.weight; the last finite .*00000005;"):
+        train(config, model, [{"params": list(model.parameters())}], Numbers(), loss, title="", console=QUIET)
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["00000005"]
+
+
+def test_the_norm_of_the_gradients_is_in_the_metrics(tmp_path):
+    model, norms = Line(Size()), []
+
+    def loss(batch, epoch):
+        value = model.layer(torch.ones(2, 3) * (1 + len(norms))).square().mean()
+        gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+        norms.append(math.sqrt(sum(float(each.double().square().sum()) for each in gradients)))
+        return value
+
+    config = configure(tmp_path / "run", epochs=1, log_every=2)
+    train(config, model, [{"params": list(model.parameters())}], Numbers(), loss, title="", console=QUIET)
+    expected = [sum(norms[:2]) / 2, sum(norms[2:4]) / 2, norms[4]]
+    assert [record["grad_norm"] for record in metrics(config.out)] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_finished_run_resumes_at_once(tmp_path):
