@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,9 +28,9 @@ from denim.defense.attacks import Attack, radius_text
 from denim.defense.de3 import De3
 from denim.defense.scores import Interval, Scores, paired_difference, score
 from denim.kernels import Domain
-from denim.nim.checkpoint import with_todays_names
+from denim.nim.checkpoint import first_words, with_todays_names
 from denim.nim.classifier import check_logits
-from denim.nim.data import Loader
+from denim.nim.data import Batch, Loader
 from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
 from denim.nim.owner import owned
 from denim.nim.stopping import StopRequest, stop_requests
@@ -143,7 +144,8 @@ def evaluate(
     """Attack and score defenses.
 
     Every (defense, attack, image) gives one line in `out/records.jsonl`; a call on the same folder goes on where an
-    earlier one stopped, with the same result.
+    earlier one stopped, with the same result. A record holds a digest of the image that it was computed from. Images
+    that have changed since then, or whose labels have, are evaluated again, and those that are gone are not counted.
 
     Args:
         defenses: by name, put into evaluation mode; the first one is what the others are compared with.
@@ -155,7 +157,8 @@ def evaluate(
         console: for progress.
 
     Raises:
-        ValueError: no defense, no images, or `out` holds an evaluation of other settings, weights or images.
+        ValueError: no defense, no images, `out` holds an evaluation of other settings, weights or images, or images
+            change while they are evaluated.
         OwnedError: another process writes to `out`.
         Stopped: SIGTERM or Ctrl-C; raised after the batch that was running, whose records are kept.
         FloatingPointError: logits are not finite; the message names the defense, the attack and the images.
@@ -181,8 +184,15 @@ def _evaluate(
     console: Console,
     stop: StopRequest,
 ) -> Evaluation:
-    _claim_folder(out, defenses, loader, settings)
+    first = next(loader.epoch(0), None)
+    if first is None:
+        raise ValueError("evaluate needs images, and the loader yields none")
+    _claim_folder(out, defenses, settings)
     records = _Records(out / "records.jsonl")
+    _refuse_other_images(out, first.counted(), records)
+    # Sample id -> digest, of the images that every cell has met.
+    images: dict[int, str] = {}
+    changed: set[int] = set()
     notes: list[str] = []
     work = [(name, defense, attack) for name, defense in defenses.items() for attack in attacks]
     columns = (
@@ -198,10 +208,25 @@ def _evaluate(
         for number, (name, defense, attack) in enumerate(work):
             text = CLEAN if attack is None else str(attack)
             progress.update(task, completed=number, state=f"{name}, {text}")
-            _evaluate_cell(name, defense, attack, text, loader, settings, out, records, stop)
+            seen, stale = _evaluate_cell(name, defense, attack, text, loader, settings, out, records, stop)
+            images = {i: digest for i, digest in seen.items() if not number or i in images}
+            if new := stale - changed:
+                changed |= new
+                console.print(
+                    f"evaluating: {len(new)} of {len(seen)} images or their labels have changed since they were "
+                    "evaluated; what is known of them is computed again"
+                )
             if not console.is_terminal and attack is attacks[-1]:
                 console.print(f"evaluating: {name} done", markup=False)
         progress.update(task, completed=len(work), state="")
+    # Cells must have the same images. One whose file is lost during the evaluation has records in some cells only, and
+    # one that is no longer among the images has earlier records.
+    moving = records.restrict(images)
+    if moving:
+        raise ValueError(
+            f"{len(moving)} images have changed while they were evaluated (sample ids {first_words(moving)}): the same "
+            "call evaluates them again"
+        )
     cells = _cells(defenses, attacks, records)
     notes += _health(defenses, cells, records)
     if bad := loader.state()["bad"]:
@@ -238,17 +263,13 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _claim_folder(out: Path, defenses: Mapping[str, De3], loader: Loader, settings: EvaluationSettings) -> None:
-    """Write evaluation.json, or check that the one in the folder is of the same settings, weights and first batch."""
-    first = next(loader.epoch(0), None)
-    if first is None:
-        raise ValueError("evaluate needs images, and the loader yields none")
+def _claim_folder(out: Path, defenses: Mapping[str, De3], settings: EvaluationSettings) -> None:
+    """Write evaluation.json, or check that the one in the folder is of the same settings and weights."""
     modules = {id(module): module for de3 in defenses.values() for module in (de3.classifier, de3.denoiser) if module}
     weights = {key: _digest(module.state_dict().values()) for key, module in modules.items()}
     content = {
         # max_batch changes nothing but memory.
         "settings": {key: value for key, value in asdict(settings).items() if key != "max_batch"},
-        "images": _digest((first.ids, first.labels, first.images)),
         "defenses": {
             name: {
                 "settings": de3.extra_repr(),
@@ -261,6 +282,7 @@ def _claim_folder(out: Path, defenses: Mapping[str, De3], loader: Loader, settin
     content = json.loads(json.dumps(content))
     file = out / "evaluation.json"
     earlier = read_json(file) if file.exists() else content
+    earlier.pop("images", None)  # of the first batch, by earlier versions
     if {**earlier, "settings": with_todays_names(earlier.get("settings", {}), content["settings"])} != content:
         raise ValueError(
             f"{out} holds an evaluation of other settings, weights or images; see {file.name} there, or choose another "
@@ -269,6 +291,27 @@ def _claim_folder(out: Path, defenses: Mapping[str, De3], loader: Loader, settin
     if not file.exists():
         with atomic_write(file) as staged:
             staged.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _image_digests(batch: Batch) -> dict[int, str]:
+    """Sample id -> digest of the image and its label."""
+    labels, images = batch.labels.tolist(), batch.images.cpu()
+    return {
+        i: _digest((torch.tensor(label), image))
+        for i, label, image in zip(batch.ids.tolist(), labels, images, strict=True)
+    }
+
+
+def _refuse_other_images(out: Path, first: Batch, records: _Records) -> None:
+    """Do not replace the records of other images: at least one of the first batch must be as it was."""
+    digests = _image_digests(first)
+    earlier = [row for cell in records.rows.values() for row in cell.values()]
+    # The first version kept no digests: its records are computed again.
+    if any("image" in row for row in earlier) and not any(digests.get(row["id"]) == row["image"] for row in earlier):
+        raise ValueError(
+            f"{out} holds an evaluation of other images, or of images from another loader, whose pixels are not quite "
+            "the same: choose another folder"
+        )
 
 
 class _Records:
@@ -291,6 +334,13 @@ class _Records:
 
     def cell(self, name: str, attack: str) -> dict[int, dict[str, Any]]:
         return self.rows.get((name, attack), {})
+
+    def restrict(self, images: Mapping[int, str]) -> list[str]:
+        """Forget, in memory, images that are not among these; ids of those with records of another image."""
+        self.rows = {place: {i: row for i, row in cell.items() if i in images} for place, cell in self.rows.items()}
+        return [
+            str(i) for i in images if any(cell[i]["image"] != images[i] for cell in self.rows.values() if i in cell)
+        ]
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         append_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
@@ -323,16 +373,25 @@ def _evaluate_cell(
     out: Path,
     records: _Records,
     stop: StopRequest,
-) -> None:
+) -> tuple[dict[int, str], set[int]]:
+    """One cell. Returns the digest of every image by its id, and the ids of those that were evaluated anew."""
     device = next((tensor.device for tensor in defense.classifier.parameters()), torch.device("cpu"))
-    done, kept = records.cell(name, text), _examples_file(out, name, attack)
+    file = _examples_file(out, name, attack)
+    seen: dict[int, str] = {}
+    stale: set[int] = set()
     # The attack's passes hold eot draws of every image, each of them the defense's own draws.
     eot = attack.eot if attack and defense.is_random else 1
     rows = max(1, settings.max_batch // (eot * defense.draws))
-    wanted = 0 if kept.exists() else settings.examples
+    shown = _shown(file)
+    wanted = 0 if shown else settings.examples
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for padded in loader.epoch(0):
         batch = padded.counted()
+        digests = _image_digests(batch)
+        seen |= digests
+        # Records of these very images; those of the first version do not say of what they are.
+        done = {i for i in digests if records.cell(name, text).get(i, {}).get("image") == digests[i]}
+        stale |= {i for i in digests if i not in done and i in records.cell(name, text)}
         for part in range(0, len(batch.ids), rows):
             chosen = slice(part, part + rows)
             missing = sum(len(item[0]) for item in found) < wanted
@@ -359,6 +418,7 @@ def _evaluate_cell(
                         "attack": text,
                         "id": int(ids[row]),
                         "label": int(labels[row]),
+                        "image": digests[int(ids[row])],
                         "missed": missed[row],
                         "predictions": scored[:, row].tolist(),
                         "zero_gradients": int(zero[row]),
@@ -373,7 +433,11 @@ def _evaluate_cell(
             stop.heed()
     if wanted and found:
         clean, attacked, labels, ids = (torch.cat(parts)[:wanted] for parts in zip(*found, strict=True))
-        _save_examples(kept, defense, clean, attacked, labels, ids, settings.seed, device)
+        _save_examples(file, defense, clean, attacked, labels, ids, [*seen.values()][:wanted], settings.seed, device)
+    elif shown and shown != [*seen.values()][: settings.examples]:  # other images come first now
+        file.unlink()
+        _evaluate_cell(name, defense, attack, text, loader, settings, out, records, stop)
+    return seen, stale
 
 
 def _examples_file(out: Path, name: str, attack: Attack | None) -> Path:
@@ -389,6 +453,7 @@ def _save_examples(
     attacked: Tensor,
     labels: Tensor,
     ids: Tensor,
+    digests: Sequence[str],
     seed: int,
     device: torch.device,
 ) -> None:
@@ -404,7 +469,17 @@ def _save_examples(
         "predictions": defense.draw_logits(pixels, seeds)[0].argmax(dim=-1).cpu(),
     }
     with atomic_write(file) as staged:
-        save_file({key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}, staged)
+        whole = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+        save_file(whole, staged, metadata={"images": json.dumps(digests)})
+
+
+def _shown(file: Path) -> list[str]:
+    """Digests of the images in a gallery; none where there is no gallery, or one that does not say what it shows."""
+    if not file.exists():
+        return []
+    with safe_open(file, framework="pt") as content:
+        digests: list[str] = json.loads((content.metadata() or {}).get("images", "[]"))
+    return digests
 
 
 def _load_examples(out: Path, name: str, attack: Attack | None) -> Examples:
@@ -423,10 +498,7 @@ def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], record
     for radius, names in by_radius.items():
         if len(names) > 1:
             columns.append((f"{WORST} {radius_text(radius)}", radius, names))
-    # An image whose file is lost during the evaluation has records in some cells only. Cells must have the same images.
-    ids = sorted(
-        set.intersection(*(set(records.cell(name, text)) for name in defenses for text, _, c in columns if not c))
-    )
+    ids = sorted(records.cell(next(iter(defenses)), CLEAN))
     cells: list[Cell] = []
     reference: dict[str, np.ndarray[Any, Any]] = {}
     for name, defense in defenses.items():

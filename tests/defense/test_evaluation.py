@@ -600,3 +600,75 @@ def test_logits_that_are_not_finite_are_an_error_with_the_row_and_the_images(tmp
         run(tmp_path, {"row": De3(None, Broken(value), sigma)}, source)
     assert not (tmp_path / "results.json").exists()
     assert 8 not in {row["id"] for row in records(tmp_path)}
+
+
+# Images that change
+
+
+def some_changed() -> Images:
+    """Two other images, one of which is shown, and one other label."""
+    source = loader()
+    source.images[1], source.images[9] = 255 - source.images[1], 255 - source.images[9]
+    source.labels[7] = (source.labels[7] + 1) % CLASSES
+    return source
+
+
+def test_images_that_have_changed_are_evaluated_again(finished, tmp_path):
+    out, printed = tmp_path / "copy", io.StringIO()
+    shutil.copytree(finished[0], out)
+    fresh = run(tmp_path / "fresh", source=some_changed(), classes=("a", "b", "c"))
+    chosen = defenses()
+    console = Console(file=printed, width=200)
+    again = evaluate(chosen, some_changed(), SETTINGS, out, classes=("a", "b", "c"), console=console)
+    assert again.cells == fresh.cells != finished[1].cells
+    assert (out / "results.json").read_bytes() == (tmp_path / "fresh" / "results.json").read_bytes()
+    lines = [line for line in printed.getvalue().splitlines() if "changed" in line]
+    assert len(lines) == 1
+    assert "3 of 10 images or their labels have changed" in lines[0]
+    for place, shown in fresh.examples.items():
+        for name, value in vars(shown).items():
+            assert torch.equal(value, getattr(again.examples[place], name))
+    chosen["off"].classifier.sizes.clear()
+    run(out, chosen, some_changed(), classes=("a", "b", "c"))
+    assert chosen["off"].classifier.sizes == []
+    assert (out / "results.json").read_bytes() == (tmp_path / "fresh" / "results.json").read_bytes()
+    # A kept record is the old one, and three of ten images were attacked.
+    kept = {row["id"] for row in records(finished[0])} - {int(IDS[row]) for row in (1, 7, 9)}
+    old, new = ({(r["defense"], r["attack"], r["id"]): r for r in records(place)} for place in (finished[0], out))
+    assert all(old[place] == new[place] for place in old if place[2] in kept)
+
+
+def test_images_that_are_gone_are_not_counted(finished, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    fewer = loader()
+    fewer.images, fewer.labels, fewer.ids = fewer.images[:8], fewer.labels[:8], fewer.ids[:8]
+    again = run(out, source=fewer)
+    assert {cell.scores.num_images for cell in again.cells} == {8}
+    assert again.cells == run(tmp_path / "fresh", source=fewer).cells
+
+
+def test_an_evaluation_of_other_images_is_refused_and_left_alone(finished, tmp_path):
+    before, source = contents(finished[0]), loader()
+    source.images = 255 - source.images
+    with pytest.raises(ValueError, match="holds an evaluation of other images"):
+        run(finished[0], source=source)
+    assert contents(finished[0]) == before
+
+
+def test_images_that_change_while_they_are_evaluated_are_an_error(tmp_path):
+    class Moving(Images):
+        epochs = 0
+
+        def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+            self.epochs += 1
+            if self.epochs == 4:
+                self.images[3] = 0
+            return super().epoch(epoch, start_step)
+
+    source = loader()
+    with pytest.raises(ValueError, match=r"1 images have changed while they were evaluated \(sample ids 0\)"):
+        run(tmp_path / "moving", source=Moving(source.images, source.labels))
+    source.images[3] = 0
+    done = run(tmp_path / "moving", source=source)
+    assert done.cells == run(tmp_path / "fresh", source=source).cells
