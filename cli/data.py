@@ -42,7 +42,7 @@ def index(folder: Annotated[Path, tyro.conf.Positional], split: str | None = Non
     """
     from denim.nim.data import open_manifest
     from denim.nim.data.dali_loader import dali_version, problem
-    from denim.nim.data.manifest import try_with_dali
+    from denim.nim.data.indexing import try_with_dali
     from denim.nim.text import printable
 
     for name in _splits(folder, split):
@@ -262,7 +262,7 @@ def pack(
 
 
 def _say_passed_over(title: str, manifest: Manifest) -> None:
-    from denim.nim.data.manifest import count_passed_over
+    from denim.nim.data.listing import count_passed_over
     from denim.nim.text import printable
 
     if said := count_passed_over(manifest.passed_over):

@@ -1,8 +1,9 @@
 """Data as the trainers see it: manifests, sources of images, keyed views of them, and loaders that own the order."""
 
 from denim.nim.data.backends import loader_backends, open_loader
+from denim.nim.data.listing import Listing
 from denim.nim.data.loader import BadSamplesError, Batch, Loader, PlannedLoader, TorchLoader
-from denim.nim.data.manifest import Listing, Manifest, ManifestError
+from denim.nim.data.manifest import Manifest, ManifestError
 from denim.nim.data.order import Order
 from denim.nim.data.sources import (
     Cifar,

@@ -1,6 +1,6 @@
 """The one decoder: what is a valid image, which way it stands, and its pixels. Also a script that many processes run.
 
-Run as a script (by `denim.nim.data.manifest`), it imports Pillow and nothing of Denim: a process is ready in a tenth
+Run as a script (by `denim.nim.data.indexing`), it imports Pillow and nothing of Denim: a process is ready in a tenth
 of a second, holds no lock of its parent's and takes no parent with it if a decoder crashes on a malformed file.
 """
 

@@ -35,7 +35,9 @@ import numpy.typing as npt
 from rich.progress import track
 
 from denim.nim.data.decode import EXTENSIONS
-from denim.nim.data.manifest import Listing, Manifest, index, sample_id
+from denim.nim.data.indexing import index
+from denim.nim.data.listing import Listing, sample_id
+from denim.nim.data.manifest import Manifest
 from denim.nim.files import atomic_write
 from denim.nim.text import open_console
 

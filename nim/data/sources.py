@@ -27,7 +27,9 @@ from denim.nim.data.decode import (
     read_content,
     reason,
 )
-from denim.nim.data.manifest import Manifest, cache_folder, count_passed_over, index, list_images, passed_over
+from denim.nim.data.indexing import cache_folder, index
+from denim.nim.data.listing import count_passed_over, list_images, passed_over
+from denim.nim.data.manifest import Manifest
 from denim.nim.data.shards import ShardManifest, list_shards, open_shards
 
 __all__ = [

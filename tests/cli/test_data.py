@@ -10,7 +10,7 @@ from PIL import Image
 
 from denim import cli
 from denim.nim.data import open_manifest
-from denim.nim.data.manifest import cache_folder
+from denim.nim.data.indexing import cache_folder
 
 
 def denim(*words, status=0):

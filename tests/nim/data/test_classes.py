@@ -9,8 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from denim.nim.data import ImageFolder, Subset, TorchLoader, TrainView, match_classes, open_manifest, open_source
-from denim.nim.data import manifest as manifests
+from denim.nim.data import (
+    ImageFolder,
+    Subset,
+    TorchLoader,
+    TrainView,
+    indexing,
+    match_classes,
+    open_manifest,
+    open_source,
+)
 from denim.nim.data.shards import pack
 
 TRAINED = ("ant", "bee", "cow")
@@ -50,7 +58,7 @@ def test_a_missing_class_is_allowed_and_said(tmp_path, fill, as_shards):
 @pytest.mark.parametrize("as_shards", [False, True])
 def test_an_unknown_class_is_refused_before_anything_is_decoded(tmp_path, fill, as_shards, monkeypatch):
     root = folder_or_shards(fill(tmp_path / "test", {"ant": 1, "bee": 1, "dog": 1, "elk": 1}), as_shards)
-    monkeypatch.setattr(manifests, "judge_all", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr(indexing, "judge_all", lambda _: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"has 2 of 4 classes that are not among the 3 expected ones: 'dog', 'elk'\."):
         open_source(root, "test", classes=TRAINED)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from denim.nim.data import EncodedSource, ImageFolder, TorchLoader, TrainView, open_manifest, open_source, shards
-from denim.nim.data.manifest import sample_id
+from denim.nim.data.listing import sample_id
 from denim.nim.data.shards import ShardManifest, pack
 from denim.nim.files import atomic_write
 

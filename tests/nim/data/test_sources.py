@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from denim.nim.data import Digits, EncodedSource, ImageFolder, Subset, manifest, open_source
-from denim.nim.data.manifest import sample_id
+from denim.nim.data.listing import sample_id
 
 
 def smooth_image(height=24, width=32):

@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from denim.nim.data import Listing, Manifest, ManifestError, manifest, processes
+from denim.nim.data import Listing, Manifest, ManifestError, indexing, listing, manifest, processes
 from denim.nim.data import decode as decoder
 from denim.nim.data.dali_loader import dali_version, problem
 from denim.nim.data.decode import MachineError, Place, Verdict, decode, judge, judge_all
-from denim.nim.data.manifest import cache_folder, index, list_images, sample_id, try_with_dali
+from denim.nim.data.indexing import cache_folder, index, try_with_dali
+from denim.nim.data.listing import list_images, sample_id
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ def opened(root, cache=None):
 
 def file_of(root):
     """The manifest of a folder, if there is one."""
-    return cache_folder() / "manifests" / manifest.file_name(root)
+    return cache_folder() / "manifests" / indexing.file_name(root)
 
 
 def rows(found):
@@ -286,7 +287,7 @@ def test_only_what_changed_is_decoded_again(folder, noise_image, monkeypatch):
     assert opened(folder).decoded == 0
 
     decoded = []
-    monkeypatch.setattr(manifest, "judge_all", lambda places: [*map(seen, places)])
+    monkeypatch.setattr(indexing, "judge_all", lambda places: [*map(seen, places)])
 
     def seen(place):
         decoded.append(Path(place.file).relative_to(folder).as_posix())
@@ -389,7 +390,7 @@ def test_without_a_cache_the_temporary_folder_serves(folder, tmp_path, monkeypat
 
 @pytest.mark.parametrize("who", ["a link", "writable for others"])
 def test_a_temporary_folder_that_others_made_is_not_trusted(folder, tmp_path, monkeypatch, temporary, who):
-    monkeypatch.setattr(manifest, "cache_folder", lambda: tmp_path / "file" / "denim")
+    monkeypatch.setattr(indexing, "cache_folder", lambda: tmp_path / "file" / "denim")
     (tmp_path / "file").touch()
     if who == "a link":
         (tmp_path / "elsewhere").mkdir()
@@ -500,7 +501,7 @@ def test_a_manifest_of_another_folder(folder, tmp_path, make_folder):
 
 
 def test_two_samples_with_one_id(folder, monkeypatch):
-    monkeypatch.setattr(manifest, "sample_id", lambda path: 12 - path.count("1") - 5 * path.count("dog"))
+    monkeypatch.setattr(listing, "sample_id", lambda path: 12 - path.count("1") - 5 * path.count("dog"))
     with pytest.raises(ValueError, match=r"dog/0000.png and .*dog/0002.png have the same id 7, .* rename or remove"):
         opened(folder)
     assert not list((cache_folder() / "manifests").glob(f"{file_of(folder).stem}*.safetensors"))
@@ -532,8 +533,8 @@ def test_a_killed_indexing_goes_on(many, monkeypatch):
     chunks = 3
     if (child := os.fork()) == 0:
         # In process: the child has none of the threads of this one.
-        monkeypatch.setattr(manifest, "IN_PROCESS", 10**6)
-        judged = manifest._judge
+        monkeypatch.setattr(indexing, "IN_PROCESS", 10**6)
+        judged = indexing._judge
 
         def dying(*args):
             for k, result in enumerate(judged(*args)):
@@ -541,7 +542,7 @@ def test_a_killed_indexing_goes_on(many, monkeypatch):
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield result
 
-        manifest._judge = dying
+        indexing._judge = dying
         try:
             opened(many)
         finally:
@@ -553,7 +554,7 @@ def test_a_killed_indexing_goes_on(many, monkeypatch):
         file.write(b'[[123, 45, 67, 8, 9, "PN')
     assert not file_of(many).exists()
     found = opened(many)
-    assert found.decoded == 700 - chunks * manifest.CHUNK
+    assert found.decoded == 700 - chunks * indexing.CHUNK
     assert not journal.exists()
     again = opened(many, many.parent / "cache")
     assert again.decoded == 700
@@ -573,7 +574,7 @@ def test_a_journal_of_another_limit_counts_nothing(folder, monkeypatch):
 
 
 def test_of_two_that_ask_at_once_one_does_the_work(many, monkeypatch):
-    monkeypatch.setattr(manifest, "IN_PROCESS", 10**6)
+    monkeypatch.setattr(indexing, "IN_PROCESS", 10**6)
     found = []
     threads = [threading.Thread(target=lambda: found.append(opened(many))) for _ in range(3)]
     for thread in threads:
@@ -589,10 +590,10 @@ def test_who_waited_for_a_journal_that_was_removed_gets_a_new_one(tmp_path):
     found = []
 
     def wait():
-        with manifest._locked(path) as journal:
+        with indexing._locked(path) as journal:
             found.append(os.path.samestat(os.fstat(journal.fileno()), path.stat()))
 
-    with manifest._locked(path):
+    with indexing._locked(path):
         thread = threading.Thread(target=wait)
         thread.start()
         sleep(0.2)  # it has opened the file, and waits
@@ -678,8 +679,8 @@ def test_dalis_word_is_kept(folder, noise_image, tmp_path, monkeypatch):
     noise_image(9, 9).save(folder / "dog" / "new.png")
     again = opened(folder)
     asked = []
-    ask = manifest.ask_processes
-    monkeypatch.setattr(manifest, "ask_processes", lambda *a: asked.append(len(a[2])) or ask(*a))
+    ask = indexing.ask_processes
+    monkeypatch.setattr(indexing, "ask_processes", lambda *a: asked.append(len(a[2])) or ask(*a))
     try_with_dali(try_with_dali(again, version), version)
     assert asked == [1]
     assert try_with_dali(opened(folder), "0.1").dali(0) == "0.1"
@@ -709,11 +710,11 @@ def test_killed_while_dali_is_asked(folder, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "ask_processes", stopping)
+        patch.setattr(indexing, "ask_processes", stopping)
         with pytest.raises(KeyboardInterrupt):
             try_with_dali(before, "7.8")
     asked = []
-    monkeypatch.setattr(manifest, "ask_processes", lambda *a: asked.append(list(a[2])) or iter([(a[2], [True] * 3)]))
+    monkeypatch.setattr(indexing, "ask_processes", lambda *a: asked.append(list(a[2])) or iter([(a[2], [True] * 3)]))
     after = try_with_dali(opened(folder), "7.8")
     assert asked == [[3, 4, 5]]
     assert [after.dali(k) for k in range(6)] == ["7.8", "7.8", "-7.8", "7.8", "7.8", "7.8"]
