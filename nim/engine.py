@@ -320,7 +320,7 @@ def _train(
                         state.losses.zero_()
                         state.norms.zero_()
                     if save:
-                        done = {"update": state.update, "logged": state.logged}
+                        done: dict[str, Any] = {"update": state.update, "logged": state.logged}
                         done |= {"losses": state.losses.item(), "norms": state.norms.item()}
                         save_checkpoint(config.out, model, state.optimizer, {**done, "loader": loader.state()})
                         stop.heed()
