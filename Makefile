@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 DOCS_STAMP := $(VENV)/.installed-docs
+LOWEST := .venv-lowest
+# What the tests import beside Denim's own dependencies; their newest releases serve.
+TEST_TOOLS := pytest pytest-benchmark hypothesis foolbox pytest-cov pytest-xdist import-linter
 
-.PHONY: help demo quick test coverage lint format types layers docs bench gpu-check kernels noise-statistics package-check clean
+.PHONY: help demo quick test test-lowest coverage lint format types layers docs bench gpu-check kernels noise-statistics package-check clean
 
 help:
-	@echo "make demo | quick | test | coverage | lint | format | docs | bench | gpu-check | kernels | noise-statistics | package-check | clean"
+	@echo "make demo | quick | test | test-lowest | coverage | lint | format | docs | bench | gpu-check | kernels | noise-statistics | package-check | clean"
 
 # Installed once; again only when pyproject.toml changes.
 $(STAMP): pyproject.toml
@@ -27,6 +30,14 @@ quick: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The quick tests on the lowest release of every package that pyproject.toml allows, installed into $(LOWEST): minutes, and
+# gigabytes of downloads. `make test-lowest PYTHON=python3.13` takes another Python.
+test-lowest: $(STAMP)
+	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) $(LOWEST)
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable .
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python $(TEST_TOOLS)
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:build/coverage

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageCms
@@ -336,8 +337,10 @@ PORTRAITS = {
     "version as float": odd_entry(0x9000, 11, 1, struct.pack("<f", 2.3)),
     "directory at a negative place": odd_entry(0x8769, 6, 1, b"\xff\0\0\0"),
     "unknown type": odd_entry(0x128, 77, 1, b"\2\0\0\0"),
-    "a place behind the end": odd_entry(0x10F, 2, 99, struct.pack("<I", 1 << 30)),
 }
+# Earlier releases of Pillow read nothing behind such an entry, the orientation neither.
+if int(PIL.__version__.split(".")[0]) >= 13:
+    PORTRAITS["a place behind the end"] = odd_entry(0x10F, 2, 99, struct.pack("<I", 1 << 30))
 
 
 @pytest.mark.parametrize("name", PORTRAITS)
