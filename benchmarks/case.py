@@ -16,7 +16,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["BACKWARD", "BOTH", "FORWARD", "Case", "ImageCase", "SampleCase", "expected", "passes", "share_of_error"]
+__all__ = [
+    "BACKWARD",
+    "BOTH",
+    "FORWARD",
+    "Case",
+    "ImageCase",
+    "SampleCase",
+    "expected",
+    "passes",
+    "share_of_error",
+    "stored_by_interpreter",
+]
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -371,3 +382,13 @@ def share_of_error(got: Tensor, exact: Tensor, error: Tensor | float) -> float:
     same = (got.double() == exact.to(got.dtype).double()) | (got.isnan() & exact.isnan())
     share = ((got.double() - exact).abs() / allowed).masked_fill(same, 0)
     return float(share.max()) if share.numel() else 0.0
+
+
+def stored_by_interpreter(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value as Triton's interpreter stores it, which truncates float32 to bfloat16 instead of rounding.
+
+    Both are monotonic, so bounds of a value are bounds of what is stored.
+    """
+    if dtype != BF16:
+        return value.to(dtype)
+    return (value.float().view(torch.int32) & ~0xFFFF).view(FP32).to(BF16)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from denim.benchmarks.case import BACKWARD, FORWARD, Case
+from denim.benchmarks.case import BACKWARD, FORWARD, Case, stored_by_interpreter
 from denim.benchmarks.cases import OPERATIONS
 
 
@@ -21,12 +21,6 @@ class Interpreted(NamedTuple):
     gradients: tuple[torch.Tensor, ...]
 
 
-def _stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype != torch.bfloat16:
-        return value.to(dtype)
-    return (value.float().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()
-
-
 def _given(case: Case) -> dict[str, torch.Tensor]:
     """The inputs of a case; predictions of a loss are views without the first row, as a decoder's output without its
     class token."""
@@ -39,11 +33,8 @@ def _given(case: Case) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def stored():
-    """stored(value, dtype): as the interpreter stores it, which truncates float32 to bfloat16 instead of rounding.
-
-    Both are monotonic, so bounds of a value are bounds of what is stored.
-    """
-    return _stored
+    """stored(value, dtype): `denim.benchmarks.case.stored_by_interpreter`."""
+    return stored_by_interpreter
 
 
 @pytest.fixture(scope="session")

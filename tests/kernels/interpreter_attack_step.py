@@ -11,10 +11,10 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from last_program import LastProgram, reserved
 
 from denim.benchmarks.case import FORWARD, Case
 from denim.benchmarks.machine_code.cases import launch
+from denim.benchmarks.machine_code.last_program import LastProgram, reserved
 from denim.kernels import attack_step_triton
 from denim.kernels.dispatch import GPU
 

@@ -12,11 +12,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 import triton
 import triton.language as tl
-from last_program import LastProgram, reserved
 
 from denim.benchmarks.case import FORWARD
 from denim.benchmarks.cases import NoisePatchify
 from denim.benchmarks.machine_code.cases import launch
+from denim.benchmarks.machine_code.last_program import LastProgram, reserved
 from denim.kernels import noise_patchify_triton as kernel
 from denim.kernels import noise_triton
 from denim.kernels.dispatch import GPU

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-
 import pytest
 import torch
 
 from denim.benchmarks.machine_code import run_on_cpu
+from denim.benchmarks.machine_code.last_program import reserved
 from denim.kernels import attack_start, attack_step, noise_patchify
 from denim.kernels.dispatch import GPU, launcher
 
 pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 
-NO_RESERVE = 0x4000  # MAP_NORESERVE on Linux, which the module `mmap` names from Python 3.13 on
 LAST = {"programs": lambda total: [total - 1]}
-
-
-def reserved(shape, *, dtype: torch.dtype, device="cpu") -> torch.Tensor:
-    """`torch.empty` with addresses alone: memory comes with the first use, page by page."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype=dtype).view(shape)
 
 
 def launched(monkeypatch, operator, *arguments):
