@@ -46,13 +46,16 @@ def keyed_torch(key: int, device: torch.device) -> Iterator[None]:
 
     For what can draw from these generators alone: initialisation, and layers such as drop path.
     """
-    on_cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        torch.default_generator.manual_seed(key)
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(key)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _seed_torch(key, device)
         yield
+
+
+def _seed_torch(key: int, device: torch.device) -> None:
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(key)
 
 
 def training_loader(
@@ -130,7 +133,8 @@ def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
 
     If the norm of the gradients is not finite, the step changes nothing, and `state.norms` is not finite from then on.
 
-    Torch's generators, for layers that draw from nothing else, are keyed by the seed, the update and the part.
+    Torch's generators, for layers that draw from nothing else, are seeded by the run's seed, the update and the part,
+    and stay so: `train` restores them. On a CUDA device the step reads nothing back and waits for nothing.
 
     Args:
         state: what is changed.
@@ -142,8 +146,9 @@ def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     for part in range(config.accumulate):
         key = int(derive_seeds(config.seed, Domain.AUGMENT, torch.tensor(state.update * config.accumulate + part)))
-        # The first part of an epoch is drawn in here as well: torch's DataLoader takes a seed from the generator.
-        with keyed_torch(key, device), _autocast(device, config.precision):
+        _seed_torch(key, device)
+        # Parts are drawn after the generators are seeded: a loader may draw from them as well.
+        with _autocast(device, config.precision):
             value = state.loss(next(parts), epoch)
         (value / config.accumulate).backward()
         state.losses += value.detach() / config.accumulate
@@ -281,7 +286,8 @@ def _train(
     model.train()
     since, started = state.update, time.perf_counter()
     try:
-        with progress, _naming_last_finite(config.out):
+        # Each part of an update seeds torch's generators. Their states are saved and restored once, around all updates.
+        with progress, keyed_torch(config.seed, state.losses.device), _naming_last_finite(config.out):
             while state.update < state.total:
                 epoch, first = divmod(state.update, updates_per_epoch)
                 parts = loader.epoch(epoch, first * config.accumulate)

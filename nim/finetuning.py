@@ -15,7 +15,7 @@ from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
-from denim.nim.data import Batch, EvalView, Source, keyed_globals, open_loader
+from denim.nim.data import Batch, EvalView, Source, keyed_globals, open_loader, to_device
 from denim.nim.engine import keyed_torch, train, training_loader
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
 from denim.nim.run import training_source
@@ -40,7 +40,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     """
     console = console or open_console(stderr=True)
     device = pick_device(config.device)
-    autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False).to(device)
+    autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False)
     check_degradation(autoencoder, config.degrade, config.statistics)
     body = autoencoder.config
     source = training_source(config, body.channels, labelled=True)
@@ -61,6 +61,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         model.load_encoder(autoencoder.state_dict())
     except ValueError as error:
         raise CheckpointError(f"{config.denoiser} cannot start this classifier: {error}") from error
+    autoencoder.to(device)
     model.to(device)
 
     levels = Sigma.parse(config.sigma)
@@ -73,14 +74,14 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     def degrade(pixels: Tensor, seeds: Tensor) -> Tensor:
         if config.trained_on == "clean":
             return pixels
-        sigma = levels.sample(seeds).to(device)
+        sigma, seeds = to_device(levels.sample(seeds), device), to_device(seeds, device)
         if config.trained_on == "noisy":
-            return add_noise(pixels, sigma, seeds.to(device))
+            return add_noise(pixels, sigma, seeds)
         return reconstruct(
             autoencoder,
             pixels,
             None if config.degrade == "mask" else sigma,
-            seeds.to(device),
+            seeds,
             degrade=config.degrade,
             mask_ratio=config.mask_ratio,
             statistics=config.statistics,
@@ -88,8 +89,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
 
     def loss(batch: Batch, epoch: int) -> Tensor:
         seeds = derive_seeds(config.seed, Domain.FINETUNING, batch.ids, epoch)
-        labels = batch.labels.to(device, non_blocking=True)
-        pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        labels = to_device(batch.labels, device)
+        pixels = to_device(batch.images, device).permute(0, 3, 1, 2).float() / 255
         target: Tensor | None = None
         # timm's erasing and mixup draw from the process's generators; its erasing writes N(0, 1) in normalised space.
         with torch.no_grad(), keyed_globals(int(seeds[0])):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import Autoencoder, preset
-from denim.nim.data import Batch
+from denim.nim.data import Batch, to_device
 from denim.nim.engine import keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
 from denim.nim.run import training_source
@@ -49,9 +49,8 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
     def loss(batch: Batch, epoch: int) -> Tensor:
         # Keyed by the epoch and the sample alone: the same noise on any number of ranks.
         seeds = derive_seeds(config.seed, Domain.TRAINING, batch.ids, epoch)
-        sigma = None if objective.sigma is None else objective.sigma.sample(seeds).to(device, non_blocking=True)
-        images, seeds = batch.images.to(device, non_blocking=True), seeds.to(device, non_blocking=True)
-        return objective.loss(model, images, sigma, seeds)
+        sigma = None if objective.sigma is None else to_device(objective.sigma.sample(seeds), device)
+        return objective.loss(model, to_device(batch.images, device), sigma, to_device(seeds, device))
 
     groups = param_groups_weight_decay(model, config.weight_decay)
     title = f"pretraining {config.preset} ({config.objective})"

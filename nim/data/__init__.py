@@ -2,7 +2,7 @@
 
 from denim.nim.data.backends import loader_backends, open_loader
 from denim.nim.data.listing import Listing
-from denim.nim.data.loader import BadSamplesError, Batch, Loader, PlannedLoader, TorchLoader
+from denim.nim.data.loader import BadSamplesError, Batch, Loader, PlannedLoader, TorchLoader, to_device
 from denim.nim.data.manifest import Manifest, ManifestError
 from denim.nim.data.order import Order
 from denim.nim.data.sources import (
@@ -47,4 +47,5 @@ __all__ = [
     "open_manifest",
     "open_source",
     "sample_rng",
+    "to_device",
 ]

@@ -22,7 +22,7 @@ from denim.nim.data.sources import Source
 from denim.nim.data.views import View, sample_rng
 from denim.nim.stopping import leave_signals_to_parent
 
-__all__ = ["BadSamplesError", "Batch", "Loader", "PlannedLoader", "TorchLoader"]
+__all__ = ["BadSamplesError", "Batch", "Loader", "PlannedLoader", "TorchLoader", "to_device"]
 
 LAST = ("drop", "keep", "pad")
 NAMED = 20  # bad samples that a message names; the state has them all
@@ -49,17 +49,26 @@ class Batch:
     ids: Tensor
     real: Tensor | None = None
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch with images, labels and `real` on `device`."""
-        images, labels = (x.to(device, non_blocking=non_blocking) for x in (self.images, self.labels))
-        real = None if self.real is None else self.real.to(device, non_blocking=non_blocking)
-        return Batch(images, labels, self.ids, real)
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with images, labels and `real` on `device` (see `to_device`)."""
+        real = None if self.real is None else to_device(self.real, device)
+        return Batch(to_device(self.images, device), to_device(self.labels, device), self.ids, real)
 
     def counted(self) -> Batch:
         """The batch without the rows that are not real."""
         if self.real is None:
             return self
         return Batch(self.images[self.real], self.labels[self.real], self.ids[self.real.to(self.ids.device)])
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. From the host to a CUDA device it is copied without waiting for what the device does.
+
+    Such a copy is from pinned memory. From other memory the driver would first wait for the stream.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Loader(Protocol):

@@ -194,3 +194,27 @@ def test_bad_input_is_refused_before_any_work(denoiser, tmp_path, changes, messa
 def test_a_missing_denoiser_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         finetune(FinetuneConfig(out=tmp_path / "run", denoiser=tmp_path / "nowhere", **FAST), QUIET)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trained_on", "degrade", "sigma"),
+    [
+        ("denoised", "noise", "uniform:0,30"),
+        ("denoised", "both", "gamma:25,3"),
+        ("denoised", "mask", "70"),
+        ("noisy", "noise", "uniform:0,30"),
+        ("clean", "noise", "70"),
+    ],
+)
+@pytest.mark.parametrize("recipe", [{}, {"mixup": 0.0}, PLAIN], ids=["mixup", "cutmix", "plain"])
+def test_a_step_on_a_gpu_waits_for_nothing(denoiser, tmp_path, step_on_gpu, recipe, trained_on, degrade, sigma):
+    settings = {**FAST, "batch_size": 32, "loader": "torch", "erasing": 0.5, "drop_path": 0.5, **recipe}
+    config = FinetuneConfig(
+        out=tmp_path / "run", denoiser=denoiser, trained_on=trained_on, degrade=degrade, sigma=sigma, **settings
+    )
+    launches = step_on_gpu(finetune, config)
+    assert ("aten.bernoulli_.float" in launches) == (recipe != PLAIN)  # drop path
+    assert ("aten.normal_.default" in launches) == (recipe != PLAIN)  # the pixels of erased boxes
+    assert launches["denim.noise_patchify.default"] == (trained_on != "clean" and degrade != "mask")

@@ -149,3 +149,16 @@ def test_bad_input_is_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         pretrain(PretrainConfig(out=tmp_path / "run", **{**FAST, **changes}), QUIET)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "sigma"),
+    [("nim", "70"), ("nim", "uniform:0,150"), ("nim", "gamma:25,3"), ("mae", None), ("dmae", "gamma:25,3")],
+)
+def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, step_on_gpu, objective, sigma):
+    settings = {**FAST, "objective": objective, "sigma": sigma, "batch_size": 8, "accumulate": 2, "loader": "torch"}
+    launches = step_on_gpu(pretrain, PretrainConfig(out=tmp_path / "run", **settings))
+    assert launches["denim.patch_loss_backward.default"] == 2
+    assert launches["denim.noise_patchify.default"] == (0 if objective == "mae" else 2)
