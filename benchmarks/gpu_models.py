@@ -76,7 +76,9 @@ def _loss(model: Any, images: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
     """The loss of noisy image modeling (`denim.nim.Objective`, whose noise levels would need scipy)."""
     config = model.config
     pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
-    loss: Tensor = kernels.patch_loss(model(kernels.noise_patchify(images, sigma, seeds, **pixel)), images, **pixel)
+    loss: Tensor = kernels.patch_loss(
+        model(kernels.noise_patchify(images, sigma, seeds, dtype=model.patch_dtype, **pixel)), images, **pixel
+    )
     return loss
 
 

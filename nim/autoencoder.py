@@ -172,6 +172,14 @@ def preset(
     return replace(config, **changes)
 
 
+def computing_dtype(weight: Tensor) -> torch.dtype:
+    """dtype in which a matrix product with a weight is computed: that of the weight, or autocast's where it is on."""
+    # Autocast leaves float64 alone.
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
+        return weight.dtype
+    return torch.get_autocast_dtype(weight.device.type)
+
+
 class Mask(NamedTuple):
     """Which patches the encoder sees.
 
@@ -258,7 +266,12 @@ class Autoencoder(Pretrained, nn.Module):
     def _embed(self, patches: Tensor) -> Tensor:
         # The convolution's weight is (embed_dim, channel, row, column), a patch vector (row, column, channel).
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(patches.to(weight.dtype), weight, self.patch_embed.proj.bias)
+        return F.linear(patches.to(self.patch_dtype), weight, self.patch_embed.proj.bias)
+
+    @property
+    def patch_dtype(self) -> torch.dtype:
+        """dtype in which the embedding multiplies patches: that of its weight, or autocast's where autocast is on."""
+        return computing_dtype(self.patch_embed.proj.weight)
 
     def encode(self, patches: Tensor, mask: Mask | None = None) -> Tensor:
         """Patches (N, L, D) to tokens (N, 1 + visible, embed_dim), class token first.

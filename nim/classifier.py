@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denim.nim.attention import Attention
-from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, AutoencoderConfig, check_architecture
+from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, AutoencoderConfig, check_architecture, computing_dtype
 from denim.nim.checkpoint import Pretrained, as_numbers, first_words
 
 __all__ = ["Classifier", "ClassifierConfig", "check_logits"]
@@ -144,10 +144,7 @@ class Classifier(Pretrained, VisionTransformer):
     @property
     def patch_dtype(self) -> torch.dtype:
         """dtype in which the embedding multiplies patches: that of its weight, or autocast's where autocast is on."""
-        dtype, device = self.patch_embed.proj.weight.dtype, self.patch_embed.proj.weight.device.type
-        # Autocast leaves float64 alone.
-        autocast = dtype != torch.float64 and torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else dtype
+        return computing_dtype(self.patch_embed.proj.weight)
 
     def load_encoder(self, state: Mapping[str, Tensor]) -> None:
         """Take the encoder's weights, by name, from the state dict of an autoencoder, a classifier or a plain timm ViT.

@@ -61,10 +61,11 @@ class Objective:
         """
         config = autoencoder.config
         pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
+        # In the dtype in which the model multiplies them; the target and the loss are float32.
         if sigma is None:
-            patches = normalized_patches(images, **pixel)
+            patches = normalized_patches(images, **pixel).to(autoencoder.patch_dtype)
         else:
-            patches = noise_patchify(images, sigma, seeds, **pixel)
+            patches = noise_patchify(images, sigma, seeds, dtype=autoencoder.patch_dtype, **pixel)
         mask = None if self.name == "nim" else Mask.random(seeds, config.num_patches, self.mask_ratio)
         hidden = mask.hidden if mask is not None and self.name == "mae" else None
         prediction = autoencoder(patches, mask)

@@ -124,16 +124,17 @@ def reconstruct(
         raise ValueError(f"degrade={degrade!r} {'takes no' if degrade == 'mask' else 'needs a'} sigma")
 
     pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
+    # In the dtype in which the denoiser multiplies patches; float64 images keep their own.
+    dtype = torch.float64 if images.dtype == torch.float64 else autoencoder.patch_dtype
     if sigma is None:
         if seeds.dim() not in (1, 2) or seeds.shape[-1] != images.shape[0]:
             raise ValueError(
                 f"seeds must have shape ({images.shape[0]},) or (R, {images.shape[0]}) for {images.shape[0]} images, "
                 f"got {tuple(seeds.shape)}"
             )
-        clean = normalized_patches(images, **pixel)
+        clean = normalized_patches(images, **pixel).to(dtype)
         patches = clean.expand(*seeds.shape[:-1], *clean.shape)
     else:
-        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         patches = noise_patchify(images, sigma, seeds, dtype=dtype, **pixel)
     lead = patches.shape[:-2]
 

@@ -3,13 +3,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from denim.kernels.noise import noise_backend
 from denim.nim.data import Digits
@@ -68,6 +71,31 @@ def cache_of_the_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+class _Call(NamedTuple):
+    args: tuple
+    result: object
+
+
+@pytest.fixture(scope="session")
+def operators():
+    """operators(): inside, every call of an operator of torch, with arguments and result, by the operator's name."""
+
+    @contextmanager
+    def record():
+        calls = defaultdict(list)
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                calls[str(func)].append(_Call(args, result))
+                return result
+
+        with Recorder():
+            yield calls
+
+    return record
 
 
 @pytest.fixture

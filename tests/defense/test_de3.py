@@ -627,6 +627,29 @@ def test_patches_under_autocast_are_in_its_dtype(handed):
     assert 0 < error["patches"] < 2 * error["pixels"] + 0.02 * exact.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:the classifier was trained on")
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize(("target", "statistics"), [("raw", "input"), ("norm", "input"), ("norm", "noisy")])
+def test_noisy_patches_are_in_the_dtype_in_which_the_denoiser_computes(operators, target, statistics, autocast):
+    """In a call, in the gradient for an attack, and in a sweep."""
+    images, dtype = pixels().float(), torch.bfloat16 if autocast else torch.float32
+    defense = De3(build(target).float(), vit().float(), 70, statistics=statistics, seed=0)
+    given = images.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), operators() as calls:
+        defense(images)
+        total = defense.draw_logits(given, SEEDS).float().sum()
+        defense.sweep(images, [0, 70], 2)
+    with operators() as backward:
+        (gradient,) = torch.autograd.grad(total, given)
+    assert [call.args[-1] for call in calls["denim.noise_patchify.default"]] == [dtype] * 3
+    assert [call.result.dtype for call in calls["denim.decode_patches.default"]] == [dtype] * 3
+    assert [call.args[0].dtype for call in backward["denim.noise_patchify_backward.default"]] == [dtype]
+    assert gradient.dtype == torch.float32
+    # The denoiser takes its patches, and the classifier its own, as they are.
+    sizes = {call.args[0].shape[-1] for call in calls["aten._to_copy.default"] if call.args[0].dim() == 3}
+    assert defense.denoiser.config.patch_dim not in sizes
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the classifier was trained on")
 def test_patches_for_the_classifier_are_one_compiled_graph():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from denim.kernels import Domain, derive_seeds, noise_patchify, normalized_patches
+from denim.kernels import Domain, derive_seeds, noise_patchify, normalized_patches, patch_loss
 from denim.nim import Autoencoder, AutoencoderConfig, Mask, Objective, Sigma
 
 CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 8, 1, 2, target="norm")
@@ -74,3 +74,28 @@ def test_bad_objectives_are_refused(arguments, message):
 def test_an_objective_needs_its_sigma():
     with pytest.raises(ValueError, match="needs a sigma"):
         Objective("nim", None)
+
+
+@pytest.mark.parametrize("name", ["nim", "mae", "dmae"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_patches_are_in_the_dtype_in_which_the_model_computes(batch, operators, name, autocast):
+    images, sigma, seeds = batch
+    model, objective = Autoencoder(CONFIG), Objective.published(name)
+    given = []
+    encode = model.encode
+    model.encode = lambda patches, mask: given.append(patches) or encode(patches, mask)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), operators() as calls:
+        loss = objective.loss(model, images, None if name == "mae" else sigma, seeds)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    assert [patches.dtype for patches in given] == [dtype]
+    assert [call.args[-1] for call in calls["denim.noise_patchify.default"]] == [dtype] * (name != "mae")
+    # The embedding takes the patches as they are.
+    assert not any(call.args[0] is given[0] for call in calls["aten._to_copy.default"])
+    assert loss.dtype == torch.float32
+    # Rounded by the kernel, patches are the same as float32 ones that autocast rounds.
+    patches = noise_patchify(images, sigma, seeds, **PIXEL) if name != "mae" else normalized_patches(images, **PIXEL)
+    mask = None if name == "nim" else Mask.random(seeds, CONFIG.num_patches, 0.75)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model.decode(encode(patches, mask), mask)
+    hidden = mask.hidden if name == "mae" else None
+    assert torch.equal(loss, patch_loss(expected, images, mask=hidden, **PIXEL))

@@ -188,6 +188,24 @@ def test_patches_for_a_classifier_are_the_rebuilt_pixels_normalised(degrade, tar
     assert reconstruct(model, *given, **options, classifier=reader.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize(
+    ("degrade", "statistics"), [("noise", "input"), ("noise", "noisy"), ("both", "input"), ("mask", "input")]
+)
+def test_patches_are_in_the_dtype_in_which_the_denoiser_computes(operators, degrade, statistics, autocast):
+    model, given = build().float(), []
+    encode = model.encode
+    model.encode = lambda patches, mask: given.append(patches) or encode(patches, mask)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), operators() as calls:
+        rebuilt = reconstruct(
+            model, pixels(torch.float32), levels(degrade, 70.0), SEEDS, degrade=degrade, statistics=statistics
+        )
+    dtype = torch.bfloat16 if autocast else torch.float32
+    assert [patches.dtype for patches in given] == [dtype]
+    assert [call.args[-1] for call in calls["denim.noise_patchify.default"]] == [dtype] * (degrade != "mask")
+    assert rebuilt.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
