@@ -31,7 +31,7 @@ from denim.kernels import Domain
 from denim.nim.checkpoint import first_words, with_todays_names
 from denim.nim.classifier import check_logits
 from denim.nim.data import Batch, Loader
-from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
+from denim.nim.files import DamagedFileError, append_text, atomic_write, read_json, read_json_lines
 from denim.nim.owner import owned
 from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import open_console
@@ -39,6 +39,12 @@ from denim.nim.text import open_console
 __all__ = ["Cell", "Evaluation", "EvaluationSettings", "Examples", "HealthWarning", "evaluate"]
 
 CLEAN = "none"
+# Types of the entries of a record in records.jsonl. Those of the first version have no "image".
+RECORD = {
+    **dict.fromkeys(("defense", "attack"), str),
+    **dict.fromkeys(("id", "label", "missed", "zero_gradients", "bad_gradients"), int),
+    "predictions": list,
+}
 WORST = "worst"
 
 
@@ -283,7 +289,9 @@ def _claim_folder(out: Path, defenses: Mapping[str, De3], settings: EvaluationSe
     file = out / "evaluation.json"
     earlier = read_json(file) if file.exists() else content
     earlier.pop("images", None)  # of the first batch, by earlier versions
-    if {**earlier, "settings": with_todays_names(earlier.get("settings", {}), content["settings"])} != content:
+    if isinstance(chosen := earlier.get("settings"), dict):
+        earlier["settings"] = with_todays_names(chosen, content["settings"])
+    if earlier != content:
         raise ValueError(
             f"{out} holds an evaluation of other settings, weights or images; see {file.name} there, or choose another "
             "folder"
@@ -321,7 +329,9 @@ class _Records:
         self.file = file
         self.rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
         if file.exists():
-            for row in read_json_lines(file):
+            for number, row in enumerate(read_json_lines(file), 1):
+                if any(type(row.get(name)) is not kind for name, kind in RECORD.items()):
+                    raise DamagedFileError(f"line {number} of {file} is no record: {str(row)[:60]}")
                 self._add(row)
             # The file is rewritten without half a line at the end: the next record would be appended to it.
             with atomic_write(file) as staged:

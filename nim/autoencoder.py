@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from denim.kernels import Stream, noise_words
 from denim.nim.attention import Attention
-from denim.nim.checkpoint import Pretrained
+from denim.nim.checkpoint import Pretrained, check_entries
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PRESETS", "Autoencoder", "AutoencoderConfig", "Mask", "preset"]
 
@@ -31,19 +31,21 @@ def check_architecture(config: Any, *sizes: str) -> None:
     """Check the entries that the configurations of all models share, and turn JSON's lists into tuples.
 
     Raises:
-        ValueError: a size (patch_size, embed_dim, depth, num_heads and the named ones) that is no positive integer,
-            image sides that are no multiples of the patch size, an embed_dim that num_heads does not divide, bad mean
-            or std.
+        ValueError: a size (patch_size, embed_dim, depth, num_heads and the named ones) that is no positive integer, an
+            entry of another type, image sides that are no multiples of the patch size, an embed_dim that num_heads does
+            not divide, bad mean or std.
     """
     for name in ("img_size", "mean", "std"):
         object.__setattr__(config, name, tuple(getattr(config, name)))
     for name in ("patch_size", "embed_dim", "depth", "num_heads", *sizes):
-        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
-            raise ValueError(f"{name} must be a positive integer, got {getattr(config, name)!r}")
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if len(config.img_size) != 2 or any(
         not isinstance(side, int) or side < 1 or side % config.patch_size for side in config.img_size
     ):
         raise ValueError(f"img_size must be two multiples of the patch size {config.patch_size}, got {config.img_size}")
+    check_entries(config)
     if config.embed_dim % config.num_heads:
         raise ValueError(f"embed_dim {config.embed_dim} must be a multiple of num_heads {config.num_heads}")
     if (

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+import typing
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,6 +25,8 @@ __all__ = [
     "CheckpointError",
     "Pretrained",
     "as_numbers",
+    "check_archive",
+    "check_entries",
     "first_words",
     "not_finite",
     "read_safetensors",
@@ -98,12 +103,38 @@ class Pretrained(nn.Module):
         """
         folder = _fetch(source, revision, token)
         config = cls._read_config(folder)
-        # The initial weights are thrown away; drawing them must not move the caller's generator.
-        with torch.random.fork_rng(devices=[]):
-            model = cls(config)
-        file = folder / WEIGHTS_FILE
-        model.load_weights(read_safetensors(file), file, f"is of another architecture than its {CONFIG_FILE}")
+        file, complaint = folder / WEIGHTS_FILE, f"is of another architecture than its {CONFIG_FILE}"
+        model = cls.build(config, _read_shapes(file), file, complaint)
+        model.load_weights(read_safetensors(file), file, complaint)
         return model.eval()
+
+    @classmethod
+    def build(cls, config: Any, shapes: Mapping[str, Sequence[int]], source: str | Path, complaint: str) -> Self:
+        """A model for weights, once its config is known to be theirs: a config alone could ask for any memory.
+
+        Args:
+            config: of the model.
+            shapes: of the weights, by name.
+            source, complaint: see `load_weights`.
+
+        Returns:
+            The model, on the CPU, with initial weights.
+
+        Raises:
+            CheckpointError: the weights of such a model have other names or shapes.
+        """
+        # Before anything is built: a block takes memory even where its weights take none.
+        blocks = sum(getattr(config, name, 0) for name in ("depth", "decoder_depth"))
+        if blocks > len(shapes):
+            raise CheckpointError(f"{source} {complaint}: {len(shapes)} weights cannot be those of {blocks} blocks")
+        with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away
+            try:
+                with torch.device("meta"):
+                    own = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+            except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+                raise CheckpointError(f"{source} {complaint}: no such model can be built ({error})") from error
+            _compare(shapes, own, source, complaint)
+            return cls(config)
 
     @classmethod
     def _read_config(cls, folder: Path) -> Any:
@@ -118,13 +149,15 @@ class Pretrained(nn.Module):
         if kind != cls.__name__:
             raise CheckpointError(f"{file} describes a {kind or 'model of another library'}, expected {cls.__name__}")
         known = {field.name for field in dataclasses.fields(cls.config_class)}
-        content = with_todays_names(content, known)
-        unknown = sorted(content.keys() - known)
-        if unknown:
-            raise CheckpointError(f"{file} has unknown entries {unknown}; known are {sorted(known)}")
         try:
+            content = with_todays_names(content, known)
+            unknown = sorted(content.keys() - known)
+            if unknown:
+                raise CheckpointError(f"{file} has unknown entries {unknown}; known are {sorted(known)}")
             return cls.config_class(**content)
-        except (TypeError, ValueError) as error:
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{file} does not describe a {cls.__name__}: {error}") from error
 
     def load_weights(self, state: Mapping[str, Tensor], source: str | Path, complaint: str) -> None:
@@ -140,16 +173,49 @@ class Pretrained(nn.Module):
                 has been changed then.
         """
         own = self.state_dict()
-        problems = [f"{name} is missing" for name in own if name not in state]
-        problems += [f"{name} is unknown" for name in state if name not in own]
-        problems += [
-            f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-            for name in own
-            if name in state and state[name].shape != own[name].shape
-        ]
-        if problems:
-            raise CheckpointError(f"{source} {complaint}: {first_words(problems, '; ')}")
+        shapes, expected = ({name: tensor.shape for name, tensor in each.items()} for each in (state, own))
+        _compare(shapes, expected, source, complaint)
         self.load_state_dict(as_numbers(state, own, source))
+
+
+def _compare(
+    shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], source: str | Path, complaint: str
+) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} is unknown" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is {tuple(shapes[name])}, expected {tuple(expected[name])}"
+        for name in expected
+        if name in shapes and tuple(shapes[name]) != tuple(expected[name])
+    ]
+    if problems:
+        raise CheckpointError(f"{source} {complaint}: {first_words(problems, '; ')}")
+
+
+def check_entries(config: Any) -> None:
+    """Check that the entries of a configuration have the types of its dataclass; a list may stand for a tuple.
+
+    Raises:
+        ValueError: another type: a float for an integer, a text for a number, a number for a text.
+    """
+    kinds = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _is_of(kinds[field.name], value):
+            raise ValueError(f"{field.name} must be of type {field.type}, got {value!r}")
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return isinstance(value, str)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(kinds) == len(value) and all(map(_is_of, kinds, value))
+    # In Python True is an int, and an int serves as a float.
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
 def first_words(words: Sequence[str], between: str = ", ", count: int = 4) -> str:
@@ -194,6 +260,9 @@ def with_todays_names(entries: Mapping[str, Any], known: Collection[str]) -> dic
     Args:
         entries: by name, as read.
         known: today's names. An old name is replaced only if today's is among them and it is not itself.
+
+    Raises:
+        ValueError: an old entry whose value has no meaning today.
     """
     current: dict[str, Any] = {}
     for name, value in entries.items():
@@ -201,8 +270,33 @@ def with_todays_names(entries: Mapping[str, Any], known: Collection[str]) -> dic
         if name in known or today not in known:
             current[name] = value
         elif today not in entries:  # an entry with today's name takes precedence
-            current[today] = ("norm" if value else "raw") if name == "norm_pix" else value
+            if name == "norm_pix":
+                if not isinstance(value, bool):
+                    raise ValueError(f"norm_pix must be true or false, got {value!r}")
+                value = "norm" if value else "raw"
+            current[today] = value
     return current
+
+
+def _read_shapes(file: Path) -> dict[str, Sequence[int]]:
+    """Shapes of the tensors in a .safetensors file, by name, from its header alone; raises as `read_safetensors`."""
+    with _safetensors_errors(file), safe_open(file, framework="pt") as content:
+        return {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118 (no mapping)
+
+
+def check_archive(file: Path) -> None:
+    """Refuse a file of torch.save that unpacks to more than its size: torch.save compresses nothing.
+
+    Raises:
+        CheckpointError: see above.
+        OSError, zipfile.BadZipFile: it cannot be read, or is no zip archive.
+    """
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > file.stat().st_size:
+        raise CheckpointError(
+            f"{file} of {file.stat().st_size} bytes unpacks to {unpacked}: torch.save did not write it"
+        )
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -211,10 +305,16 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: missing, truncated or of another format.
     """
+    with _safetensors_errors(file):
+        return load_file(file)
+
+
+@contextlib.contextmanager
+def _safetensors_errors(file: Path) -> Iterator[None]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
     try:
-        return load_file(file)
+        yield
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
 

@@ -193,10 +193,10 @@ def load_foreign(
         pool: Any = "avg" if "fc_norm.weight" in state else "token"
         classes = _shape(state, "head.weight", 2, path)[0]
         config = ClassifierConfig(**body, num_classes=classes, global_pool=pool, trained_on=trained_on)
-    # The initial weights are thrown away; drawing them must not move the caller's generator.
-    with torch.random.fork_rng(devices=[]):
-        model = Autoencoder(config) if decoder else Classifier(config)
-    model.load_weights(state, path, f"holds no plain ViT. {_EXCHANGEABLE}. Differences")
+    complaint = f"holds no plain ViT. {_EXCHANGEABLE}. Differences"
+    kind: type[Autoencoder | Classifier] = Autoencoder if decoder else Classifier
+    model = kind.build(config, {name: tensor.shape for name, tensor in state.items()}, path, complaint)
+    model.load_weights(state, path, complaint)
     return model.eval()
 
 

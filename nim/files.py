@@ -152,7 +152,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def _parse(content: bytes, name: str) -> dict[str, Any]:
     try:
         value = json.loads(content)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets in brackets without end
         raise DamagedFileError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise DamagedFileError(f"{name} holds {content[:20]!r}, expected a JSON object in braces")

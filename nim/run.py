@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from denim.nim.checkpoint import WEIGHTS_FILE, CheckpointError, Pretrained, read_safetensors, with_todays_names
+from denim.nim.checkpoint import (
+    WEIGHTS_FILE,
+    CheckpointError,
+    Pretrained,
+    check_archive,
+    first_words,
+    read_safetensors,
+    with_todays_names,
+)
 from denim.nim.data import ManifestSource, Source, open_source
-from denim.nim.files import append_text, atomic_folder, atomic_write, read_json, read_json_lines
+from denim.nim.files import DamagedFileError, append_text, atomic_folder, atomic_write, read_json, read_json_lines
 from denim.nim.settings import TrainConfig
 
 __all__ = ["Metrics", "latest_checkpoint", "load_checkpoint", "prepare_folder", "save_checkpoint", "training_source"]
 
 TRAINING_FILE = "training.pt"
+SUMS_FILE = "SHA256SUMS"  # in the format of sha256sum
 MANIFEST_FILE = "manifest.safetensors"
 KEPT_CHECKPOINTS = 2
 # Settings that may differ between a run and its resumption, since they do not change its weights.
@@ -88,21 +101,124 @@ def prepare_folder(config: TrainConfig, source: Source | None) -> None:
 def load_checkpoint(folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load the model and the optimizer from a checkpoint, in place.
 
+    Nothing is changed unless all of it is as it was written.
+
     Returns:
         What else the checkpoint holds: "update" (updates done), "logged" (the update of the last line of metrics),
         "losses" and "norms" (sums since then, see `TrainState`) and "loader" (its state).
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or of another architecture.
+        CheckpointError: the checkpoint is damaged, or of another architecture. The message names the newest one that is
+            whole.
+
+    Warns:
+        UserWarning: an earlier version has written it, without the sums by which damage is found.
     """
-    model.load_weights(read_safetensors(folder / WEIGHTS_FILE), folder, "is of another architecture")
     try:
-        state = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        state.setdefault("norms", 0.0)  # checkpoints of the first version have none
-        return {name: state[name] for name in ("update", "logged", "losses", "norms", "loader")}
+        if problem := _damage(folder):
+            raise CheckpointError(f"{folder} is damaged: {problem}")
+        if not (folder / SUMS_FILE).exists():
+            warnings.warn(f"{folder} has no {SUMS_FILE}: damage in it would not be noticed", stacklevel=2)
+        state = _read_training(folder, model, optimizer)
+        model.load_weights(read_safetensors(folder / WEIGHTS_FILE), folder, "is of another architecture")
+    except CheckpointError as error:
+        others = sorted((other for other in folder.parent.glob("[0-9]*") if other < folder), reverse=True)
+        good = next((other for other in others if not _damage(other)), None)
+        advice = f"{good} is whole: remove {folder}, and the run goes on from there" if good else "no other is whole"
+        raise CheckpointError(f"{error}; {advice}") from error
+    # The settings of the optimizer are those of the run, and its scheduler sets the learning rate before every step.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
+    return {name: state[name] for name in ("update", "logged", "losses", "norms", "loader")}
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files in a folder, by name."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != SUMS_FILE:
+            with path.open("rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def _damage(folder: Path) -> str:
+    """What is not as it was written in a checkpoint, "" for nothing or where that cannot be told."""
+    file = folder / SUMS_FILE
+    try:
+        if not file.exists():
+            return ""
+        found = _sums(folder)
+        lines = [line.partition("  ") for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{type(error).__name__}: {error}"
+    written = {name: digest for digest, _, name in lines}
+    changed = [name for name in sorted(written.keys() | found.keys()) if written.get(name) != found.get(name)]
+    return f"{first_words(changed)} not as in {SUMS_FILE}" if changed else ""
+
+
+def _read_training(folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The content of training.pt, if this optimizer could have written it."""
+    file = folder / TRAINING_FILE
+    try:
+        check_archive(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises errors of many types for a damaged file, and none names the file
-        raise CheckpointError(f"{folder / TRAINING_FILE} cannot be read: {error}; remove {folder}") from error
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file} holds a {type(state).__name__}, expected a dictionary")
+    state.setdefault("norms", 0.0)  # checkpoints of the first version have none
+    kinds = {"update": int, "logged": int, "losses": float, "norms": float, "loader": dict, "optimizer": dict}
+    problems = [
+        f"{name} is {str(state.get(name))[:20]!r}" for name, kind in kinds.items() if type(state.get(name)) is not kind
+    ]
+    if not problems:
+        if f"{state['update']:08d}" != folder.name or not 0 <= state["logged"] <= state["update"]:
+            problems = [f"update is {state['update']} and logged {state['logged']}"]
+        if not (math.isfinite(state["losses"]) and math.isfinite(state["norms"])):
+            problems.append(f"losses is {state['losses']} and norms {state['norms']}")
+        problems += _take_optimizer_state(state["optimizer"], model, optimizer)
+    if problems:
+        raise CheckpointError(f"{file} does not fit this run: {first_words(problems, '; ')}")
+    return state
+
+
+def _take_optimizer_state(saved: dict[str, Any], model: Pretrained, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Copy tensors of AdamW's state into memory of the layout of their parameters; what does not fit, in words.
+
+    The fused step reads as many numbers as a parameter has, whatever the size of its state.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state, problems = saved.get("state"), []
+    if not isinstance(state, dict):
+        return ["the optimizer has no state"]
+    for number, entries in state.items():
+        if type(number) is not int or not 0 <= number < len(parameters):
+            problems.append(f"there is no parameter {str(number)[:20]!r}")
+            continue
+        parameter = parameters[number]
+        name = names.get(id(parameter), f"parameter {number}")
+        expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        if not isinstance(entries, dict) or entries.keys() != expected.keys():
+            problems.append(f"the state of {name} is not {', '.join(expected)}")
+            continue
+        for entry, like in expected.items():
+            value = entries[entry]
+            if type(value) is not Tensor or (value.shape, value.dtype, value.layout) != (
+                like.shape,
+                like.dtype,
+                like.layout,
+            ):
+                is_tensor = isinstance(value, Tensor)
+                found = f"{tuple(value.shape)} {value.dtype}" if is_tensor else type(value).__name__
+                problems.append(f"{entry} of {name} is {found}, expected {tuple(like.shape)} {like.dtype}")
+            elif not value.isfinite().all():
+                problems.append(f"{entry} of {name} is not finite")
+            else:
+                entries[entry] = torch.empty_like(like, device="cpu", requires_grad=False).copy_(value)
+    return problems
 
 
 def save_checkpoint(run: Path, model: Pretrained, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
@@ -121,6 +237,9 @@ def save_checkpoint(run: Path, model: Pretrained, optimizer: torch.optim.Optimiz
         # An open file: torch says why it cannot write to one, but not why it cannot write to a path.
         with (staged / TRAINING_FILE).open("wb") as file:
             torch.save({**progress, "optimizer": optimizer.state_dict()}, file)
+        # Read back from the files: what was written wrongly is found when the run is resumed.
+        sums = _sums(staged)
+        (staged / SUMS_FILE).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
     for old in sorted(folder.parent.glob("[0-9]*"))[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
 
@@ -135,7 +254,11 @@ class Metrics:
 
     def __init__(self, run: Path, update: int) -> None:
         self.file = run / "metrics.jsonl"
-        kept = [record for record in read_json_lines(self.file) if record["update"] <= update]
+        records = read_json_lines(self.file)
+        for number, record in enumerate(records, 1):
+            if type(record.get("update")) is not int:
+                raise DamagedFileError(f"line {number} of {self.file} has no number of the update")
+        kept = [record for record in records if record["update"] <= update]
         with atomic_write(self.file) as staged:
             staged.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         self.events = SummaryWriter(run / "tensorboard", purge_step=update + 1)

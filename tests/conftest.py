@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from denim.kernels.noise import noise_backend
@@ -48,6 +49,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def unwritten_memory_is_nan():
     """Fresh memory is often zero by luck, which hides what an operator forgot to write."""
+    _device_constructors()  # kept at its first call: `with torch.device(...)` must reach the functions themselves
     # Once for the session: compiled code is guarded on these functions, and new ones would compile everything again.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", poisoned(torch.empty))

@@ -259,9 +259,14 @@ class PlannedLoader(ABC):
         """Add what an earlier loader of the same run, on this or another rank, found bad.
 
         Raises:
-            ValueError: the state is that of another backend (its pixels differ) or of other data.
+            ValueError: the state is that of another backend (its pixels differ) or of other data, or no such state.
             BadSamplesError: now more are bad than `max_bad` allows.
         """
+        bad = state.get("bad")
+        if not {"backend", "count", "ids"} <= state.keys() or not isinstance(bad, Mapping):
+            raise ValueError(f"this is no state of a loader: {str(dict(state))[:60]}")
+        if any(not isinstance(text, str) for entry in bad.items() for text in entry):
+            raise ValueError("the state of the loader must give bad samples by id, with why they cannot be read")
         if state["backend"] != self.backend:
             raise ValueError(
                 f"the run began with the loader {state['backend']!r}, whose pixels are not quite those of "

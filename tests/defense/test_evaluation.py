@@ -412,6 +412,16 @@ def test_damaged_files_of_an_evaluation_are_named(finished, tmp_path, name):
         run(tmp_path / "copy")
 
 
+@pytest.mark.parametrize(
+    ("name", "line"), [("records.jsonl", '{"defense": "off"}'), ("evaluation.json", '{"settings": []}')]
+)
+def test_files_of_an_evaluation_without_their_entries_are_refused(finished, tmp_path, name, line):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    (tmp_path / "copy" / name).write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"line 1 of .* is no record|holds an evaluation of other settings"):
+        run(tmp_path / "copy")
+
+
 def test_an_evaluation_may_go_on_with_another_max_batch(finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, source=loader(fail_after=14))

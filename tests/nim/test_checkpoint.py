@@ -159,6 +159,22 @@ def truncate(file: Path, size: int) -> None:
             lambda folder: edit(folder, depth=2),
             "another architecture than its config.json: blocks.1.norm1.weight is",
         ),
+        (lambda folder: edit(folder, depth=True), "depth must be a positive integer, got True"),
+        (lambda folder: edit(folder, depth=1.0), "depth must be a positive integer, got 1.0"),
+        (lambda folder: edit(folder, img_size=[8.0, 12]), r"img_size must be two multiples.*got \(8.0, 12\)"),
+        (lambda folder: edit(folder, mean=["0.4", "0.5"]), r"mean must be of type .*got \('0.4', '0.5'\)"),
+        (lambda folder: edit(folder, mean=[True, True]), r"mean must be of type .*got \(True, True\)"),
+        (lambda folder: edit(folder, target=1), "target must be of type str, got 1"),
+        (lambda folder: edit(folder, mean=[10**400, 1]), "does not describe a Autoencoder"),
+        (
+            lambda folder: (folder / "config.json").write_text(OLD_AUTOENCODER % '"false"'),
+            "norm_pix must be true or false, got 'false'",
+        ),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), r"config\.json is not valid JSON"),
+        # None of these may take memory: the weights themselves would take terabytes.
+        (lambda folder: edit(folder, depth=999), r"config.json: \d+ weights cannot be those of 1000 blocks"),
+        (lambda folder: edit(folder, embed_dim=2**20), r"cls_token is \(1, 1, 16\), expected \(1, 1, 1048576\)"),
+        (lambda folder: edit(folder, img_size=[2**40] * 2), r"another architecture than its config\.json"),
         (lambda folder: edit(folder, embed_dim=32), r"cls_token is \(1, 1, 16\), expected \(1, 1, 32\).*and \d+ more"),
         (
             lambda folder: save_file(

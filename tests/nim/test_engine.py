@@ -1,13 +1,16 @@
 """The training loop: schedule, accumulation, resumption."""
 
+import hashlib
 import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from denim.nim.data import Batch
 from denim.nim.engine import train
 from denim.nim.files import DamagedFileError
 from denim.nim.owner import OwnedError, owned
-from denim.nim.run import latest_checkpoint
+from denim.nim.run import _sums, latest_checkpoint
 from denim.nim.settings import TrainConfig
 from denim.nim.stopping import Stopped
 
@@ -441,3 +444,124 @@ def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path):
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")]
     whole, _ = run(configure(tmp_path / "whole"))
     assert torch.equal(whole.layer.weight, resumed.layer.weight)
+
+
+def tampered(folder: Path, change) -> None:
+    """Rewrite training.pt and the sums, as whoever forges a checkpoint would."""
+    state = torch.load(folder / "training.pt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "training.pt")
+    (folder / "SHA256SUMS").unlink()
+    sums = _sums(folder)
+    (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    config = configure(tmp_path_factory.mktemp("whole") / "run")
+    run(config)
+    return config.out
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training.pt", "SHA256SUMS"])
+@pytest.mark.parametrize("older_is_whole", [True, False])
+def test_one_flipped_bit_in_a_checkpoint_is_noticed(whole_run, tmp_path, name, older_is_whole):
+    shutil.copytree(whole_run, tmp_path / "run")
+    newest, older = (tmp_path / "run" / "checkpoints" / number for number in ("00000020", "00000015"))
+    for folder in (newest,) if older_is_whole else (newest, older):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+    advice = f"00000015 is whole: remove {newest}, and the run goes on" if older_is_whole else "no other is whole"
+    with pytest.raises(CheckpointError, match=rf"00000020 is damaged: .*not as in SHA256SUMS; .*{advice}"):
+        run(configure(tmp_path / "run", resume=True))
+    if older_is_whole:
+        shutil.rmtree(newest)
+        assert torch.equal(run(configure(tmp_path / "run", resume=True))[0].layer.weight, weight(whole_run))
+
+
+def weight(folder):
+    return Line.from_pretrained(folder / "model").layer.weight
+
+
+def test_the_sums_are_those_of_sha256sum(whole_run):
+    for checkpoint in (whole_run / "checkpoints").iterdir():
+        lines = dict(reversed(line.split("  ")) for line in (checkpoint / "SHA256SUMS").read_text().splitlines())
+        assert sorted(lines) == ["config.json", "model.safetensors", "training.pt"]
+        for name, digest in lines.items():
+            assert digest == hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+
+
+def test_a_checkpoint_of_the_first_version_resumes_with_a_warning(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    newest = latest_checkpoint(tmp_path / "run")
+    tampered(newest, lambda state: state.pop("norms"))
+    (newest / "SHA256SUMS").unlink()
+    with pytest.warns(UserWarning, match="00000020 has no SHA256SUMS"):
+        resumed, _ = run(configure(tmp_path / "run", resume=True))
+    assert torch.equal(resumed.layer.weight, weight(whole_run))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)), r"exp_avg of layer\.weight is \(1,\)"),
+        (
+            lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(1, 3).double()),
+            r"exp_avg of layer\.weight is \(1, 3\) torch\.float64, expected \(1, 3\) torch\.float32",
+        ),
+        (lambda s: s["optimizer"]["state"][1].update(exp_avg_sq=3.0), r"exp_avg_sq of layer\.bias is float"),
+        (lambda s: s["optimizer"]["state"][1].pop("step"), r"the state of layer\.bias is not step, exp_avg, exp_avg_s"),
+        (lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), r"exp_avg of layer\.weight is not finite"),
+        (lambda s: s["optimizer"]["state"].update({7: {}}), "there is no parameter '7'"),
+        (lambda s: s["optimizer"].pop("state"), "the optimizer has no state"),
+        (lambda s: s.update(update=19), "update is 19 and logged 20"),
+        (lambda s: s.update(update=20.0), "update is '20.0'"),
+        (lambda s: s.update(update=True), "update is 'True'"),
+        (lambda s: s.update(logged=21), "logged 21"),
+        (lambda s: s.update(losses=math.nan), "losses is nan"),
+        (lambda s: s.pop("loader"), "loader is 'None'"),
+    ],
+)
+def test_a_forged_checkpoint_is_refused_before_anything_is_loaded(whole_run, tmp_path, change, message):
+    shutil.copytree(whole_run, tmp_path / "run")
+    tampered(latest_checkpoint(tmp_path / "run"), change)
+    with pytest.raises(CheckpointError, match=rf"training\.pt does not fit this run: .*{message}.*00000015 is whole"):
+        run(configure(tmp_path / "run", resume=True))
+
+
+def test_settings_in_the_optimizer_state_are_not_taken_over(whole_run, tmp_path):
+    """They are those of run.json; others in a checkpoint would change the weights."""
+    expected, _ = run(configure(tmp_path / "whole"))
+    shutil.copytree(whole_run, tmp_path / "run")
+    shutil.rmtree(latest_checkpoint(tmp_path / "run"))
+    tampered(
+        latest_checkpoint(tmp_path / "run"),
+        lambda s: s["optimizer"]["param_groups"][0].update(weight_decay=5.0, betas=(0.1, 0.2), maximize=True),
+    )
+    assert torch.equal(run(configure(tmp_path / "run", resume=True))[0].layer.weight, expected.layer.weight)
+
+
+def test_a_training_state_that_unpacks_to_more_than_its_size_is_refused(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    newest = latest_checkpoint(tmp_path / "run")
+    tampered(newest, lambda state: state.update(more=torch.zeros(100_000)))
+    with zipfile.ZipFile(newest / "training.pt") as archive:
+        entries = {entry: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(newest / "training.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry.filename, content)
+    (newest / "SHA256SUMS").unlink()
+    with (
+        pytest.warns(UserWarning, match="SHA256SUMS"),
+        pytest.raises(CheckpointError, match=r"training\.pt of \d+ bytes unpacks to 40\d{4}"),
+    ):
+        run(configure(tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize("line", ["{}", '{"update": "3"}', '{"update": true}'])
+def test_lines_of_metrics_without_an_update_are_named(whole_run, tmp_path, line):
+    shutil.copytree(whole_run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(DamagedFileError, match=r"line 1 of .*metrics\.jsonl has no number of the update"):
+        run(configure(tmp_path / "run", resume=True))
