@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from denim.defense.de3 import De3
 from denim.kernels import Domain, attack_start, attack_step, derive_seeds
@@ -106,6 +108,9 @@ class Attack:
     def run(self, defense: De3, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Attacked:
         """Attack one batch.
 
+        The target is put into evaluation mode, and back at the end. Gradients are computed also where the caller has
+        turned them off (`torch.no_grad`, `torch.inference_mode`).
+
         Args:
             defense: the target; a gray box attack uses its classifier alone.
             pixels: (B, C, H, W) in [0, 1].
@@ -116,8 +121,17 @@ class Attack:
 
         Returns:
             Candidates within epsilon of the pixels, and where gradients were zero or not finite.
+
+        Raises:
+            ValueError: the logits do not depend on the pixels by operations of autograd.
         """
         target = De3(None, defense.classifier, None).to(pixels.device) if self.gray else defense
+        with torch.inference_mode(False), _evaluating(target):
+            # Autograd saves no tensors that were made in inference mode.
+            pixels, labels, ids = (x.clone() if x.is_inference() else x for x in (pixels, labels, ids))
+            return self._run(target, pixels, labels, ids, seed)
+
+    def _run(self, target: De3, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Attacked:
         eot = self.eot if target.is_random else 1
         # With one draw the two ways to average are the same (the defense itself averages over its own draws).
         losses = LOSSES if eot > 1 else LOSSES[:1]
@@ -151,6 +165,18 @@ class Attack:
         return self.epsilon / 4 * (1.0 if done < 0.5 else 0.5 if done < 0.75 else 0.25)
 
 
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, the module is in evaluation mode: in training, dropout hides gradients and images move statistics."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 def radius_text(epsilon: float) -> str:
     """The radius as users write it, as in 4/255 where that is exact; `Attack.parse` reads the same number from it."""
     levels = round(epsilon * 255)
@@ -168,10 +194,14 @@ def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: 
         else:
             loss = math.log(len(logits)) - log_probability.logsumexp(dim=0)
         total = loss.gather(1, labels[:, None]).sum()
-        # A classifier without a derivative counts as one of gradient zero: an error would stop the evaluation.
-        if not total.requires_grad:
-            return torch.zeros_like(pixels)
-        return torch.autograd.grad(total, leaf, materialize_grads=True)[0]
+        gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "the logits do not depend on the pixels by operations of autograd, so this attack would leave the images "
+            "as they are, and the defense would look robust: the classifier or the denoiser detaches, rounds, leaves "
+            "torch or runs under torch.no_grad. Give it a derivative, or put a surrogate with one in its place"
+        )
+    return gradient
 
 
 @torch.no_grad()

@@ -444,19 +444,66 @@ def test_gradients_that_are_not_finite_are_counted_and_never_become_steps():
             assert torch.equal(attacked.pixels[[0, 2]], clean[[0, 2]])
 
 
+TEXTS = pytest.mark.parametrize("text", ["fgsm:4/255,eot=2", "pgd:4/255,steps=2,eot=2", "fgsm:4/255,gray"])
+
+
+@TEXTS
+def test_a_classifier_of_derivative_zero_is_counted_and_stops_nothing(text):
+    flat = Function(lambda pixels: torch.eye(3)[:1] + 0 * pixels.flatten(1)[:, :1])
+    attacked = Attack.parse(text).run(De3(None, flat, 35), images(), LABELS, IDS, 0)
+    assert attacked.zero_gradients.all()
+    assert not attacked.bad_gradients.any()
+    assert ((attacked.pixels - images()).abs() <= 4 / 255 + ULP).all()
+
+
+def without_gradients(pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return linear()(pixels)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda pixels: torch.eye(3)[:1].expand(len(pixels), -1),
         lambda pixels: torch.eye(3)[(pixels.flatten(1).mean(dim=1) > 0.5).long()],
-        lambda pixels: torch.eye(3)[:1] + 0 * pixels.flatten(1)[:, :1],
         lambda pixels: nn.Parameter(torch.eye(3)[:1]).expand(len(pixels), -1),
+        lambda pixels: linear()(pixels.detach()),
+        lambda pixels: torch.from_numpy(linear()(pixels.detach()).numpy()),
+        without_gradients,
     ],
-    ids=["constant", "step function", "flat", "constant with parameters"],
+    ids=["constant", "step function", "constant with parameters", "detached", "numpy", "no_grad"],
 )
-@pytest.mark.parametrize("text", ["fgsm:4/255,eot=2", "pgd:4/255,steps=2,eot=2"])
-def test_a_classifier_without_a_derivative_is_counted_and_stops_nothing(function, text):
-    attacked = Attack.parse(text).run(De3(None, Function(function), 35), images(), LABELS, IDS, 0)
-    assert attacked.zero_gradients.all()
-    assert not attacked.bad_gradients.any()
-    assert ((attacked.pixels - images()).abs() <= 4 / 255 + ULP).all()
+@TEXTS
+def test_a_classifier_without_a_graph_is_refused(function, text):
+    with pytest.raises(ValueError, match=r"do not depend on the pixels by operations of autograd"):
+        Attack.parse(text).run(De3(None, Function(function), 35), images(), LABELS, IDS, 0)
+
+
+@TEXTS
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_attack_is_the_same_where_the_caller_has_turned_gradients_off(text, mode):
+    network = curved()
+    expected = Attack.parse(text).run(De3(None, network, 35), images(), LABELS, IDS, 0)
+    with mode():
+        inputs = images(), LABELS.clone(), IDS.clone()
+        attacked = Attack.parse(text).run(De3(None, network, 35), *inputs, 0)
+    assert not torch.equal(expected.pixels, images())
+    for ours, theirs in zip(attacked, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@TEXTS
+def test_a_target_in_training_mode_is_attacked_in_evaluation_mode_and_left_as_it_was(text):
+    network = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.9), *curved())
+    network[2].eval()
+    expected = Attack.parse(text).run(De3(None, network, 35).eval(), images(), LABELS, IDS, 0)
+    defense = De3(None, network.train(), 35)
+    network[2].eval()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    modes = [module.training for module in defense.modules()]
+    attacked = Attack.parse(text).run(defense, images(), LABELS, IDS, 0)
+    assert torch.equal(attacked.pixels, expected.pixels)
+    assert [module.training for module in defense.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    with pytest.raises(ValueError, match="do not depend"):
+        Attack.parse(text).run(De3(None, Function(without_gradients), 35).train(), images(), LABELS, IDS, 0)
