@@ -53,8 +53,8 @@ class ImaginedGPU:
     def __enter__(self) -> ImaginedGPU:
         self._modes.enter_context(_Devices(self))
         self._modes.enter_context(_Operators(self))
-        nowhere = dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), lambda index: -1)
-        self._modes.enter_context(patch.multiple(torch.cuda, **nowhere))  # `torch.cuda.device` asks the driver
+        for name in ("_exchange_device", "_maybe_exchange_device"):  # `torch.cuda.device` asks the driver
+            self._modes.enter_context(patch.object(torch.cuda, name, lambda index: -1))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -122,7 +122,7 @@ class _Devices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.device.__get__ and _on_device(args[0]):
             return torch.device("cuda", 0)
-        if func == Tensor.is_cuda.__get__:
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined] # torch's stubs have its value
             return _on_device(args[0])
         if func is Tensor.is_pinned:
             return self.gpu.is_pinned(args[0])
