@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from denim.benchmarks.machine_code.ptx.counts import Counts
 
 BEGIN, END = "<!-- denim kernels: begin -->", "<!-- denim kernels: end -->"
 COLUMNS = (
@@ -72,6 +77,16 @@ KINDS = ("fused", "naive", "compiled", "eager")
 BASELINE_COLUMNS = ("operation", "pass", "as", "kernels", "kB moved", "instructions", "bound, µs", "bound / fused")
 
 
+EXECUTED = (
+    "warp instructions",
+    "lanes",
+    "sectors read / least",
+    "sectors written / least",
+    "bank conflicts / requests",
+    "kB to memory",
+)
+
+
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -109,6 +124,50 @@ def _insert(path: Path, text: str) -> None:
         part.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
+def _executed(counts: Counts) -> list[str]:
+    """What was counted of a launch, in the order of `EXECUTED`."""
+    traffic = [f"{part.sectors:,} / {part.least:,}" for part in (counts.loads, counts.stores)]
+    shared = f"{counts.bank_conflicts:,} / {counts.shared_requests:,}"
+    return [
+        f"{counts.warp_instructions:,}",
+        f"{counts.lanes:.1%}",
+        *traffic,
+        shared,
+        f"{counts.memory_bytes / 1e3:,.0f}",
+    ]
+
+
+def _run(names: tuple[str, ...], console: Console) -> None:
+    """Execute kernels on the CPU, and print what came of it; exits with 1 where a result is wrong or a trap springs."""
+    from rich.table import Table
+
+    from denim.benchmarks.machine_code import report
+    from denim.benchmarks.machine_code.ptx.check import resized, run_case
+
+    builds, _ = report.select(names, ["sm_90"])
+    failed = 0
+    for one in builds:
+        case = resized(one.case)
+        outcome = run_case(case, (one.part,), 90, count=True)
+        failed += not outcome.holds
+        console.print(f"{one.name}, compiled for sm_90, {case.batch} images or samples, executed on the CPU")
+        if outcome.failure:
+            console.print(f"  trapped: {outcome.failure}", soft_wrap=True)
+        for agreement in outcome.agreements:
+            said = (
+                f"{agreement.outside:,} of {agreement.values:,} values are wrong" if agreement.outside else "as defined"
+            )
+            console.print(
+                f"  {agreement.result}: {said}; {agreement.exact:.0%} of the values are determined to the last bit"
+            )
+        shown = Table("kernel", *EXECUTED, box=None)
+        for kernel, counts in outcome.counts:
+            shown.add_row(kernel, *_executed(counts))
+        console.print(shown)
+    if failed:
+        raise SystemExit(1)
+
+
 def main(
     only: tuple[str, ...] = (),
     targets: tuple[str, ...] = (),
@@ -117,10 +176,12 @@ def main(
     update_budgets: bool = False,
     baselines: bool = True,
     workers: int | None = None,
+    run: tuple[str, ...] = (),
 ) -> None:
     """Build every kernel for GPUs that need not be in this machine, and compare its machine code with the budgets.
 
-    Everything is static: registers, instructions and bytes, and the times that these allow at best. Nothing is run.
+    Everything is static: registers, instructions and bytes, and the times that these allow at best. Nothing is run,
+    except with --run.
 
     Args:
         only: Names of kernels, or beginnings of names; without it, all kernels are built.
@@ -131,6 +192,8 @@ def main(
         baselines: Also count what a user would run without these kernels, for sm_90: the kernels of torch.compile, a
             naive kernel, and eager PyTorch. Not done with --only.
         workers: Processes that build; without it, one per processor.
+        run: Execute these kernels on the CPU instead, in a small size, and compare them with their definition; names,
+            or beginnings of names.
     """
     try:
         from denim.benchmarks.machine_code import budgets as budget_file
@@ -148,6 +211,12 @@ def main(
     from denim.nim.files import atomic_write
     from denim.nim.text import open_console, printable
 
+    if run:
+        if only or targets or json or page or update_budgets:
+            raise ValueError("--run takes no other option: it executes kernels for sm_90 and builds no report")
+        console = open_console()
+        _run(run, console if console.is_terminal else open_console(width=220))
+        return
     complete = not only and set(targets or TARGETS) == set(TARGETS)
     if update_budgets and not complete:
         raise ValueError("--update-budgets takes every kernel and target: leave out --only and --targets")

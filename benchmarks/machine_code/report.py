@@ -7,6 +7,7 @@ bound of the time that a kernel takes.
 from __future__ import annotations
 
 import concurrent.futures
+import difflib
 import math
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from denim.benchmarks.machine_code.cases import BUILDS, Build, Work
 from denim.benchmarks.machine_code.disassembly import CLASSES, access_bytes, machine_code, opcode_class
 from denim.benchmarks.machine_code.roofline import GPUS, occupancy, roofline
 
-__all__ = ["analyse", "report", "select"]
+__all__ = ["analyse", "build_and_count", "report", "select"]
 
 
 def _bytes_of(opcodes: Mapping[str, int], kind: str) -> int:
@@ -121,8 +122,13 @@ def select(names: Sequence[str], targets: Sequence[str]) -> tuple[list[Build], l
     for name in names:
         found = [one for one in BUILDS if one.name == name] or [one for one in BUILDS if one.name.startswith(name)]
         if not found:
-            valid = "".join(f"\n  {one.name}" for one in BUILDS)
-            raise ValueError(f"no kernel is called {name!r}; expected one of these, or how some of them begin:{valid}")
+            every = [one.name for one in BUILDS]
+            close = difflib.get_close_matches(name, every, 3)
+            meant = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+            valid = "".join(f"\n  {one}" for one in every)
+            raise ValueError(
+                f"no kernel is called {name!r}{meant}; expected one of these, or how some of them begin:{valid}"
+            )
         builds |= {one.name: one for one in found}
     chosen = list(targets) or [target for target in TARGETS if unavailable(target) is None]
     for target in chosen:
@@ -138,7 +144,11 @@ def select(names: Sequence[str], targets: Sequence[str]) -> tuple[list[Build], l
     return served, chosen
 
 
-def _build_and_count(name: str, target: str) -> dict[str, Any]:
+def build_and_count(name: str, target: str) -> dict[str, Any]:
+    """Build the kernel of `BUILDS` with this name for one of `TARGETS`, and `analyse` it.
+
+    For a process of its own: Triton's driver and the kernel's function are replaced.
+    """
     (one,) = (one for one in BUILDS if one.name == name)
     tensors: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
     built = build(TARGETS[target], one.kernels, lambda: tensors.append(one.launch(TARGETS[target])))
@@ -170,7 +180,7 @@ def report(
     # Spawned, since a forked process would share Triton's driver and torch's threads with this one.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        results = dict(zip(jobs, pool.map(_build_and_count, *zip(*jobs, strict=True)), strict=True))
+        results = dict(zip(jobs, pool.map(build_and_count, *zip(*jobs, strict=True)), strict=True))
     return {
         one.name: {target: results[one.name, target] for target in chosen if one.built_for(target)} for one in builds
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import math
 import multiprocessing
 import os
@@ -13,17 +14,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from denim.benchmarks.case import BACKWARD, FORWARD, Case, ImageCase, expected
+from denim.benchmarks.case import BACKWARD, FORWARD, Case, ImageCase, expected, stored_by_interpreter
 from denim.benchmarks.cases import CASES
 from denim.benchmarks.machine_code.cases import launch
+from denim.benchmarks.machine_code.ptx.counts import Counts
 from denim.benchmarks.machine_code.ptx.launch import Launch, run_on_cpu
 from denim.benchmarks.machine_code.ptx.traps import Trap
 from denim.kernels.dispatch import GPU
 
-__all__ = ["Agreement", "Job", "Outcome", "resized", "run_case", "run_jobs"]
+__all__ = ["Agreement", "Job", "Outcome", "interpret_case", "resized", "run_case", "run_jobs"]
 
-# Elements in front of and behind an output, which kernels must leave alone.
-GUARD = 512
+# Elements in front of and behind an output, which kernels must leave alone: more than the largest program stores.
+GUARD = 1 << 14
 
 
 class Agreement(NamedTuple):
@@ -48,6 +50,8 @@ class Outcome(NamedTuple):
     warp_instructions: int
     failure: str
     """A trap or an error; empty if there was none."""
+    counts: tuple[tuple[str, Counts], ...] = ()
+    """Of each launch the kernel and what was counted, if that was asked for."""
 
     @property
     def holds(self) -> bool:
@@ -93,16 +97,23 @@ def _guarded(made: list[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
     return empty
 
 
-def _compare(name: str, got: Tensor, exact: Tensor, error: Tensor | float) -> Agreement:
-    lowest, highest = (bound.to(got.dtype) for bound in (exact - error, exact + error))
+def _compare(
+    name: str,
+    got: Tensor,
+    exact: Tensor,
+    error: Tensor | float,
+    store: Callable[[Tensor, torch.dtype], Tensor] = Tensor.to,
+) -> Agreement:
+    lowest, highest = (store(bound, got.dtype) for bound in (exact - error, exact + error))
     inside = ((lowest <= got) & (got <= highest)) | (got.isnan() & exact.isnan())
     determined = (lowest == highest)[exact != 0].double().mean()
     return Agreement(name, got.numel(), int((~inside).sum()), float(determined))
 
 
-def _results(case: Case, parts: Sequence[str], inputs: dict[str, Tensor], upstream: Tensor | None) -> Iterator[Any]:
+def _results(
+    case: Case, parts: Sequence[str], inputs: dict[str, Tensor], upstream: Tensor | None, gpu: GPU
+) -> Iterator[Any]:
     """(name, result) of the passes."""
-    gpu = GPU("ptx", 32)
     if FORWARD in parts or "sum" in parts:
         yield "result", launch(case, FORWARD, case.arguments(inputs), gpu)
     if BACKWARD in parts and upstream is not None:
@@ -111,7 +122,9 @@ def _results(case: Case, parts: Sequence[str], inputs: dict[str, Tensor], upstre
         yield from zip((f"gradient of {leaf}" for leaf in case.leaves), gradients, strict=False)
 
 
-def run_case(case: Case, parts: Sequence[str], capability: int, *, approximation: float = 0.0) -> Outcome:
+def run_case(
+    case: Case, parts: Sequence[str], capability: int, *, approximation: float = 0.0, count: bool = False
+) -> Outcome:
     """Execute passes of a case on the CPU, and compare what they store with the definition in float64.
 
     Args:
@@ -119,7 +132,24 @@ def run_case(case: Case, parts: Sequence[str], capability: int, *, approximation
         parts: passes of `case.triton_kernels`.
         capability: compute capability of the GPU to compile for, as 90.
         approximation: as in `run_on_cpu`.
+        count: as in `run_on_cpu`.
     """
+    machine = run_on_cpu(capability, approximation=approximation, count=count)
+    return _run_case(case, parts, GPU("ptx", 32), machine, Tensor.to)
+
+
+def interpret_case(case: Case, parts: Sequence[str]) -> Outcome:
+    """As `run_case`, in Triton's interpreter: this process has imported Triton with TRITON_INTERPRET=1."""
+    return _run_case(case, parts, GPU("plain", 32), contextlib.nullcontext([]), stored_by_interpreter)
+
+
+def _run_case(
+    case: Case,
+    parts: Sequence[str],
+    gpu: GPU,
+    machine: contextlib.AbstractContextManager[list[Launch]],
+    store: Callable[[Tensor, torch.dtype], Tensor],
+) -> Outcome:
     inputs = case.inputs("cpu")
     reference = case.fused(**inputs)
     upstream = case.upstream(inputs, reference) if case.leaves else None
@@ -134,14 +164,15 @@ def run_case(case: Case, parts: Sequence[str], capability: int, *, approximation
     failure = ""
     try:
         allocations = mock.patch.object(torch, "empty", _guarded(made))
-        with run_on_cpu(capability, approximation=approximation) as launches, allocations:
-            results = list(_results(case, parts, inputs, upstream))
-        agreements = [_compare(name, got, *definition[name]) for name, got in results]
+        with machine as launches, allocations:
+            results = list(_results(case, parts, inputs, upstream, gpu))
+        agreements = [_compare(name, got, *definition[name], store) for name, got in results]
     except Trap as trap:
         failure = f"{type(trap).__name__}: {trap}"
     if not all(bool(_untouched(guard).all()) for guards in made for guard in guards):
         failure = failure or "a kernel wrote beside its output"
-    return Outcome(tuple(agreements), sum(launch.warp_instructions for launch in launches), failure)
+    counts = tuple((launch.kernel, launch.counts) for launch in launches if launch.counts is not None)
+    return Outcome(tuple(agreements), sum(launch.warp_instructions for launch in launches), failure, counts)
 
 
 def _run(job: Job) -> Outcome:
