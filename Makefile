@@ -9,10 +9,10 @@ LOWEST := .venv-lowest
 # What the tests import beside Denim's own dependencies; their newest releases serve.
 TEST_TOOLS := pytest pytest-benchmark hypothesis foolbox pytest-cov pytest-xdist import-linter
 
-.PHONY: help demo quick test test-lowest coverage lint format types layers docs bench gpu-check kernels noise-statistics package-check clean
+.PHONY: help demo quick test test-lowest coverage lint format types layers docs bench gpu-check kernels mutants noise-statistics package-check clean
 
 help:
-	@echo "make demo | quick | test | test-lowest | coverage | lint | format | docs | bench | gpu-check | kernels | noise-statistics | package-check | clean"
+	@echo "make demo | quick | test | test-lowest | coverage | lint | format | docs | bench | gpu-check | kernels | mutants | noise-statistics | package-check | clean"
 
 # Installed once; again only when pyproject.toml changes.
 $(STAMP): pyproject.toml
@@ -62,6 +62,10 @@ noise-statistics: $(STAMP)
 
 kernels: $(STAMP)
 	$(BIN)/denim kernels
+
+# Minutes: every kernel with a mistake of `benchmarks/machine_code/mutants.py` through the proofs that need no GPU.
+mutants: $(STAMP)
+	$(BIN)/python -m denim.benchmarks.machine_code.mutants --page docs/kernels-mutants.md
 
 # Minutes, and gigabytes of downloads: what a user's pip installs.
 package-check: $(STAMP)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import re
 import subprocess
 import sys
 import textwrap
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,18 +236,34 @@ def test_an_interpreting_triton_is_refused(monkeypatch):
         pass
 
 
-def test_the_example_in_the_documentation_runs(tmp_path, capsys, monkeypatch):
+def run_example(text, folder, monkeypatch):
     """As a file: Triton reads the source of kernels."""
+    name = f"documented_example_{zlib.crc32(text.encode())}"
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    importlib.import_module(name)
+    sys.modules.pop(name)
+
+
+def test_the_example_in_the_documentation_runs(tmp_path, capsys, monkeypatch):
     text = inspect.getdoc(run_on_cpu)
     example = re.search(r"::\n\n((?:    .*\n|\n)+)", text)[1]
     assert len([line for line in example.splitlines() if line.strip()]) == 10
     imports = "import torch\nimport triton\nimport triton.language as tl\n"
     imports += "from denim.benchmarks.machine_code import run_on_cpu\n"
-    (tmp_path / "documented_example.py").write_text(imports + textwrap.dedent(example))
-    monkeypatch.syspath_prepend(tmp_path)
-    __import__("documented_example")
-    sys.modules.pop("documented_example")
+    run_example(imports + textwrap.dedent(example), tmp_path, monkeypatch)
     assert int(capsys.readouterr().out) > 100
+
+
+def test_the_example_on_the_page_runs_and_counts(tmp_path, capsys, monkeypatch):
+    page = Path(__file__).parents[4] / "docs" / "kernels.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    for count, counted in ((1000, (250, 126)), (1024, (128, 128))):  # as the page says
+        run_example(example.replace("1000", str(count)), tmp_path, monkeypatch)
+        instructions, *sectors, moved = map(int, capsys.readouterr().out.split())
+        assert instructions > 100
+        assert tuple(sectors) == counted
+        assert moved == 2 * count * 4
 
 
 @pytest.mark.slow
