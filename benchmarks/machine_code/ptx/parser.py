@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+import struct
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ class _Body:
         self.all.append(Register(len(self.all), width, name))
         return self.all[-1]
 
-    def operand(self, text: str) -> Operand:
+    def operand(self, text: str, opcode: str = "") -> Operand:
         text = text.strip()
         if text.startswith("["):
             base, _, offset = text[1:-1].partition("+")
@@ -123,6 +124,8 @@ class _Body:
             return int(text[2:], 16)
         if re.fullmatch(r"-?\d\w*", text):
             return int(text.rstrip("U"), 0)
+        if re.fullmatch(r"-?\d+\.\d*", text) and opcode.endswith(".f32"):
+            return int.from_bytes(struct.pack("<f", float(text)), "little")
         if text in self.registers:
             return self.registers[text]
         if (family := re.fullmatch(r"(%[a-z]+)\d+", text)) and family[1] in self.families:
@@ -145,7 +148,7 @@ class _Body:
             guard = (register, not negated)
         # Commas outside of braces and brackets.
         parts = [part for part in re.split(r",(?![^{\[]*[}\]])", rest) if part.strip()]
-        operands = tuple(self.operand(part) for part in parts)
+        operands = tuple(self.operand(part, opcode) for part in parts)
         text = re.sub(r"\s+", " ", statement)
         self.code.append(Instruction(text, opcode, guard, operands, self.place))
 

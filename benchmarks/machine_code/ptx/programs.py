@@ -94,7 +94,9 @@ class Programs:
         self.lanes = len(index) * kernel.threads
         self.thread = np.tile(np.arange(kernel.threads), len(index))
         self.program = np.repeat(np.arange(len(index)), kernel.threads)
-        self.registers: list[Array | None] = [None] * len(kernel.registers)
+        # The carry of extended sums is one predicate more.
+        self.carry = Register(len(kernel.registers), 0, "the carry")
+        self.registers: list[Array | None] = [None] * (len(kernel.registers) + 1)
         for place, value in _never_written(kernel).items():
             self.registers[place] = value
         # Registers that some lanes have written and others have not: those that have.

@@ -27,6 +27,8 @@ _ACCESS = re.compile(
     r"(ld|st)(?:\.(?:volatile|weak|relaxed\.\w+))?\.(param|global|shared|local|const)(?:::cta)?"
     r"(?:\.(?:nc|ca|cg|cs|lu|cv|wb|wt|L1::\w+|L2::\w+))*(?:\.v[248])?\.(\w+)"
 )
+_CARRY = re.compile(r"(?:mad(c?)\.(lo|hi)|add(c?))(\.cc)?\.[us]32")
+_REDUCTION = re.compile(r"redux\.sync\.(add|min|max|and|or|xor)\.([usb]32)")
 _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 
 
@@ -83,6 +85,10 @@ def step(instruction: Instruction) -> Step:
         return _access(instruction)
     if match := _SHUFFLE.fullmatch(opcode):
         return _shuffle(instruction, match[1])
+    if match := _REDUCTION.fullmatch(opcode):
+        return _reduce(instruction, *match.groups())
+    if (match := _CARRY.fullmatch(opcode)) and (match[1] or match[3] or match[4]):
+        return _carry(instruction, match[2] or "", bool(match[1] or match[3]), bool(match[4]))
     if opcode == "bar.warp.sync":
         members = _reader(instruction.operands[0], TYPES["u32"])
         return lambda programs, active: programs.warp_barrier(members(programs, active), active)
@@ -114,6 +120,58 @@ def _arithmetic(instruction: Instruction, form: Form) -> Step:
         for target, value in zip(targets, result if len(form.results) > 1 else (result,), strict=False):
             if target is not None:
                 programs.write(target, value, active)
+
+    return step
+
+
+def _carry(instruction: Instruction, half: str, takes: bool, gives: bool) -> Step:
+    """Sums of 32 bits, or of a product's half and 32 bits, with a carry from one instruction to a later one."""
+    target, *sources = instruction.operands
+    register, word = _destination(target), TYPES["u32"]
+    # Multiplications with a sign differ in the high half; only those without one occur.
+    if register is None or len(sources) != (3 if half else 2) or (half == "hi" and instruction.opcode.endswith("s32")):
+        raise UnknownInstruction(f"instruction {instruction.opcode} is not implemented")
+    reads = [_reader(operand, word) for operand in sources]
+
+    def step(programs: Programs, active: Mask) -> None:
+        first, *others = (read(programs, active).astype(np.uint64) for read in reads)
+        if half:
+            product = first * others.pop(0)
+            first = product >> np.uint64(32) if half == "hi" else product & np.uint64(0xFFFFFFFF)
+        total = first + others[0]
+        if takes:
+            total = total + programs.read(programs.carry, active)
+        if gives:
+            programs.write(programs.carry, total >> np.uint64(32) != 0, active)
+        programs.write(register, total.astype(word), active)
+
+    return step
+
+
+def _reduce(instruction: Instruction, name: str, kind: str) -> Step:
+    """`redux.sync`: of all lanes that the mask names, for each of them."""
+    target, *sources = instruction.operands
+    register, dtype = _destination(target), TYPES[kind]
+    value_of, members_of = _reader(sources[0], dtype), _reader(sources[1], TYPES["b32"])
+    function = {
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
+        "xor": np.bitwise_xor,
+    }[name]
+
+    def step(programs: Programs, active: Mask) -> None:
+        value, members = (
+            np.broadcast_to(read(programs, active), (programs.lanes,)).reshape(-1, WARP)
+            for read in (value_of, members_of)
+        )
+        programs.check_warps(members, active)
+        if active is not None and not (active.reshape(-1, WARP).all(1) | ~active.reshape(-1, WARP).any(1)).all():
+            raise UnknownInstruction("redux.sync of a part of a warp is not implemented")
+        if register is not None:
+            programs.write(register, np.repeat(function.reduce(value, axis=1, dtype=dtype), WARP), active)
 
     return step
 

@@ -191,6 +191,60 @@ def test_a_barrier_of_half_a_warp_is_trapped(execute):
     execute(FIRST_WARP + "\t@%p2 bra $L_end;\n\tbar.warp.sync -1;\n$L_end:\n")
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("add", "u32", [2**32 - 7 * 31 * 16, 2**32 - 7 * (31 * 16 + 1024)]),
+        ("min", "u32", [0, 2**32 - 7 * 63]),
+        ("max", "u32", [2**32 - 7, 2**32 - 7 * 32]),
+        ("min", "s32", [2**32 - 7 * 31, 2**32 - 7 * 63]),
+        ("max", "s32", [0, 2**32 - 7 * 32]),
+        ("xor", "b32", None),
+        ("and", "b32", None),
+        ("or", "b32", None),
+    ],
+)
+def test_reductions_of_warps(execute, name, kind, expected):
+    """Of minus seven times the thread."""
+    y = execute(f"\tmul.lo.s32 %r2, %r1, -7;\n\tredux.sync.{name}.{kind} %r5, %r2, -1;\n" + STORE)
+    values = (THREAD * -7).astype(np.int32).view(np.uint32).reshape(2, 32)
+    if expected is None:
+        expected = getattr(np, f"bitwise_{name}").reduce(values, axis=1).tolist()
+    assert y[:64].reshape(2, 32).tolist() == [[value] * 32 for value in expected]
+
+
+def test_reductions_need_the_lanes_that_they_name(execute):
+    with pytest.raises(PartialWarp):
+        execute(EVEN + "\t@%p1 redux.sync.min.u32 %r5, %r1, -1;\n" + STORE)
+    with pytest.raises(UnknownInstruction, match="part of a warp"):
+        execute(EVEN + "\t@%p1 redux.sync.min.u32 %r5, %r1, 0x55555555;\n" + STORE)
+
+
+def test_carries_go_from_one_instruction_to_the_next(execute):
+    """The 96 bits of (t 2^32 + 3) * 0xFFFFFFFF + 0xFFFFFFFF, a word at a time as compilers write it."""
+    body = (
+        "\tmov.b32 %r2, 3;\n\tmov.b32 %r3, 0xFFFFFFFF;\n"
+        "\tmad.lo.cc.u32 %r10, %r2, %r3, %r3;\n\tmadc.hi.cc.u32 %r11, %r2, %r3, 0;\n\taddc.u32 %r12, 0, 0;\n"
+        "\tmad.lo.cc.u32 %r11, %r1, %r3, %r11;\n\tmadc.hi.u32 %r12, %r1, %r3, %r12;\n"
+        "\tmul.wide.u32 %rd6, %r1, 12;\n\tadd.s64 %rd7, %rd2, %rd6;\n"
+    )
+    body += "".join(f"\tst.global.b32 [%rd7+{4 * k}], %r{10 + k};\n" for k in range(3))
+    words = execute(body)[: 3 * 64].reshape(64, 3).tolist()
+    for thread, (low, middle, high) in enumerate(words):
+        exact = (thread * 2**32 + 3) * 0xFFFFFFFF + 0xFFFFFFFF
+        assert low + (middle << 32) + (high << 64) == exact
+
+
+def test_a_carry_that_nothing_has_written_is_undefined(execute):
+    with pytest.raises(Undefined, match="the carry is read before it is written"):
+        execute("\taddc.u32 %r5, %r1, 0;\n" + STORE)
+
+
+def test_decimal_numbers_are_float32(execute):
+    y = execute("\tmov.b32 %r2, 0;\n\tsub.f32 %r5, -1.5, %r2;\n" + STORE)
+    assert (y[:64].view(np.float32) == -1.5).all()
+
+
 # --- shared memory and barriers ---------------------------------------------------------------------------------------
 
 PLACES = "\tmov.b32 %r9, global_smem;\n\tshl.b32 %r10, %r1, 2;\n\tadd.s32 %r11, %r9, %r10;\n"
