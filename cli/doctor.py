@@ -17,6 +17,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 Finding = tuple[bool, str]  # usable, and details or the reason why not
 
@@ -114,26 +118,31 @@ def _loader() -> Finding:
     return True, "takes torch: DALI is not usable"
 
 
-@functools.cache
-def _attention() -> dict[str, list[str]]:
+def _attention_sample(half: bool) -> list[torch.Tensor]:
+    """Query, key and value with gradients, as in training: a backend serves only if its backward pass does too."""
     import torch
 
-    from denim.kernels import attention_backends
-
     gpu = _has_gpu()[0]
-    # With gradients, as in training: a backend serves only if its backward pass does too.
-    sample = torch.empty(1, 2, 4, 64, device="cuda" if gpu else "cpu", dtype=torch.float16 if gpu else None)
-    return attention_backends(*[sample.requires_grad_()] * 3)
+    low = torch.bfloat16 if not gpu or torch.cuda.is_bf16_supported() else torch.float16
+    sample = torch.empty(1, 2, 4, 64, device="cuda" if gpu else "cpu", dtype=low if half else torch.float32)
+    return [sample.requires_grad_()] * 3
 
 
-def _attention_choice() -> Finding:
-    chosen = next(name for name, reasons in _attention().items() if not reasons)
-    return True, f"takes {chosen}; inside torch.compile sdpa"
+def _attention_kernel(half: bool) -> Finding:
+    from denim.kernels import attention_kernel
+
+    note = " (xformers: head dimensions that are multiples of 8)" if half else ""
+    return True, f"{attention_kernel(*_attention_sample(half))}; inside torch.compile sdpa{note}"
 
 
 def _attention_backend(name: str) -> Finding:
-    reasons = _attention()[name]
-    return not reasons, "; ".join(reasons)
+    from denim.kernels import attention_backends
+
+    reasons = {half: attention_backends(*_attention_sample(half))[name] for half in (True, False)}
+    if reasons[True] == reasons[False]:
+        return not reasons[True], "; ".join(reasons[True])
+    told = {half: "; ".join(why) or "yes" for half, why in reasons.items()}
+    return not all(reasons.values()), f"half precision: {told[True]}; float32: {told[False]}"
 
 
 def _checks(full: bool) -> dict[str, Callable[[], Finding]]:
@@ -146,7 +155,8 @@ def _checks(full: bool) -> dict[str, Callable[[], Finding]]:
         "xformers": functools.partial(_xformers, full),
         "DALI": _dali,
         "loader: auto": _loader,
-        "attention: auto": _attention_choice,
+        "attention, half precision": functools.partial(_attention_kernel, True),
+        "attention, float32": functools.partial(_attention_kernel, False),
         **{f"attention: {name}": functools.partial(_attention_backend, name) for name in ("xformers", "sdpa", "math")},
     }
 

@@ -78,6 +78,9 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Answer:
         return [f"xformers has kernels for CUDA and ROCm alone, tensors are on {query.device.type}"]
     if torch.compiler.is_compiling():
         return ["inside torch.compile SDPA is used: it does not break the graph"]
+    odd = [tensor.shape[-1] for tensor in (query, value) if tensor.shape[-1] % 8]
+    if odd and query.dtype in (torch.float16, torch.bfloat16):
+        return [f"in half precision xformers takes head dimensions that are multiples of 8, not {odd[0]}"]
     ops, message = load_xformers()
     if ops is None:
         return [message]

@@ -277,3 +277,10 @@ def test_patches_of_another_shape_are_refused(shape):
 def test_mask_ratio_out_of_range(ratio):
     with pytest.raises(ValueError, match=f"mask ratio {ratio}"):
         Mask.random(torch.arange(2), 16, ratio)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_heads_of_presets_suit_xformers_in_half_precision(name):
+    config = PRESETS[name]
+    assert config.embed_dim // config.num_heads % 8 == 0
+    assert config.decoder_embed_dim // config.decoder_num_heads % 8 == 0
