@@ -1,6 +1,6 @@
-"""Checkpoints of MAE, NIM-AdvDef and timm as models of this package, and models as plain timm ViTs.
+"""Checkpoints of MAE, NIM-AdvDef, timm and transformers as models of this package, and models as plain timm ViTs.
 
-All three name their weights as this package does, so nothing is renamed or reshaped here. The architecture is read off
+The first three name their weights as this package does; those of transformers are renamed. The architecture is read off
 the shapes of the weights, and weights that do not fit it are refused.
 """
 
@@ -10,18 +10,20 @@ import argparse
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
+import numpy as np
 import torch
 from timm.layers import GELU, DropPath, LayerNorm, PatchDropout, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, Autoencoder, AutoencoderConfig
-from denim.nim.checkpoint import CheckpointError, as_numbers, read_safetensors
+from denim.nim.checkpoint import CheckpointError, as_numbers, check_archive, read_safetensors
 from denim.nim.classifier import Classifier, ClassifierConfig
 
 __all__ = ["from_timm", "load_foreign", "read_state_dict", "to_timm"]
@@ -40,15 +42,20 @@ def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, Tens
 
     Args:
         path: a .safetensors file, or what `torch.save` wrote, in its zip or its old format.
-        part: which entry to take where the file holds several state dicts (such as "model" and "classifier"). By
-            default the only one of "model", "classifier" and "state_dict", or the file itself.
+        part: which entry to take where the file holds several state dicts, such as "model", "classifier" or the
+            averaged weights in "ema.module". By default the only one of "model", "classifier" and "state_dict", else
+            the only one there is, which may be the file itself.
 
     Returns:
-        The state dict, without the `module.` that DistributedDataParallel puts before every name.
+        The state dict, without what trainers put before every name ("module.", "_orig_mod.", "model.", "backbone.",
+        "encoder."), and with timm's names where it has those of transformers' ViT and ViTMAE. Of a ViT of
+        transformers the pooler is left out, which its classifiers do not use. timm's eps of LayerNorm is 1e-6, that of
+        transformers 1e-12 by default.
 
     Raises:
         CheckpointError: missing, truncated, not a checkpoint, Python objects that only running code from the file could
-            rebuild, no state dict inside, or more than one and no `part`.
+            rebuild, no state dict inside, or more than one and no `part`, or tensors that take more memory than the
+            file has of them.
     """
     path = Path(path)
     if path.is_dir():
@@ -56,17 +63,53 @@ def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, Tens
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
     content = read_safetensors(path) if path.suffix == ".safetensors" else _torch_load(path)
-    state = _choose_part(content, part, path)
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return dict(state)
+    state = dict(_choose_part(content, part, path))
+    state.pop("n_averaged", None)  # a counter of torch's AveragedModel
+    for name, tensor in state.items():
+        _check_tensor(name, tensor, path)
+    while prefix := next((p for p in _PREFIXES if state and all(name.startswith(p) for name in state)), ""):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return _from_transformers(state)
+
+
+# What DistributedDataParallel, torch.compile, Lightning and others put before the names of all weights.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+# What trainers keep beside the weights: command lines, metrics that are numbers of numpy, and paths. Rebuilding these
+# neither runs code nor touches the file system. Some have other names in files of other versions of NumPy and Python.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+    *((np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
+    *(
+        (kind, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for kind, names in (
+            (PurePosixPath, "PosixPath PurePosixPath"),
+            (PureWindowsPath, "WindowsPath PureWindowsPath"),
+        )
+        for name in names.split()
+    ),
+]
+
+
+def _check_tensor(name: str, tensor: Tensor, path: Path) -> None:
+    """Refuse a tensor whose numbers are not all in the file: a few bytes could stand for any shape."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise CheckpointError(f"{path} has {name} as no plain tensor: {tensor.layout}, device {tensor.device}")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        size = tensor.untyped_storage().nbytes()
+        raise CheckpointError(f"{path} has {size} bytes for {name} of {tuple(tensor.shape)}: it is an expanded view")
 
 
 def _torch_load(path: Path) -> Any:
     try:
-        # The finetuned checkpoints of MAE keep their command line, a Namespace, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        if zipfile.is_zipfile(path):
+            check_archive(path)
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # damaged bytes make the unpickler raise errors of any type
         refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if refused:
@@ -97,17 +140,69 @@ def _is_state_dict(content: Any) -> bool:
 def _choose_part(content: Any, part: str | None, path: Path) -> Mapping[str, Tensor]:
     if _is_state_dict(content) and part is None:
         return cast(Mapping[str, Tensor], content)
-    parts = [name for name, value in content.items() if _is_state_dict(value)] if isinstance(content, Mapping) else []
-    usual = [name for name in ("model", "classifier", "state_dict") if name in parts]
-    chosen = part if part is not None else usual[0] if len(usual) == 1 else None
-    if chosen in parts:
-        return cast(Mapping[str, Tensor], content[chosen])
+    found = dict(_parts(content))
+    parts = list(found)
     if part is not None:
+        within = [name for name in parts if name == part or name.startswith(f"{part}.")]
+        if len(within) == 1 or part in parts:
+            return found[part if part in parts else within[0]]
         raise CheckpointError(f"{path} has no part {part!r}; state dicts inside: {parts or 'none but the file itself'}")
+    usual = [name for name in ("model", "classifier", "state_dict") if name in parts]
+    if len(usual) == 1 or len(parts) == 1:
+        return found[(usual if len(usual) == 1 else parts)[0]]
     if parts:
         raise CheckpointError(f"{path} holds no or several usual state dicts; choose one of {parts} with `part`")
     inside = f"keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise CheckpointError(f"{path} holds {inside}, and no state dict under model, classifier or state_dict")
+
+
+def _parts(content: Any) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """State dicts in a dictionary and in the dictionaries in it, by name, as "ema.module" for those."""
+    if not isinstance(content, Mapping):
+        return
+    for name, value in content.items():
+        if _is_state_dict(value):
+            yield str(name), value
+        elif isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", each) for inner, each in value.items() if _is_state_dict(each))
+
+
+# Names of transformers' ViT and ViTMAE -> timm's and MAE's, applied one after the other.
+_RENAMED = (
+    (r"^vit\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+    (r"^decoder\.decoder_layers\.", "decoder_blocks."),
+    (r"^decoder\.", ""),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+
+
+def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights with timm's names, where they have transformers'; else as they are."""
+    if not any("embeddings.patch_embeddings.projection." in name for name in state):
+        return state
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for pattern, ours in _RENAMED:
+            name = re.sub(pattern, ours, name)
+        if not name.startswith("pooler."):
+            renamed[name] = tensor
+    # Query, key and value are three layers there, and one here.
+    for name in [name for name in renamed if ".attention.attention.query." in name]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in renamed for part in parts):
+            joined = name.replace(".attention.attention.query.", ".attn.qkv.")
+            renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
 
 
 # Weights do not tell the number of heads. Here it is by embed_dim, as published: ViT-Ti, S, B, L, H, and MAE's decoder.
@@ -128,7 +223,7 @@ def load_foreign(
     objective: str = "nim",
     trained_on: str = "clean",
 ) -> Autoencoder | Classifier:
-    """A model from a checkpoint of MAE, NIM-AdvDef or timm; its architecture is read off the weights.
+    """A model from a checkpoint of MAE, NIM-AdvDef, timm or transformers; its architecture is read off the weights.
 
     Args:
         path: see `read_state_dict`.

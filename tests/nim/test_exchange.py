@@ -4,8 +4,10 @@ import argparse
 import os
 import pathlib
 import pickle
+import zipfile
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -113,6 +115,112 @@ def test_only_a_prefix_of_all_names_is_stripped(tmp_path):
     assert read_state_dict(written(tmp_path, state)).keys() == state.keys()
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.sampled_from(["module.", "_orig_mod.", "model.", "backbone.", "encoder."]), max_size=4))
+def test_prefixes_of_trainers_are_stripped_in_any_order(tmp_path_factory, prefixes):
+    state = {"".join(prefixes) + name: value for name, value in STATE.items()}
+    assert equal(read_state_dict(written(tmp_path_factory.mktemp("prefix"), {"model": state})), STATE)
+
+
+def test_averaged_weights_are_chosen_by_part(tmp_path):
+    average = {name: value + 1 for name, value in STATE.items()}
+    swa = {"n_averaged": torch.tensor(9), **{f"module.{name}": value for name, value in average.items()}}
+    assert equal(read_state_dict(written(tmp_path, {"ema": {"module": average, "decay": 0.999}})), average)
+    assert equal(read_state_dict(written(tmp_path, swa)), average)
+    file = written(tmp_path, {"model": STATE, "ema": {"module": average, "decay": 0.999}, "state_dict_ema": swa})
+    assert equal(read_state_dict(file), STATE)
+    for part in ("ema", "ema.module", "state_dict_ema"):
+        assert equal(read_state_dict(file, part), average)
+    with pytest.raises(CheckpointError, match=r"no part 'emas'.*\['model', 'ema.module', 'state_dict_ema'\]"):
+        read_state_dict(file, "emas")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        np.float64(93.1), np.float32(0.5), np.int64(3), np.bool_(True), argparse.Namespace(out=pathlib.Path("/x")),
+        pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("C:/a"), {"best": [np.float16(1)]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_and_paths_beside_the_weights_are_harmless(tmp_path, beside, zipped):
+    file = written(tmp_path, {"model": STATE, "beside": beside}, _use_new_zipfile_serialization=zipped)
+    assert equal(read_state_dict(file), STATE)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_a_tensor_of_which_the_file_has_not_all_numbers_is_refused(tmp_path):
+    state = {**STATE, "head.weight": torch.zeros(1).expand(10**6, 10**6)}
+    with pytest.raises(CheckpointError, match=r"has 4 bytes for head\.weight of \(1000000, 1000000\)"):
+        read_state_dict(written(tmp_path, {"model": state}))
+    with pytest.raises(CheckpointError, match=r"layer\.bias as no plain tensor"):
+        read_state_dict(written(tmp_path, {"model": {**STATE, "layer.bias": torch.eye(3).to_sparse()}}))
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_refused(tmp_path):
+    file = written(tmp_path, {"model": {"a": torch.zeros(10**6)}})
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match=r"of \d+ bytes unpacks to 40\d{5}"):
+        read_state_dict(file)
+
+
+def with_names_of_transformers(state: dict[str, Tensor], body: str) -> dict[str, Tensor]:
+    """What transformers' ViTForImageClassification and ViTMAEForPreTraining (4.57) call the same weights."""
+    outside = {
+        "cls_token": f"{body}embeddings.cls_token",
+        "pos_embed": f"{body}embeddings.position_embeddings",
+        "patch_embed.proj": f"{body}embeddings.patch_embeddings.projection",
+        "norm": f"{body}layernorm",
+        "head": "classifier",
+        **{name: f"decoder.{name}" for name in ("mask_token", "decoder_pos_embed", "decoder_embed", "decoder_norm")},
+        "decoder_pred": "decoder.decoder_pred",
+    }
+    inside = {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.proj": "attention.output.dense",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if not module.startswith(("blocks.", "decoder_blocks.")):
+            found[f"{outside[module]}.{kind}" if module else outside[name]] = tensor
+            continue
+        blocks, number, layer = module.split(".", 2)
+        block = f"{body}encoder.layer.{number}" if blocks == "blocks" else f"decoder.decoder_layers.{number}"
+        if layer == "attn.qkv":
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                found[f"{block}.attention.attention.{part}.{kind}"] = rows.clone()
+        else:
+            found[f"{block}.{inside[layer]}.{kind}"] = tensor
+    return found
+
+
+def test_weights_of_transformers_are_renamed(tmp_path):
+    for model in (autoencoder(), classifier(global_pool="token")):
+        state = with_names_of_transformers(model.state_dict(), "vit.")
+        save_file(state, tmp_path / "model.safetensors")
+        heads = {"decoder_num_heads": 2} if isinstance(model, Autoencoder) else {}
+        loaded = load_foreign(tmp_path / "model.safetensors", num_heads=4, **heads)
+        assert type(loaded) is type(model)
+        assert equal(loaded.state_dict(), model.state_dict())
+    # An encoder alone, with the pooler of ViTModel.
+    encoder = {name: value for name, value in autoencoder().state_dict().items() if "decoder" not in name}
+    encoder.pop("mask_token")
+    state = with_names_of_transformers(encoder, "") | {"pooler.dense.weight": torch.ones(32, 32)}
+    assert equal(read_state_dict(written(tmp_path, state)), encoder)
+    state.pop("encoder.layer.1.attention.attention.key.weight")
+    with pytest.raises(ValueError, match=r"1 weights missing, first \['blocks\.1\.attn\.qkv\.weight'\]"):
+        classifier().load_encoder(read_state_dict(written(tmp_path, state)))
+
+
 class Call:
     """An object whose pickle is a call of a function."""
 
@@ -130,9 +238,13 @@ class Call:
         (Call(print, "the file ran code"), r"(builtins\.)?print"),
         (Call(os.system, "echo the file ran code"), r"\w+\.system"),
         (nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
-        (pathlib.PurePosixPath("a"), r"pathlib\.\S+"),
+        (
+            Call(pathlib.Path.touch, pathlib.Path("the file ran code")),
+            r"\S*(getattr|touch)",
+        ),
+        (np.array([None]), r"numpy\S+"),
     ],
-    ids=["print", "os.system", "module", "path"],
+    ids=["print", "os.system", "module", "path", "array"],
 )
 def test_a_pickle_that_runs_code_is_refused(tmp_path, capfd, content, name, zipped):
     file = written(tmp_path, {"model": content}, _use_new_zipfile_serialization=zipped)
@@ -181,7 +293,7 @@ def test_other_files(tmp_path):
         read_state_dict(tmp_path / "plain.pkl")
     for content, words in (
         ({"epoch": 3, "args": 4}, r"keys \['epoch', 'args'\], and no state dict"),
-        ({"ema": STATE}, r"choose one of \['ema'\]"),
+        ({"ema": STATE, "teacher": STATE}, r"choose one of \['ema', 'teacher'\]"),
         ([1, 2], "a list, and no state dict"),
         ({}, r"keys \[\], and no state dict"),
     ):
