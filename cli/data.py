@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import time
@@ -163,11 +162,13 @@ def preview(
     from denim.nim import add_noise
     from denim.nim.data import TorchLoader, TrainView, open_source
     from denim.nim.files import atomic_write
-    from denim.nim.sigma import warn_of_unit_sigma
+    from denim.nim.sigma import MAX_SIGMA, is_level, warn_of_unit_sigma
     from denim.nim.text import printable
 
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sigma takes a finite noise level of 0-255 pixel levels, 0 or more, got {sigma}")
+    if not is_level(sigma):
+        raise ValueError(
+            f"sigma takes a finite noise level of 0-255 pixel levels, 0 or more, at most {MAX_SIGMA:g}, got {sigma}"
+        )
     warn_of_unit_sigma(sigma)
     view = TrainView(size, crop_scale, flip=flip)
     source = open_source(folder, split, channels, labelled=False, max_bad=1, cache=cache)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -42,11 +41,13 @@ def main(
     from denim.nim.data.decode import read_image
     from denim.nim.files import atomic_write
     from denim.nim.settings import pick_device
-    from denim.nim.sigma import warn_of_unit_sigma
+    from denim.nim.sigma import MAX_SIGMA, is_level, warn_of_unit_sigma
     from denim.nim.text import printable
 
-    if not sigma or any(not (math.isfinite(level) and level >= 0) for level in sigma):
-        raise ValueError(f"sigma takes finite noise levels of 0-255 pixel levels, 0 or more, got {sigma}")
+    if not sigma or not all(map(is_level, sigma)):
+        raise ValueError(
+            f"sigma takes finite noise levels of 0-255 pixel levels, 0 or more, at most {MAX_SIGMA:g}, got {sigma}"
+        )
     for level in sigma:
         warn_of_unit_sigma(level)
     if denoiser == DEMO_DENOISER and not denoiser.exists():

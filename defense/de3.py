@@ -17,7 +17,7 @@ from denim.kernels.patches import unpatchify
 from denim.nim import Autoencoder, Classifier, Mask, add_noise, reconstruct
 from denim.nim.classifier import PatchEmbed
 from denim.nim.reconstruction import case_of, check_degradation, same_patches
-from denim.nim.sigma import warn_of_unit_sigma
+from denim.nim.sigma import MAX_SIGMA, is_level, warn_of_unit_sigma
 
 __all__ = ["De3"]
 
@@ -226,9 +226,9 @@ class De3(nn.Module):
         return seeds
 
     def _check_sigma(self, sigma: float) -> None:
-        if not (math.isfinite(sigma) and sigma >= 0):
+        if not is_level(sigma):
             raise ValueError(
-                f"sigma must be a finite number of 0-255 pixel levels, 0 or more, got {sigma}; "
+                f"sigma must be a finite number of 0-255 pixel levels, 0 or more, at most {MAX_SIGMA:g}, got {sigma}; "
                 "None turns the defense off"
             )
         if self.degrade == "mask" and sigma != 0:
@@ -284,7 +284,7 @@ class De3(nn.Module):
 
     def _aggregate(self, logits: Tensor, surrogate: bool) -> Tensor:
         """(..., draws * self.draws, B, K) -> (..., draws, B, K)."""
-        grouped = logits.view(*logits.shape[:-3], -1, self.draws, *logits.shape[-2:])
+        grouped = logits.unflatten(-3, (-1, self.draws))
         if self.aggregate == "logits":
             return grouped.mean(dim=-3)
         mean_log = grouped.log_softmax(dim=-1).logsumexp(dim=-3) - math.log(self.draws)
@@ -313,7 +313,7 @@ class De3(nn.Module):
         return self._aggregate(self._defended(pixels, sigma, seeds), surrogate)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (B, K) for pixels (B, C, H, W) in [0, 1].
+        """Logits (B, K) for pixels (B, C, H, W) in [0, 1]; B may be 0.
 
         Raises:
             TypeError, ValueError: pixels of another dtype, rank, size or range.

@@ -12,9 +12,17 @@ from torch import Tensor
 
 from denim.kernels import Stream, noise_words
 
-__all__ = ["Sigma", "warn_of_unit_sigma"]
+__all__ = ["MAX_SIGMA", "Sigma", "is_level", "warn_of_unit_sigma"]
+
+# 40 times the range of the pixels: what lies above is a mistake, and low precision would overflow.
+MAX_SIGMA = 1e4
 
 _FORMS = "a number (70), gamma:CONCENTRATION,SCALE (gamma:25,3) or uniform:LOW,HIGH (uniform:0,30)"
+
+
+def is_level(level: float) -> bool:
+    """Whether a number can be meant as a noise level in 0-255 pixel levels: from 0 to `MAX_SIGMA`."""
+    return 0 <= level <= MAX_SIGMA
 
 
 def warn_of_unit_sigma(level: float) -> None:
@@ -46,7 +54,7 @@ class Sigma:
         """Read a text form.
 
         Raises:
-            ValueError: not a text form, negative or not finite, or an empty range.
+            ValueError: not a text form, negative, not finite or above `MAX_SIGMA`, or an empty range.
 
         Warns:
             UserWarning: the level, the mean of the gamma distribution or the upper end lies between 0 and 1.
@@ -65,7 +73,11 @@ class Sigma:
             raise ValueError(f"sigma {text!r}: concentration and scale must be positive")
         if kind == "uniform" and values[0] > values[1]:
             raise ValueError(f"sigma {text!r}: the lower end is above the upper end")
-        warn_of_unit_sigma(math.prod(values) if kind == "gamma" else values[-1])
+        largest = math.prod(values) if kind == "gamma" else values[-1]
+        if not is_level(largest):
+            what = "the mean, concentration times scale, must be" if kind == "gamma" else "levels must be"
+            raise ValueError(f"sigma {text!r}: {what} at most {MAX_SIGMA:g} (0-255 pixel levels)")
+        warn_of_unit_sigma(largest)
         return cls(kind, values)
 
     def __str__(self) -> str:

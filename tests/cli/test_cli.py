@@ -174,7 +174,7 @@ def test_mistakes_end_in_one_line(words, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("sigma", "message"), [("-1", "0 or more"), ("nan", "finite")])
+@pytest.mark.parametrize(("sigma", "message"), [("-1", "0 or more"), ("nan", "finite"), ("10001", "at most 10000")])
 def test_denoise_checks_sigma(runs, photo, capsys, sigma, message):
     denim("denoise", photo, "--sigma", sigma, "--denoiser", runs / "nim" / "model", status=2)
     assert message in capsys.readouterr().err

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from denim.defense import De3
+from denim.defense import Attack, De3
 from denim.kernels import Domain, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, Mask
 
@@ -228,6 +228,7 @@ def test_print_tells_the_settings():
         ({"sigma": float("nan")}, ["sigma", "finite", "nan"]),
         ({"sigma": float("inf")}, ["sigma", "finite", "inf"]),
         ({"sigma": -1.0}, ["sigma", "0 or more", "-1", "None turns the defense off"]),
+        ({"sigma": 10001.0}, ["sigma", "at most 10000", "10001"]),
         ({"draws": 0}, ["draws", "at least 1", "0"]),
         ({"aggregate": "mean"}, ["logits", "vote", "mean"]),
         ({"degrade": "blur"}, ["noise", "mask", "both", "blur"]),
@@ -827,3 +828,32 @@ def test_a_sweep_of_a_frozen_defense_is_frozen():
     frozen = De3(build(), linear(), 70).frozen(3)
     result = frozen.sweep(pixels(), [70], 2)
     torch.testing.assert_close(result[0], frozen(pixels()).expand(2, -1, -1), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"draws": 3, "aggregate": "vote"},
+        {"sigma": 0, "degrade": "mask"},
+        {"degrade": "both"},
+        {"denoiser": None},
+        {"sigma": None},
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_empty_batch_gives_empty_logits(options, frozen):
+    with torch.random.fork_rng(devices=[]):
+        config = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25,))
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+        defense = De3(**{"denoiser": Autoencoder(config), "classifier": network, "sigma": 70, **options}).eval()
+    if frozen:
+        defense = defense.frozen(1)
+    pixels, none = torch.rand(0, 1, 8, 8).requires_grad_(), torch.zeros(0, dtype=torch.int64)
+    logits = defense(pixels)
+    assert logits.shape == (0, 5)
+    logits.sum().backward()
+    assert pixels.grad.shape == pixels.shape
+    assert defense.denoise(pixels).shape == pixels.shape
+    for attack in (Attack("fgsm", 0.1, eot=2), Attack("pgd", 0.1, steps=2, restarts=2, gray=True)):
+        assert [len(part) for part in attack.run(defense, pixels.detach(), none, none, 0)] == [0, 0, 0]

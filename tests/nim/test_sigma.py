@@ -10,8 +10,8 @@ from scipy import stats
 
 from denim.nim.sigma import Sigma
 
-LEVEL = st.floats(0, 1e6)
-POSITIVE = st.floats(1e-3, 1e6)
+LEVEL = st.floats(0, 1e4)
+POSITIVE = st.floats(1e-3, 1e2)  # concentration and scale: their product is a level
 SIGMAS = st.one_of(
     LEVEL.map(lambda level: Sigma("constant", (level,))),
     st.tuples(POSITIVE, POSITIVE).map(lambda values: Sigma("gamma", values)),
@@ -58,6 +58,9 @@ def test_text_form_loses_nothing(sigma):
         ("nan", "finite and not negative"),
         ("inf", "finite and not negative"),
         ("uniform:-5,30", "finite and not negative"),
+        ("10001", "at most 10000"),
+        ("uniform:0,10001", "at most 10000"),
+        ("gamma:5000,3", "the mean, concentration times scale, must be at most 10000"),
         ("gamma:0,3", "must be positive"),
         ("gamma:25,0", "must be positive"),
         ("uniform:30,0", "the lower end is above the upper end"),
