@@ -1,16 +1,17 @@
 """Checks and measures what needs a GPU: `make gpu-check`, or `python -m benchmarks.gpu_check [--out DIR] [--quick]`.
 
-It needs the repository, torch, triton and timm, and takes less than eight minutes. report.json and report.md are
-written again after every part, so that an interrupted run keeps its results. The exit status is 0 if all passed, 1 if
-something failed, and 2 if there is no GPU.
+It needs the repository, torch, triton and timm, and takes less than nine minutes. report.json, report.md and, with
+matplotlib, report.png are written again while parts run, so that an interrupted run keeps its results. The exit status
+is 0 if all passed, 1 if something failed, and 2 if there is no GPU.
 
 Every part is a process of its own with a time limit. If a kernel hangs, crashes, or leaves the device unusable for its
-process, that part fails and the others continue. What the parts do is in `gpu_operators` and `gpu_models`.
+process, that part fails and the others continue. What the parts do is in `gpu_operators`, `gpu_models` and `gpu_runs`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -18,22 +19,25 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from .gpu_picture import draw
 from .gpu_rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-DEADLINE = 465  # seconds for all parts; starting and writing stay within the eight minutes
+DEADLINE = 525  # seconds for all parts; starting and writing stay within the nine minutes
+EVERY = 2.0  # seconds between two reports while parts run
 
 
 @dataclass
@@ -72,13 +76,14 @@ def stages() -> list[list[Part]]:
     """Parts of one stage run side by side, stages one after another: what is timed has the machine to itself."""
     from denim.benchmarks.cases import OPERATIONS
 
-    checks = [Part(f"denim.benchmarks.gpu_operators:{name}", 165) for name in ("generator", "instructions")]
-    checks += [Part("denim.benchmarks.gpu_operators:operation", 165, (name,)) for name in OPERATIONS]
-    checks.append(Part("denim.benchmarks.gpu_operators:attention", 165))
-    checks.append(Part("denim.benchmarks.gpu_models:compiled_and_captured", 165))
-    # The last part makes many independent numbers, so those before the deadline are of use.
-    timed = [("pretraining", 150), ("sweep", 60), ("kernel_times", 150)]
-    return [checks, *([Part(f"denim.benchmarks.gpu_models:{name}", time, autotune=True)] for name, time in timed)]
+    checks = [Part(f"denim.benchmarks.gpu_operators:{name}", 140) for name in ("generator", "instructions")]
+    checks += [Part("denim.benchmarks.gpu_operators:operation", 140, (name,)) for name in OPERATIONS]
+    checks.append(Part("denim.benchmarks.gpu_operators:attention", 140))
+    checks.append(Part("denim.benchmarks.gpu_models:compiled_and_captured", 140))
+    checks += [Part(f"denim.benchmarks.gpu_runs:{name}", 140) for name in ("pretraining_run", "two_equal_runs")]
+    timed = [("pretraining", 130), ("sweep", 60), ("attack", 50), ("kernel_times", 75), ("attention_times", 15)]
+    parts = [[Part(f"denim.benchmarks.gpu_models:{name}", seconds, autotune=True)] for name, seconds in timed]
+    return [checks, *parts, [Part("denim.benchmarks.gpu_runs:sanitizer", 90)]]
 
 
 def use_repository(folder: Path = ROOT / "build" / "gpu-check") -> None:
@@ -89,14 +94,16 @@ def use_repository(folder: Path = ROOT / "build" / "gpu-check") -> None:
     for part in ("kernels", "nim", "defense", "benchmarks"):
         package = folder / "denim" / part
         shutil.rmtree(package, ignore_errors=True)
-        package.mkdir(parents=True)
-        for source in (ROOT / part).glob("*.py"):
-            (package / source.name).symlink_to(source)
+        for source in (ROOT / part).rglob("*.py"):
+            link = package / source.relative_to(ROOT / part)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(source)
     sys.path[:0] = [str(folder), str(ROOT)]
 
 
 def _work(connection: Connection, part: Part, device: str, sizes: str) -> None:
     """Run a part, in a process of its own: send its rows, then how it ended."""
+    os.setsid()  # so that the processes that it starts end with it
     failed = False
     if not part.autotune:
         os.environ["DENIM_AUTOTUNE"] = "0"
@@ -114,8 +121,16 @@ def _work(connection: Connection, part: Part, device: str, sizes: str) -> None:
     connection.close()
 
 
-def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = math.inf) -> Iterable[Part]:
-    """Run parts side by side; yield each when it has ended, its outcome filled in.
+def _kill(process: Any) -> None:
+    """End a part and all processes that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # it may not have a group of its own yet
+    process.join()
+
+
+def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = math.inf) -> Iterator[Part]:
+    """Run parts side by side; yield each when it has ended, its outcome filled in, and others when they have new rows.
 
     Args:
         parts: the stage.
@@ -137,34 +152,38 @@ def run_stage(parts: Iterable[Part], device: str, sizes: str, deadline: float = 
         process.start()
         sender.close()  # so that the end of the process closes the pipe
         running[receiver] = (part, process, start, end)
-    while running:
-        first = min(end for *_, end in running.values())
-        ready = wait(list(running), max(0.0, first - time.monotonic()))
-        for receiver in [connection for connection in running if connection in ready]:
-            part, process, start, end = running[receiver]
-            try:
-                message = receiver.recv()
-            except EOFError:
-                process.join()
-                message = ("crashed", f"the process ended with exit code {process.exitcode}")
-            if isinstance(message, dict):
-                part.rows.append(Row(**message))
-            else:
-                part.status, part.error = message
-        for receiver, (part, process, start, end) in list(running.items()):
-            if part.status == "not run" and time.monotonic() < end:
-                continue
-            if part.status == "not run":
-                part.status, part.error = "out of time", f"stopped after {time.monotonic() - start:.0f} s"
-                process.kill()
-            process.join(10)
-            if process.is_alive():  # it has reported, and hangs while it ends
-                process.kill()
-                process.join()
-            receiver.close()
-            del running[receiver]
-            part.took = time.monotonic() - start
-            yield part
+    try:
+        while running:
+            first = min(end for *_, end in running.values())
+            ready = wait(list(running), max(0.0, first - time.monotonic()))
+            for receiver in [connection for connection in running if connection in ready]:
+                part, process, start, end = running[receiver]
+                try:
+                    message = receiver.recv()
+                except EOFError:
+                    process.join()
+                    message = ("crashed", f"the process ended with exit code {process.exitcode}")
+                if isinstance(message, dict):
+                    part.rows.append(Row(**message))
+                    part.took = time.monotonic() - start
+                    yield part
+                else:
+                    part.status, part.error = message
+            for receiver, (part, process, start, end) in list(running.items()):
+                if part.status == "not run" and time.monotonic() < end:
+                    continue
+                if part.status == "not run":
+                    part.status, part.error = "out of time", f"stopped after {time.monotonic() - start:.0f} s"
+                else:
+                    process.join(10)  # it has reported, and may hang while it ends
+                _kill(process)
+                receiver.close()
+                del running[receiver]
+                part.took = time.monotonic() - start
+                yield part
+    finally:
+        for _, process, *_ in running.values():
+            _kill(process)
 
 
 def _command(*command: str) -> str | None:
@@ -179,7 +198,7 @@ def facts(device: str) -> dict[str, Any]:
     import torch
 
     versions = {"torch": str(torch.__version__)}
-    for package in ("triton", "timm", "xformers"):
+    for package in ("triton", "timm", "xformers", "nvidia-dali-cuda130", "nvidia-dali-cuda120"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
@@ -207,28 +226,61 @@ def _number(row: Row) -> str:
     return f"{row.value:.4g}{' ' if row.unit else ''}{row.unit}"
 
 
-def markdown(found: dict[str, Any], parts: list[Part]) -> str:
-    """The report in Markdown."""
+def markdown(found: dict[str, Any], parts: list[Part], picture: bool = False) -> str:
+    """The report in Markdown, about a page: the parts, what failed, and the numbers. All rows are in the JSON file."""
     ended = [part for part in parts if part.status != "not run"]
     good = sum(part.status == "passed" for part in parts)
     lines = ["# GPU check", "", f"{good} of {len(parts)} parts passed, {len(ended)} have ended.", ""]
     for key, value in found.items():
         text = ", ".join(f"{name} {number}" for name, number in value.items()) if isinstance(value, dict) else value
         lines.append(f"- {key}: {text}")
+    if picture:
+        lines += ["", "![Speeds](report.png)"]
+    lines += ["", "| part | outcome | checks passed | seconds | at most |", "|---|---|---|---|---|"]
     for part in parts:
-        lines += ["", f"## {part.name}: {part.status}", ""]
-        if part.status != "not run":
-            lines += [f"{part.took:.1f} s of at most {part.seconds:.0f} s.", ""]
-        if part.rows:
-            lines += ["| what | value | limit | | note |", "|---|---|---|---|---|"]
-        for row in part.rows:
-            limit = "" if row.limit is None else f"{row.limit:.4g}"
-            verdict = "" if row.limit is None else "ok" if row.passed else "**FAILED**"
-            note = row.note.replace("|", "\\|").replace("\n", " ")
-            lines.append(f"| {row.what} | {_number(row)} | {limit} | {verdict} | {note} |")
+        checks = [row for row in part.rows if row.limit is not None]
+        passed = sum(row.passed for row in checks)
+        lines.append(
+            f"| {part.name} | {part.status} | {passed} of {len(checks)} | {part.took:.1f} | {part.seconds:.0f} |"
+        )
+    for part in parts:
+        failed = [row for row in part.rows if not row.passed]
+        if failed or part.error:
+            lines += ["", f"## {part.name}: {part.status}", ""]
+        if failed:
+            lines += ["| what | value | limit | note |", "|---|---|---|---|"]
+            lines += [f"| {row.what} | {_number(row)} | {row.limit:.4g} | {_cell(row.note)} |" for row in failed]
         if part.error:
             lines += ["", "```", part.error.strip(), "```"]
+    absent = [(part, row) for part in parts for row in part.rows if row.limit == 0 and row.note and row.passed]
+    if absent:
+        lines += ["", "## Not run", ""]
+        lines += [f"- {part.name}: {row.what} ({_cell(row.note)})" for part, row in absent]
+    for part in parts:
+        numbers = [row for row in part.rows if row.limit is None]
+        if numbers:
+            lines += ["", f"## {part.name}", "", *_numbers(numbers)]
     return "\n".join(lines) + "\n"
+
+
+def _numbers(rows: list[Row]) -> list[str]:
+    """A table of measured numbers. Rows "SUBJECT: WHAT" of several subjects have a line for each subject."""
+    columns = list(dict.fromkeys(row.what.rpartition(": ")[2] for row in rows))
+    subjects = list(dict.fromkeys(row.what.rpartition(": ")[0] for row in rows))
+    if "" in subjects or len(columns) >= len(subjects):
+        lines = ["| what | value | note |", "|---|---|---|"]
+        return lines + [f"| {row.what} | {_number(row)} | {_cell(row.note)} |" for row in rows]
+    lines = ["| | " + " | ".join(columns) + " | note |", "|---" * (len(columns) + 2) + "|"]
+    for subject in subjects:
+        found = {row.what.rpartition(": ")[2]: row for row in rows if row.what.rpartition(": ")[0] == subject}
+        cells = [_number(found[name]) if name in found else "" for name in columns]
+        notes = "; ".join(_cell(row.note) for row in found.values() if row.note)
+        lines.append(f"| {subject} | " + " | ".join([*cells, notes]) + " |")
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _write(path: Path, text: str) -> None:
@@ -244,15 +296,17 @@ def _write(path: Path, text: str) -> None:
 def check(
     plan: list[list[Part]], device: str, sizes: str, out: Path, *, seconds: float = DEADLINE
 ) -> tuple[bool, list[Part]]:
-    """Run the stages of a plan, and write the reports after every part.
+    """Run the stages of a plan, and write the reports while parts run and after each.
 
     Returns whether all parts passed, and the parts.
     """
     deadline = time.monotonic() + seconds
     out.mkdir(parents=True, exist_ok=True)
     parts, found = [part for stage in plan for part in stage], facts(device)
+    written = -math.inf
 
     def write() -> None:
+        nonlocal written
         records = [
             asdict(part) | {"rows": [asdict(row) | {"passed": row.passed} for row in part.rows]} for part in parts
         ]
@@ -260,12 +314,18 @@ def check(
         # JSON has no NaN; it is written as text.
         text = json.dumps(_finite({"passed": passed, "sizes": sizes, "facts": found, "parts": records}), indent=1)
         _write(out / "report.json", text + "\n")
-        _write(out / "report.md", markdown(found, parts))
+        picture = draw(parts, out / "report.png")
+        _write(out / "report.md", markdown(found, parts, picture))
+        written = time.monotonic()
 
     write()
     for stage in plan:
         for part in run_stage(stage, device, sizes, deadline):
-            write()
+            running = part.status == "not run" and part.rows
+            if not running or time.monotonic() - written > EVERY:
+                write()
+            if running:
+                continue
             checks = sum(row.limit is not None for row in part.rows)
             print(f"{part.name}: {part.status}, {checks} checks, {part.took:.0f} s", flush=True)
             for row in part.rows:

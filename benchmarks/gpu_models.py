@@ -16,12 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from denim import kernels
+from denim.benchmarks import baselines
 from denim.benchmarks.gpu_operators import relative_rms
 from denim.benchmarks.gpu_rows import SIZES, Row, Sizes
-from denim.benchmarks.timing import step_seconds
+from denim.benchmarks.timing import measure, step_seconds
 from denim.kernels import Domain, derive_seeds, draw_seeds
 
-__all__ = ["compiled_and_captured", "kernel_times", "model_flops", "pretraining", "sweep"]
+__all__ = [
+    "adamw",
+    "attack",
+    "attention_times",
+    "autoencoder",
+    "compiled_and_captured",
+    "kernel_times",
+    "model_flops",
+    "nim_loss",
+    "pretraining",
+    "random_batch",
+    "sweep",
+]
 
 # Dense bf16 with float32 accumulation, by NVIDIA's data sheets (half the number where they count sparsity). The keys
 # are the driver's names; a slice of a GPU has another name and is not in the table.
@@ -57,7 +70,7 @@ def _images(device: str, model: Any, batch: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device=device)
 
 
-def _autoencoder(device: str, name: str) -> Any:
+def autoencoder(device: str, name: str) -> Any:
     from denim.nim.autoencoder import Autoencoder, preset
 
     with torch.random.fork_rng():
@@ -65,14 +78,14 @@ def _autoencoder(device: str, name: str) -> Any:
         return Autoencoder(preset(name)).to(device)
 
 
-def _batch(device: str, model: Any, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(device: str, model: Any, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bytes, levels and seeds for a model."""
     images = _images(device, model, batch)
     seeds = derive_seeds(0, Domain.TRAINING, torch.arange(batch, device=device))
     return images, torch.linspace(20, 130, batch, device=device), seeds
 
 
-def _loss(model: Any, images: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
+def nim_loss(model: Any, images: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
     """The loss of noisy image modeling (`denim.nim.Objective`, whose noise levels would need scipy)."""
     config = model.config
     pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
@@ -127,11 +140,11 @@ def _capture(device: str, function: Callable[[], Any]) -> tuple[Callable[[], Non
 def compiled_and_captured(device: str, sizes: str) -> Iterator[Row]:
     """One compiled graph of noise_patchify, autoencoder and patch_loss; and a CUDA graph of them, replayed."""
     size = SIZES[sizes]
-    model = _autoencoder(device, size.small)
-    images, sigma, seeds = _batch(device, model, 4)
+    model = autoencoder(device, size.small)
+    images, sigma, seeds = random_batch(device, model, 4)
     draws = [seeds, *(derive_seeds(draw, Domain.SCORE, torch.arange(4, device=device)) for draw in (1, 2))]
-    eager = functools.partial(_loss, model, images, sigma)
-    function = torch.compile(functools.partial(_loss, model), fullgraph=True, backend=size.backend)
+    eager = functools.partial(nim_loss, model, images, sigma)
+    function = torch.compile(functools.partial(nim_loss, model), fullgraph=True, backend=size.backend)
     compiled = functools.partial(function, images, sigma)
 
     expected = [_pass(model, functools.partial(eager, these)) for these in draws]
@@ -169,130 +182,368 @@ def model_flops(model: Any, loss: Callable[[], Tensor]) -> int:
     return int(counter.get_total_flops())
 
 
+def _free() -> None:
+    """Give back the memory of what is no longer used, graphs of torch.compile included."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _peak(device: str, function: Callable[[], object]) -> float:
+    """GiB allocated at once during a call, all that is there before it included; 0 on a CPU."""
+    if device != "cuda":
+        function()
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def _speed(device: str, name: str, step: Callable[[], object], count: int, unit: str, steps: int) -> Iterator[Row]:
+    """The speed and the memory of a step, if it fits into memory."""
+    try:
+        memory = _peak(device, step)
+        times = _times(device, step, steps)
+    except torch.OutOfMemoryError:
+        yield Row(f"{name}: does not fit into memory", 0, note=f"batch {count}")
+        return
+    yield Row(name, count / statistics.median(times), unit, note=_spread(times))
+    if device == "cuda":
+        yield Row(f"{name}: peak memory", memory, "GiB")
+
+
 def pretraining(device: str, sizes: str) -> Iterator[Row]:
-    """A whole pretraining step in bf16: images per second and the share of the device's arithmetic that is used."""
+    """A whole pretraining step in bf16: images per second, and the share of the device's arithmetic that is used.
+
+    Beside it, with noise and loss as chains of PyTorch operations: a step as published (attention of plain products,
+    AdamW that is not fused), a good one (SDPA, fused AdamW), and the good one under torch.compile.
+    """
     size = SIZES[sizes]
     batch = size.batch
     while True:
+        began = False
         try:
-            yield from _pretraining(device, size, batch)
+            for row in _pretraining(device, size, batch):
+                began = True
+                yield row
             return
         except torch.OutOfMemoryError:
-            if batch < 2:
+            if began or batch < 2:
                 raise
         batch //= 2
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.compiler.reset()
+        _free()
+
+
+def _steps_of(
+    model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: str
+) -> Callable[[], Tensor]:
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
 
 
 def _pretraining(device: str, size: Sizes, batch: int) -> Iterator[Row]:
-    model = _autoencoder(device, size.large)
-    images, sigma, seeds = _batch(device, model, batch)
-    precision = functools.partial(torch.autocast, device, torch.bfloat16)
-    # In float32, in parts of equal size: the activations of the whole batch may not fit.
+    model = autoencoder(device, size.large)
+    inputs = random_batch(device, model, batch)
+    few = tuple(value[: min(batch, 2)] for value in inputs)
+
+    def counted() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return nim_loss(model, *few)
+
+    flops = model_flops(model, counted) / len(few[0])
+    yield from _denim_steps(device, size, model, inputs, flops)
+    yield Row("batch", batch, "images", note=size.large + (f"; {size.batch} did not fit" if batch < size.batch else ""))
+    yield Row("model arithmetic", flops / 1e9, "GFLOP/image", note="matrix products, forward and backward")
+    for name, attention, fused, compiled in (
+        ("good eager", "sdpa", True, False),
+        ("published eager", "math", False, False),
+        ("good, compiled", "sdpa", True, True),
+    ):
+        _free()
+        backend = size.backend if compiled else None
+        yield from _chain_steps(device, size, model, inputs, flops, name, attention, fused, backend)
+
+
+def adamw(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
+
+
+def _denim_steps(
+    device: str, size: Sizes, model: Any, inputs: tuple[Tensor, Tensor, Tensor], flops: float
+) -> Iterator[Row]:
+    """Denim's operations in one graph with the model, checked in float32."""
+    batch = len(inputs[0])
+    # In parts of equal size: the activations of the whole batch may not fit.
     part = min(batch, 16)
     exact = 0.0
     for first in range(0, batch, part):
-        some = slice(first, first + part)
-        loss = _loss(model, images[some], sigma[some], seeds[some]) * (part / batch)
+        loss = nim_loss(model, *(value[first : first + part] for value in inputs)) * (part / batch)
         loss.backward()
         exact += loss.item()
     gradients = _gradients(model)
     model.zero_grad(set_to_none=True)
-
-    function = torch.compile(functools.partial(_loss, model), fullgraph=True, backend=size.backend)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    function = torch.compile(functools.partial(nim_loss, model), fullgraph=True, backend=size.backend)
 
     def forward_backward() -> Tensor:
-        with precision():
-            loss = function(images, sigma, seeds)
-        loss.backward()
-        return loss.detach()
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        forward_backward()
-        optimizer.step()
+        with torch.autocast(device, torch.bfloat16):
+            value: Tensor = function(*inputs)
+        value.backward()
+        return value.detach()
 
     before = forward_backward()
     errors = before.item() / exact - 1, relative_rms(_gradients(model), gradients.double())
     # Every product has inputs of 8 bits; the loss averages over very many of them, the gradient goes through 20 blocks.
-    rows = [
-        Row("loss in bf16 against float32", abs(errors[0]), "relative error", 0.01),
-        Row("gradients in bf16 against float32", errors[1], "relative RMS error", 0.1),
-    ]
+    yield Row("loss in bf16 against float32", abs(errors[0]), "relative error", 0.01)
+    yield Row("gradients in bf16 against float32", errors[1], "relative RMS error", 0.1)
     del gradients
-    memory = 0
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        memory = torch.cuda.max_memory_allocated()
-    times = _times(device, step, size.steps)
+    step = _steps_of(model, functools.partial(function, *inputs), adamw(model, fused=True), device)
+    rows = list(_speed(device, "pretraining, Denim compiled", step, batch, "images/s", size.steps))
     after = forward_backward()
-    rows.append(Row("loss after the steps over loss before them", after.item() / before.item(), "", 1.0))
+    yield Row("loss after the steps over loss before them", after.item() / before.item(), "", 1.0)
     yield from rows
-    seconds = statistics.median(times)
-    note = f"{size.large}, batch {batch}" + (f" ({size.batch} did not fit)" if batch < size.batch else "")
-    yield Row("pretraining step", seconds * 1e3, "ms", note=f"{note}; {_spread(times)}")
-    yield Row("pretraining", batch / seconds, "images/s", note=note)
-    if device == "cuda":
-        yield Row("peak memory", memory / 2**30, "GiB", note=note)
-    few = min(batch, 2)
+    if rows[0].unit:
+        yield _utilisation(device, "pretraining, Denim compiled", flops * rows[0].value)
+    model.zero_grad(set_to_none=True)
 
-    def counted() -> Tensor:
-        with precision():
-            return _loss(model, images[:few], sigma[:few], seeds[:few])
 
-    flops = model_flops(model, counted) / few
-    yield Row("model arithmetic", flops / 1e9, "GFLOP/image", note="matrix products, forward and backward")
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    peak = PEAK_FLOPS.get(name)
+def _chain_steps(
+    device: str,
+    size: Sizes,
+    model: Any,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    flops: float,
+    name: str,
+    attention: str,
+    fused: bool,
+    backend: str | None,
+) -> Iterator[Row]:
+    """Noise and loss as chains of PyTorch operations, with an attention backend, an AdamW and a backend of compile."""
+    from denim.nim.attention import set_attention
+
+    mean, std = (torch.tensor(values, device=device) for values in (model.config.mean, model.config.std))
+    layout = {"patch_size": model.config.patch_size}
+
+    def chain(images: Tensor, sigma: Tensor) -> Tensor:
+        patches = baselines.noisy_patches(images, sigma, mean, std, **layout)
+        return baselines.reconstruction_loss(model(patches), images, mean, std, **layout)
+
+    set_attention(model, attention)
+    function = chain if backend is None else torch.compile(chain, fullgraph=True, backend=backend)
+    step = _steps_of(model, functools.partial(function, *inputs[:2]), adamw(model, fused=fused), device)
+    rows = list(_speed(device, f"pretraining, {name}", step, len(inputs[0]), "images/s", size.steps))
+    yield from rows
+    if rows[0].unit:
+        yield _utilisation(device, f"pretraining, {name}", flops * rows[0].value)
+    set_attention(model, "auto")
+    model.zero_grad(set_to_none=True)
+
+
+def _utilisation(device: str, name: str, achieved: float) -> Row:
+    """Operations per second as a share of the device's peak, where that is known."""
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    peak = PEAK_FLOPS.get(where)
     if peak is None:
-        yield Row("achieved", flops * batch / seconds / 1e12, "TFLOP/s", note=f"peak of {name!r} is not in the table")
-    else:
-        utilisation = flops * batch / seconds / peak
-        yield Row("model-FLOP utilisation", 100 * utilisation, "%", note=f"of {peak / 1e12:g} TFLOP/s dense bf16")
+        return Row(f"{name}: achieved", achieved / 1e12, "TFLOP/s", note=f"peak of {where!r} is not in the table")
+    note = f"of {peak / 1e12:g} TFLOP/s dense bf16"
+    return Row(f"{name}: model-FLOP utilisation", 100 * achieved / peak, "%", note=note)
+
+
+class _Defense:
+    """De^3 of random weights on random images: in one batch, and as a loop over levels and draws."""
+
+    def __init__(self, device: str, size: Sizes, images: int) -> None:
+        from denim.nim.classifier import Classifier, ClassifierConfig
+        from denim.nim.reconstruction import reconstruct
+
+        self.device, self.size, self.reconstruct = device, size, reconstruct
+        self.denoiser = autoencoder(device, size.large).eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.classifier = Classifier(ClassifierConfig.for_encoder(self.denoiser.config, 1000)).to(device).eval()
+            # With the published initialisation all logits are nearly equal, and a wrong draw would not show.
+            nn.init.normal_(self.classifier.head.weight, std=0.05)
+        for parameter in (*self.denoiser.parameters(), *self.classifier.parameters()):
+            parameter.requires_grad_(False)
+        self.pixels = (_images(device, self.denoiser, images) / 255).permute(0, 3, 1, 2).contiguous()
+        self.labels = torch.arange(images, device=device) % 1000
+        config = self.denoiser.config
+        self.mean, self.std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
+
+    def attention(self, backend: str) -> None:
+        from denim.nim.attention import set_attention
+
+        set_attention(self.denoiser, backend)
+        set_attention(self.classifier, backend)
+
+    def batched(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
+        """Logits sigma.shape[:-1] + seeds.shape by Denim's operations, patches straight into the classifier."""
+        patches = self.reconstruct(self.denoiser, pixels, sigma, seeds, classifier=self.classifier)
+        logits: Tensor = self.classifier.forward_patches(patches.flatten(0, -3)).unflatten(0, patches.shape[:-2])
+        return logits
+
+    def one(self, pixels: Tensor, sigma: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Logits (B, K) of one level (B,) and one draw by chains of PyTorch operations, as published."""
+        config = self.denoiser.config
+        layout = {"patch_size": config.patch_size}
+        noisy = baselines.noisy_patches(pixels, sigma, self.mean, self.std, noise=noise, **layout)
+        decoded = baselines.decoded_pixels(
+            self.denoiser(noisy),
+            self.mean,
+            self.std,
+            img_size=config.img_size,
+            statistics="input" if config.target == "norm" else None,
+            source=pixels if config.target == "norm" else None,
+            **layout,
+        )
+        logits: Tensor = self.classifier(decoded)
+        return logits
+
+    def variants(self) -> Iterator[tuple[str, Callable[..., Tensor], bool, bool]]:
+        """What is timed, eager first: a name, `batched` or `one`, whether a loop calls it, and whether in bf16."""
+        for name, looped, compiled, bf16, backend in (
+            ("Denim in one batch, bf16", False, False, True, "auto"),
+            ("looped eager fp32", True, False, False, "math"),
+            ("Denim in one batch, compiled bf16", False, True, True, "auto"),
+            ("looped compiled bf16", True, True, True, "sdpa"),
+        ):
+            self.attention(backend)
+            function = self.one if looped else self.batched
+            if compiled:
+                function = torch.compile(function, fullgraph=True, backend=self.size.backend)
+            yield name, function, looped, bf16
+            _free()
+
+    def precision(self, bf16: bool) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=bf16)
+
+    def check_chain(self, sigma: Tensor, seeds: Tensor) -> Row:
+        """Whether the loop computes what the batch does, on the same noise."""
+        noise = kernels.normal_noise(seeds, (*self.pixels.shape[2:], self.pixels.shape[1])).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            expected = self.batched(self.pixels, sigma, seeds[None])[0].double()
+            error = relative_rms(self.one(self.pixels, sigma, noise), expected)
+        return Row("logits of the loop against Denim's on the same noise, fp32", error, "relative RMS error", 0.01)
 
 
 def sweep(device: str, sizes: str) -> Iterator[Row]:
-    """De^3 at many levels and draws: noise, denoise, decode, classify, all combinations in one batch."""
-    from denim.nim.classifier import Classifier, ClassifierConfig
-    from denim.nim.reconstruction import reconstruct
-
+    """De^3 at many levels and draws, in one batch and as a loop: noise, denoise, decode, classify."""
     size, draws = SIZES[sizes], 4
-    denoiser = _autoencoder(device, size.large).eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        classifier = Classifier(ClassifierConfig.for_encoder(denoiser.config, 1000)).to(device).eval()
-        # With the published initialisation all logits are nearly equal, and a wrong draw would not show.
-        nn.init.normal_(classifier.head.weight, std=0.05)
-    pixels = (_images(device, denoiser, size.images) / 255).permute(0, 3, 1, 2).contiguous()
+    defense = _Defense(device, size, size.images)
+    pixels = defense.pixels
     seeds = draw_seeds(0, Domain.SCORE, torch.arange(size.images, device=device), draws)
     sigma = torch.tensor(size.levels, device=device)[:, None].expand(-1, size.images)
-
-    def run() -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            patches = reconstruct(denoiser, pixels, sigma, seeds, classifier=classifier)
-            flat = classifier.forward_patches(patches.flatten(0, -3))
-        logits: Tensor = flat.unflatten(0, patches.shape[:-2])
-        return logits
-
-    with torch.inference_mode():
-        logits = run()
-        count = logits.shape[:-1].numel()
+    count = len(size.levels) * draws * size.images
+    note = f"{size.large}, {size.images} images x {len(size.levels)} levels x {draws} draws"
+    # Levels and seeds as tensors, so that one compiled graph serves the whole loop.
+    with torch.no_grad():
+        yield defense.check_chain(sigma[-1], seeds[0])
+        with defense.precision(True):
+            logits = defense.batched(pixels, sigma, seeds)
         for level, draw, image in ((0, 0, 0), (-1, -1, -1), (-1, 0, 0)):
             one = slice(image, None) if image < 0 else slice(image, image + 1)
-            alone = classifier(reconstruct(denoiser, pixels[one], sigma[level, one], seeds[draw, one]))[0]
-            # In float32 and through pixels, against bf16 and patches: products have inputs of 8 bits. The logits of
-            # another draw are 0.24 away, of another image or level further.
+            alone = defense.batched(pixels[one], sigma[level, one], seeds[draw : draw + 1 or None, one])[0, 0]
+            # In float32 against bf16: products have inputs of 8 bits. The logits of another draw are 0.24 away, of
+            # another image or level further.
             error = relative_rms(logits[level, draw, image], alone.double())
             what = f"logits of level {size.levels[level]:g}, draw {draw % draws}, image {image % size.images}"
             yield Row(f"{what} against float32 alone", error, "relative RMS error", 0.1)
+        yield Row("noisy images of a sweep", count, note=note)
 
-        times = _times(device, run, size.steps)
-    note = f"{size.large}, {size.images} images x {len(size.levels)} levels x {draws} draws, bf16; {_spread(times)}"
-    yield Row("De^3 sweep", count / statistics.median(times), "noisy images/s", note=note)
+        for name, function, looped, bf16 in defense.variants():
+
+            def run(function: Callable[..., Tensor] = function, looped: bool = looped, bf16: bool = bf16) -> None:
+                with defense.precision(bf16):
+                    if not looped:
+                        function(pixels, sigma, seeds)
+                        return
+                    for level in sigma:
+                        for _ in range(draws):
+                            function(pixels, level)
+
+            steps = max(2, size.steps // 4) if looped else size.steps
+            yield from _speed(device, f"sweep, {name}", run, count, "noisy images/s", steps)
+
+
+def attack(device: str, sizes: str) -> Iterator[Row]:
+    """A step of PGD on De^3 with the gradient averaged over many draws (EOT): in one batch, and as a loop over them."""
+    size = SIZES[sizes]
+    defense = _Defense(device, size, size.attacked)
+    pixels, labels, draws = defense.pixels, defense.labels, size.eot
+    sigma = torch.full((size.attacked,), 70.0, device=device)
+    seeds = draw_seeds(0, Domain.ATTACK, torch.arange(size.attacked, device=device), draws)
+    lengths = {"step_size": torch.tensor(1 / 255, device=device), "epsilon": torch.tensor(4 / 255, device=device)}
+
+    def gradient(function: Callable[..., Tensor], leaf: Tensor, *more: Tensor) -> Tensor:
+        """Of the mean loss over the draws of a call, (R, B, K) or (B, K)."""
+        logits = function(leaf, sigma, *more)
+        expanded = labels.expand(logits.shape[:-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2).float(), expanded.flatten(), reduction="sum")
+        return torch.autograd.grad(loss / (logits.shape[:-1].numel() / len(labels)), leaf)[0]
+
+    def step(function: Callable[..., Tensor], looped: bool, bf16: bool) -> Tensor:
+        leaf = pixels.clone().requires_grad_()
+        with defense.precision(bf16):
+            if not looped:
+                return kernels.attack_step(leaf.detach(), pixels, gradient(function, leaf, seeds), **lengths)
+            slope = torch.zeros_like(pixels)
+            for _ in range(draws):
+                slope += gradient(function, leaf) / draws
+        return baselines.linf_step(leaf.detach(), pixels, slope, **lengths)
+
+    yield defense.check_chain(sigma, seeds[0])
+    # The sign of a gradient near zero may differ; a wrong gradient has half of the signs of the right one.
+    exact, coarse = (step(defense.batched, False, bf16) for bf16 in (False, True))
+    differing = float((exact - coarse).abs().gt(1e-4).double().mean())
+    yield Row("elements of a step that differ between bf16 and float32", differing, "share", 0.25)
+    yield Row("largest change over the length of a step", float((exact - pixels).abs().max()) * 255, "", 1.001)
+    count = size.attacked * draws
+    yield Row("draws of a step", count, note=f"{size.large}, {size.attacked} images, EOT {draws}")
+    for name, function, looped, bf16 in defense.variants():
+        call = functools.partial(step, function, looped, bf16)
+        steps = max(2, size.steps // 4) if looped else size.steps
+        yield from _speed(device, f"attack step, {name}", call, count, "draws/s", steps)
+
+
+def attention_times(device: str, sizes: str) -> Iterator[Row]:
+    """Forward and backward of every attention backend in bf16, in the shape of ViT-B/16."""
+    size = SIZES[sizes]
+    batch, heads, length, dim = size.attention_timed
+    generator = torch.Generator(device).manual_seed(0)
+    packed = torch.randn((batch, length, 3, heads, dim), generator=generator, device=device).to(torch.bfloat16)
+    upstream = torch.randn((batch, heads, length, dim), generator=generator, device=device).to(torch.bfloat16)
+    # Two products forward and five backward, which computes the scores again, of 2 N^2 d operations each.
+    flops = 14 * batch * heads * length * length * dim
+    query, key, value = (part.transpose(1, 2) for part in packed.unbind(2))
+    exact = kernels.attention(query.float(), key.float(), value.float(), backend="math")
+    functions: dict[str, Callable[[], object]] = {}
+    for backend, reasons in kernels.attention_backends(query, key, value).items():
+        if reasons:
+            yield Row(f"{backend}: does not serve", 0, limit=0, note="; ".join(reasons))
+            continue
+
+        def call(backend: str = backend) -> Tensor:
+            leaf = packed.detach().requires_grad_()
+            out = kernels.attention(*(part.transpose(1, 2) for part in leaf.unbind(2)), backend=backend)
+            return torch.autograd.grad(out, leaf, upstream)[0]
+
+        error = relative_rms(kernels.attention(query, key, value, backend=backend), exact.double())
+        limit = 4 * torch.finfo(torch.bfloat16).eps
+        yield Row(f"{backend}: output against float32", error, "relative RMS error", limit)
+        call()
+        functions[backend] = call
+    shape = f"({batch}, {heads}, {length}, {dim})"
+    for backend, times in measure(functions, torch.device(device), least=size.steps, cold=device == "cuda").items():
+        best = min(times.seconds)
+        yield Row(f"attention, {backend}", best * 1e3, "ms", note=f"{shape}; {times.method}")
+        yield Row(f"attention, {backend}: achieved", flops / best / 1e12, "TFLOP/s")
 
 
 def kernel_times(device: str, sizes: str) -> Iterator[Row]:
@@ -306,7 +557,8 @@ def kernel_times(device: str, sizes: str) -> Iterator[Row]:
                 continue
             seen.add(record.case)
             yield Row(f"{record.case}: error", record.error, "of the allowed error", 1.0)
-            note = f"batch {record.batch}; {record.gigabytes_per_second:.0f} GB/s of what has to move at least"
+            note = f"{record.shape}; {record.gigabytes_per_second:.0f} GB/s of what has to move at least; "
+            note += record.methods["fused"] + "; L2 overwritten" * record.cold
             yield Row(f"{record.case}: time", record.best_seconds["fused"] * 1e3, "ms", note=note)
             yield Row(f"{record.case}: speed of a copy", 100 * record.copy_share, "%")
             for name, ratio in record.ratios.items():

@@ -39,6 +39,12 @@ class Sizes:
         batch: of the timed pretraining step.
         steps: that are timed.
         images: of the sweep.
+        attacked: images of an attack step.
+        eot: draws of an attack step.
+        photos: JPEG files of the pretraining run.
+        run_batch: images of its updates.
+        updates: that it makes, in whole epochs.
+        attention_timed: (B, heads, N, head_dim) of the timed attention.
         backend: of torch.compile.
     """
 
@@ -53,6 +59,12 @@ class Sizes:
     batch: int = 256
     steps: int = 20
     images: int = 16
+    attacked: int = 4
+    eot: int = 20
+    photos: int = 640
+    run_batch: int = 64
+    updates: int = 50
+    attention_timed: tuple[int, int, int, int] = (64, 12, 197, 64)
     backend: str = "inductor"
 
 
@@ -94,6 +106,12 @@ SIZES = {
         batch=4,
         steps=2,
         images=2,
+        attacked=2,
+        eot=3,
+        photos=20,
+        run_batch=4,
+        updates=10,
+        attention_timed=(2, 3, 17, 16),
         backend="eager",
     ),
 }

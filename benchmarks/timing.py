@@ -28,6 +28,8 @@ HOST = "between events: the call waits for the device, so the host's part is in 
 # Seconds that the device spins before a call: at first, and at most. A call that is not enqueued by then waits for the
 # device itself.
 DELAY, LONGEST = 0.5e-3, 0.2
+# Bytes that are overwritten at least before a call with a cold cache: ROCm reports the L2 of one die of several alone.
+FLUSH = 2**28
 # `torch.cuda._sleep` spins for cycles; GPUs clock at most about this high (Hz).
 CLOCK = 3e9
 
@@ -47,7 +49,7 @@ class _Device:
     def __init__(self, device: torch.device, cold: bool) -> None:
         self.stream = torch.cuda.current_stream(device)
         # Twice the cache, so that nothing of it survives, whatever the policy of replacement.
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        size = max(FLUSH, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
         self.flush = torch.empty(size, dtype=torch.uint8, device=device) if cold else None
 
     def seconds(self, function: Callable[[], object], delay: float) -> tuple[float, float]:

@@ -68,7 +68,8 @@ def test_environment_names_what_times_depend_on():
 class Machine:
     """A host that enqueues and a GPU that works in order, each with a clock of its own (seconds)."""
 
-    def __init__(self):
+    def __init__(self, cache=50_000_000):
+        self.cache = cache
         self.host = self.device = 0.0
         self.written, self.chosen = [], []
 
@@ -106,7 +107,7 @@ class Machine:
                 machine.written.append(self)
 
         def empty(size, dtype, device):
-            assert (size, dtype, str(device)) == (2 * 50_000_000, torch.uint8, "cuda:1")
+            assert (size, dtype, str(device)) == (max(2**28, 2 * machine.cache), torch.uint8, "cuda:1")
             return Buffer()
 
         @contextlib.contextmanager
@@ -118,7 +119,7 @@ class Machine:
             "Event": Event,
             "_sleep": lambda cycles: machine.launch(cycles / 2e9),
             "current_stream": lambda device: f"stream of {device}",
-            "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=50_000_000),
+            "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=machine.cache),
             "device": chosen,
             "synchronize": lambda device: machine.wait(),
         }.items():
@@ -149,8 +150,9 @@ def test_a_gpu_is_timed_without_the_host(monkeypatch, host):
     assert timing.best_seconds(call, GPU) == pytest.approx(9e-5)
 
 
-def test_a_cold_cache_is_overwritten_before_every_call_and_not_timed(monkeypatch):
-    machine = Machine()
+@pytest.mark.parametrize("cache", [50_000_000, 200_000_000])
+def test_a_cold_cache_is_overwritten_before_every_call_and_not_timed(monkeypatch, cache):
+    machine = Machine(cache)
     machine.install(monkeypatch)
     calls = []
     functions = {name: lambda: calls.append(machine.launch(2e-5, 1e-5)) for name in "ab"}
