@@ -284,7 +284,7 @@ class De3(nn.Module):
 
     def _aggregate(self, logits: Tensor, surrogate: bool) -> Tensor:
         """(..., draws * self.draws, B, K) -> (..., draws, B, K)."""
-        grouped = logits.unflatten(-3, (-1, self.draws))
+        grouped: Tensor = logits.unflatten(-3, (-1, self.draws))
         if self.aggregate == "logits":
             return grouped.mean(dim=-3)
         mean_log = grouped.log_softmax(dim=-1).logsumexp(dim=-3) - math.log(self.draws)
