@@ -62,7 +62,7 @@ def _baseline_rows(table: Mapping[str, Any]) -> list[list[str]]:
                     [
                         name,
                         part,
-                        {"compiled": "torch.compile", "naive": "naive tl.randn kernel"}.get(kind, kind),
+                        AS.get(kind, kind),
                         str(numbers["kernels"]),
                         f"{numbers['moved'] / 1e3:.0f}",
                         f"{numbers['instructions']:.1f}{slow}" if "instructions" in numbers else "-",
@@ -73,6 +73,7 @@ def _baseline_rows(table: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+AS = {"compiled": "torch.compile", "naive": "naive tl.randn kernel"}
 KINDS = ("fused", "naive", "compiled", "eager")
 BASELINE_COLUMNS = ("operation", "pass", "as", "kernels", "kB moved", "instructions", "bound, µs", "bound / fused")
 
@@ -87,14 +88,63 @@ EXECUTED = (
 )
 
 
+EXECUTED_COLUMNS = (
+    "operation",
+    "pass",
+    "as",
+    "kernels",
+    "PTX instructions",
+    "lanes",
+    "sectors read / least",
+    "sectors written / least",
+    "bank conflicts",
+    "kB to memory",
+)
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _executed_rows(table: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for name, passes in table.items():
+        for part, kinds in passes.items():
+            for kind, numbers in sorted(kinds.items(), key=lambda item: KINDS.index(item[0])):
+                start = [name, part, AS.get(kind, kind)]
+                if isinstance(numbers, str):
+                    trap, _, _ = numbers.partition(":")
+                    rows.append([*start, trap, *["-"] * (len(EXECUTED_COLUMNS) - 4)])
+                    continue
+                rows.append(
+                    [
+                        *start,
+                        str(numbers["kernels"]),
+                        f"{numbers['instructions']:.1f}",
+                        f"{numbers['lanes']:.1%}",
+                        _ratio(numbers["loads"]),
+                        _ratio(numbers["stores"]),
+                        _ratio(numbers["conflicts"]),
+                        f"{numbers['memory'] / 1e3:.0f}",
+                    ]
+                )
+    return rows
+
+
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str | None, versions: str) -> str:
+def _page(
+    built: Mapping[str, Any],
+    table: Mapping[str, Any] | None,
+    reason: str | None,
+    versions: str,
+    ran: Mapping[str, Any] | None = None,
+) -> str:
     targets = list(dict.fromkeys(target for entries in built.values() for target in entries))
-    parts = [f"Written by `denim kernels --page` with {versions}. All numbers are static: nothing was run."]
+    parts = [f"Written by `denim kernels --page` with {versions}. No number is measured: kernels ran on a CPU alone."]
     if table is not None:
         parts += [
             "### Baselines, H100",
@@ -102,6 +152,8 @@ def _page(built: Mapping[str, Any], table: Mapping[str, Any] | None, reason: str
         ]
         if reason:
             parts.append(f"torch.compile's kernels are not available here: {reason}.")
+    if ran is not None:
+        parts += ["### Executed, H100", _markdown(EXECUTED_COLUMNS, _executed_rows(ran))]
     for target in targets:
         rows = [
             [name, *_row(entries[target]), _memory(entries[target])]
@@ -180,8 +232,8 @@ def main(
 ) -> None:
     """Build every kernel for GPUs that need not be in this machine, and compare its machine code with the budgets.
 
-    Everything is static: registers, instructions and bytes, and the times that these allow at best. Nothing is run,
-    except with --run.
+    Registers, instructions and bytes are counted in the machine code, and what only execution shows on the CPU. Nothing
+    is measured.
 
     Args:
         only: Names of kernels, or beginnings of names; without it, all kernels are built.
@@ -190,7 +242,7 @@ def main(
         page: Markdown page that gets the tables, between its marks.
         update_budgets: Write the numbers of this build as the new budgets (benchmarks/machine_code/budgets.json).
         baselines: Also count what a user would run without these kernels, for sm_90: the kernels of torch.compile, a
-            naive kernel, and eager PyTorch. Not done with --only.
+            naive kernel, and eager PyTorch; and execute these kernels on the CPU. Not done with --only.
         workers: Processes that build; without it, one per processor.
         run: Execute these kernels on the CPU instead, in a small size, and compare them with their definition; names,
             or beginnings of names.
@@ -199,6 +251,7 @@ def main(
         from denim.benchmarks.machine_code import budgets as budget_file
         from denim.benchmarks.machine_code import inductor, report
         from denim.benchmarks.machine_code.builds import TARGETS, unavailable
+        from denim.benchmarks.machine_code.executed import executed
         from denim.benchmarks.machine_code.invariants import broken_invariants
     except ModuleNotFoundError as error:
         if error.name != "triton":
@@ -229,10 +282,11 @@ def main(
             console.print(f"without {target}: {reason}")
             complete = False
     built = report.report(only, targets, workers)
-    table = None
+    table = ran = None
     reason = inductor.unavailable()
     if baselines and not only and "sm_90" in chosen:
         table = inductor.baselines(workers)
+        ran = executed(workers)
     versions = f"Triton {triton.__version__} and torch {torch.__version__}"
 
     # Before anything is printed: what took minutes must not be lost with the terminal.
@@ -243,10 +297,11 @@ def main(
                 "torch": torch.__version__,
                 "kernels": built,
                 "baselines": table,
+                "executed": ran,
             }
             part.write_text(dumps(everything, indent=1))
     if page is not None:
-        _insert(page, _page(built, table, reason, versions))
+        _insert(page, _page(built, table, reason, versions, ran))
 
     # A file or a pipe has no width of its own; a narrow terminal gets the columns that fit it.
     console = console if console.is_terminal else open_console(width=220)
@@ -266,6 +321,11 @@ def main(
         console.print(shown)
         if reason:
             console.print(f"torch.compile's kernels are not available: {reason}")
+    if ran is not None:
+        shown = Table(*EXECUTED_COLUMNS, title="one image of 224 x 224, H100's PTX executed on the CPU", box=None)
+        for row in _executed_rows(ran):
+            shown.add_row(*row)
+        console.print(shown)
     failures = [
         text
         for case in cases

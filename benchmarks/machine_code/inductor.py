@@ -17,7 +17,7 @@ import math
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,9 +35,11 @@ from denim.benchmarks.case import BACKWARD, FORWARD, SIDE, Case
 from denim.benchmarks.cases import CASES
 from denim.benchmarks.machine_code.builds import TARGETS, Built, NoDevice, build
 from denim.benchmarks.machine_code.cases import BATCH, Build, Work
+from denim.benchmarks.machine_code.ptx.launch import Launch, execute
+from denim.benchmarks.machine_code.ptx.traps import Trap
 from denim.benchmarks.machine_code.report import analyse, report
 
-__all__ = ["COMPARED", "baselines", "compiled", "eager", "naive", "unavailable"]
+__all__ = ["COMPARED", "baselines", "compiled", "eager", "executed", "naive", "unavailable"]
 
 TARGET = "sm_90"
 TORCH = "2.14"
@@ -188,43 +190,76 @@ def _kernels(source: str) -> Iterator[tuple[str, str, list[str]]]:
             yield name, texts[name], [ast.unparse(argument) for argument in node.args]
 
 
+class _Kernel:
+    """One of Inductor's kernels, compiled with the first of its launch configurations.
+
+    Args:
+        name: of the kernel.
+        text: its source, which Inductor wrote.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.py"
+            path.write_text(text)
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            tuner = getattr(module, name)
+            # Inductor has one choice of a configuration unless it is told to measure.
+            self.choice = tuner.configs[0]
+            meta = tuner._create_compile_meta(self.choice)
+            options = tuner._create_compile_options(self.choice, meta)
+            self.compiled = triton.compile(
+                ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0]),
+                target=TARGETS[TARGET],
+                options=options,
+            )
+        self.names = tuner.fn.arg_names
+        self.blocks = {key: value for key, value in meta["constants"].items() if key.endswith("BLOCK")}
+        # Inductor's own estimate of the bytes that a kernel has to move. It does not separate reads and writes.
+        self.moved = round(tuner.inductor_meta["kernel_num_gb"] * 1e9)
+
+    def grid(self, numels: Mapping[str, int]) -> list[int]:
+        """Programs in each dimension, for the sizes that a call names (xnumel, ynumel, ...)."""
+        axes = [axis for axis in "xyz" if f"{axis}numel" in numels and f"{axis.upper()}BLOCK" in self.blocks]
+        return [math.ceil(numels[f"{axis}numel"] / self.blocks[f"{axis.upper()}BLOCK"]) for axis in axes]
+
+
 def _build(name: str, text: str, arguments: Sequence[str], images: int, elements: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.py"
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        tuner = getattr(module, name)
-        # Inductor has one choice of a configuration unless it is told to measure.
-        choice = tuner.configs[0]
-        meta = tuner._create_compile_meta(choice)
-        options = tuner._create_compile_options(choice, meta)
-        kernel = triton.compile(
-            ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0]),
-            target=TARGETS[TARGET],
-            options=options,
-        )
-    named = zip(tuner.fn.arg_names, arguments, strict=False)  # the last ones are the configuration's
+    kernel = _Kernel(name, text)
+    named = zip(kernel.names, arguments, strict=False)  # the last ones are the configuration's
     numels = {argument: int(value) for argument, value in named if argument.endswith("numel")}
-    blocks = {key: value for key, value in meta["constants"].items() if key.endswith("BLOCK")}
-    programs = math.prod(
-        math.ceil(size / blocks[f"{axis[0].upper()}BLOCK"])
-        for axis, size in numels.items()
-        if axis[0] in "xyz" and f"{axis[0].upper()}BLOCK" in blocks
-    )
     trips = tuple(
-        math.ceil(size / blocks[f"{axis[:2].upper()}_BLOCK"])
+        math.ceil(size / kernel.blocks[f"{axis[:2].upper()}_BLOCK"])
         for axis, size in numels.items()
-        if axis[0] == "r" and f"{axis[:2].upper()}_BLOCK" in blocks
+        if axis[0] == "r" and f"{axis[:2].upper()}_BLOCK" in kernel.blocks
     )
-    # Inductor's own estimate of the bytes that a kernel has to move. It does not separate reads and writes.
-    moved = round(tuner.inductor_meta["kernel_num_gb"] * 1e9)
-    built = Built(kernel.asm, kernel.metadata, programs)
+    moved = kernel.moved
+    built = Built(kernel.compiled.asm, kernel.compiled.metadata, math.prod(kernel.grid(numels)))
     entry = analyse(built, TARGET, Work(images, elements, moved, moved, moved, tuple(n for n in trips if n > 1)))
-    return {"kernel": name, "launch": {**blocks, "num_warps": choice.num_warps}} | entry
+    return {"kernel": name, "launch": {**kernel.blocks, "num_warps": kernel.choice.num_warps}} | entry
+
+
+def _sources(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> dict[str, tuple[str, list[Tensor]]]:
+    """Of the forward and, where there is one, the backward pass: Inductor's output code, and tensors for it."""
+    if reason := unavailable():
+        raise ValueError(f"torch.compile's kernels cannot be had: {reason}")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = [
+            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).requires_grad_(value.requires_grad)
+            for value in inputs
+        ]
+        graphs = _graphs(function, given)
+    with _pretend():
+        return {
+            part: (_source(graph, values), values)
+            for part, (graph, values) in zip((FORWARD, BACKWARD), graphs, strict=False)
+        }
 
 
 def compiled(
@@ -245,22 +280,81 @@ def compiled(
     Raises:
         ValueError: torch is of another version.
     """
-    if reason := unavailable():
-        raise ValueError(f"torch.compile's kernels cannot be had: {reason}")
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        given = [
-            torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).requires_grad_(value.requires_grad)
-            for value in inputs
-        ]
-        graphs = _graphs(function, given)
     passes = {}
+    sources = _sources(function, inputs)
     with _pretend():
-        for part, (graph, values) in zip(("forward", "backward"), graphs, strict=False):
-            kernels = list(_kernels(_source(graph, values)))
-            passes[part] = [_build(*kernel, images, elements) for kernel in kernels]
+        for part, (source, _) in sources.items():
+            passes[part] = [_build(*kernel, images, elements) for kernel in _kernels(source)]
     return passes
+
+
+class _Executed:
+    """Stands for one of Inductor's kernels in its output code: compiled, and executed on the CPU."""
+
+    def __init__(self, name: str, text: str, launches: list[Launch]) -> None:
+        self.kernel, self.launches = _Kernel(name, text), launches
+
+    def run(self, *arguments: Any, stream: int) -> None:
+        named = dict(zip(self.kernel.names, arguments, strict=False))
+        numels = {name: int(value) for name, value in named.items() if name.endswith("numel")}
+        self.launches.append(execute(self.kernel.compiled, named, self.kernel.grid(numels), count=True))
+
+
+def executed(case: Case) -> dict[str, list[Launch] | str]:
+    """The kernels of `compiled` for a case, executed on the CPU with everything counted, on random values.
+
+    Args:
+        case: in the size to execute.
+
+    Returns:
+        {"forward" and, where there is one, "backward": the launches, or the trap that stopped them}.
+
+    Raises:
+        ValueError: torch is of another version.
+    """
+    passes: dict[str, list[Launch] | str] = {}
+    sources = _sources(*_chain(case))
+    with _pretend(), torch.random.fork_rng([]):
+        for part, (source, values) in sources.items():
+            launches: list[Launch] = []
+            names = {name: _Executed(name, text, launches) for name, text, _ in _kernels(source)}
+            try:
+                _caller(source, names)([_random(value) for value in values])
+                passes[part] = launches
+            except Trap as trap:
+                passes[part] = f"{type(trap).__name__}: {trap}"
+    return passes
+
+
+def _caller(source: str, kernels: Mapping[str, _Executed]) -> Callable[[list[Tensor]], object]:
+    """The function of Inductor's output code that launches its kernels, on CPU tensors."""
+    (call,) = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name == "call"
+    )
+    call.args.args = call.args.args[1:]  # It is a method that does not use its object.
+    # What it asks of a device, and checks of its arguments.
+    nothing = ("start_graph", "end_graph", "assert_size_stride_grouped", "assert_size_stride", "assert_alignment")
+    cuda = SimpleNamespace(_DeviceGuard=lambda *_: contextlib.nullcontext(), set_device=lambda *_: None)
+    dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    names: dict[str, Any] = {
+        **kernels,
+        **dict.fromkeys(nothing, lambda *_: None),
+        "torch": SimpleNamespace(cuda=cuda, **dtypes),
+        "aten": torch.ops.aten,
+        "empty_strided_cuda": lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
+        "reinterpret_tensor": torch.as_strided,
+        "get_raw_stream": lambda device: 0,
+    }
+    exec(compile(ast.Module([call], []), "inductor", "exec"), names)
+    return names["call"]  # type: ignore[no-any-return]
+
+
+def _random(like: Tensor) -> Tensor:
+    """A tensor of the shape, strides and dtype of one without memory."""
+    tensor = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+    if tensor.is_floating_point():
+        return tensor.uniform_(0.1, 0.9)
+    return tensor.random_(0, 2 if tensor.dtype == torch.bool else 100)
 
 
 # Operations that are not views and still move nothing.

@@ -16,6 +16,16 @@ def _(name: str, kind: str) -> Form:
     return same(kind, 2, functions[name])
 
 
+@form(r"add\.[su]16x2")
+def _() -> Form:
+    def add(a: Array, b: Array) -> Array:
+        """In each half modulo 2^16."""
+        high = np.uint32(0xFFFF0000)
+        return (((a & high) + (b & high)) & high) | ((a + b) & ~high)
+
+    return same("u32", 2, add)
+
+
 @form(r"mad\.lo\." + INTEGER)
 def _(kind: str) -> Form:
     return same(kind, 3, lambda a, b, c: a * b + c)

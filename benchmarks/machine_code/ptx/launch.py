@@ -17,7 +17,7 @@ from denim.benchmarks.machine_code.ptx.memory import Buffer
 from denim.benchmarks.machine_code.ptx.parser import parse
 from denim.benchmarks.machine_code.ptx.traps import UnknownInstruction
 
-__all__ = ["Launch", "run_on_cpu"]
+__all__ = ["Launch", "execute", "run_on_cpu"]
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,28 @@ def _buffer(value: Any, name: str) -> Buffer | None:
     return Buffer(value.data_ptr(), (last + 1) * value.element_size(), f"{name} {tuple(value.shape)}")
 
 
-def _execute(
+def execute(
     compiled: Any,
     arguments: Mapping[str, Any],
     grid: Sequence[int],
-    approximation: float,
-    programs: Callable[[int], Sequence[int]] | None,
-    count: bool,
+    *,
+    approximation: float = 0.0,
+    programs: Callable[[int], Sequence[int]] | None = None,
+    count: bool = False,
 ) -> Launch:
+    """Execute one launch of a kernel that Triton has compiled for an NVIDIA GPU.
+
+    Args:
+        compiled: from `triton.compile`.
+        arguments: by name, without the constants.
+        grid: programs in each dimension.
+        approximation: as in `run_on_cpu`.
+        programs: as in `run_on_cpu`.
+        count: as in `run_on_cpu`.
+
+    Raises:
+        ValueError, Trap: as `run_on_cpu`.
+    """
     packed: list[bytes] = []
     buffers: list[Buffer] = []
     for name, value in arguments.items():
@@ -181,7 +195,8 @@ def run_on_cpu(
         bound = inspect.signature(self.fn).bind(*args, **given)
         bound.apply_defaults()
         sizes = grid(bound.arguments) if callable(grid) else grid
-        launches.append(_execute(compiled, bound.arguments, sizes, approximation, programs, count))
+        options = {"approximation": approximation, "programs": programs, "count": count}
+        launches.append(execute(compiled, bound.arguments, sizes, **options))
         return compiled
 
     before = driver._active

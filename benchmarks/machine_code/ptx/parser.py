@@ -124,7 +124,7 @@ class _Body:
             return int(text[2:], 16)
         if re.fullmatch(r"-?\d\w*", text):
             return int(text.rstrip("U"), 0)
-        if re.fullmatch(r"-?\d+\.\d*", text) and opcode.endswith(".f32"):
+        if re.fullmatch(r"-?\d+\.\d*", text) and (opcode.endswith(".f32") or "createpolicy" in opcode):
             return int.from_bytes(struct.pack("<f", float(text)), "little")
         if text in self.registers:
             return self.registers[text]

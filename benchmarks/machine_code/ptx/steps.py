@@ -92,6 +92,11 @@ def step(instruction: Instruction) -> Step:
     if opcode == "bar.warp.sync":
         members = _reader(instruction.operands[0], TYPES["u32"])
         return lambda programs, active: programs.warp_barrier(members(programs, active), active)
+    if re.fullmatch(r"createpolicy\.fractional\.L2::evict_\w+\.b64", opcode):
+        policy = _destination(instruction.operands[0])
+        assert policy is not None
+        # What a cache keeps changes no result.
+        return lambda programs, active: programs.write(policy, np.zeros(1, np.uint64), active)
     if re.fullmatch(r"(membar|fence)(\.\w+)*", opcode):
         return lambda programs, active: None  # accesses are made in the order of the code
     return _arithmetic(instruction, decode(opcode))

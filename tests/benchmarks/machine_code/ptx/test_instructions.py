@@ -767,6 +767,17 @@ def test_approximate_division_is_the_quotient_by_default(opcode):
 # --- completeness -----------------------------------------------------------------------------------------------------
 
 
+PAIRS_OF_INTEGERS = ["add.s16x2", "add.u16x2"]
+
+
+@pytest.mark.parametrize("opcode", PAIRS_OF_INTEGERS)
+def test_pairs_of_integers_do_not_touch_each_other(opcode):
+    a, b = draw(32, 0), draw(32, 1)
+    (got,) = answer(opcode, a, b)
+    for x, y, both in zip(a.tolist(), b.tolist(), got.tolist(), strict=True):
+        assert both == ((x + y) & 0xFFFF) | ((((x >> 16) + (y >> 16)) & 0xFFFF) << 16)
+
+
 def test_every_form_is_tested():
     lists = (INTEGERS, DIVISIONS, PREDICATES, COMPARISONS, SELECTIONS, ROUNDED, ROOTS, RECIPROCALS, EXTREMES)
     lists += (
@@ -778,7 +789,7 @@ def test_every_form_is_tested():
         PAIR_ROUNDINGS,
         TRUNCATIONS,
     )
-    lists += (BETWEEN_FLOATS, OF_INTEGERS, TO_INTEGERS, APPROXIMATE, APPROXIMATE_DIVISIONS)
+    lists += (PAIRS_OF_INTEGERS, BETWEEN_FLOATS, OF_INTEGERS, TO_INTEGERS, APPROXIMATE, APPROXIMATE_DIVISIONS)
     tested = [opcode for opcodes in lists for opcode in opcodes]
     missing = [pattern.pattern for pattern, _ in FORMS if not any(pattern.fullmatch(opcode) for opcode in tested)]
     assert not missing

@@ -240,6 +240,12 @@ def test_a_carry_that_nothing_has_written_is_undefined(execute):
         execute("\taddc.u32 %r5, %r1, 0;\n" + STORE)
 
 
+def test_a_cache_policy_changes_nothing(execute):
+    policy = "\tcreatepolicy.fractional.L2::evict_last.b64 %rd6, 1.0;\n"
+    y = execute(policy + "\tld.global.L1::evict_last.L2::cache_hint.b32 %r5, [%rd4], %rd6;\n" + STORE)
+    assert y[:64].tolist() == THREAD.tolist()
+
+
 def test_decimal_numbers_are_float32(execute):
     y = execute("\tmov.b32 %r2, 0;\n\tsub.f32 %r5, -1.5, %r2;\n" + STORE)
     assert (y[:64].view(np.float32) == -1.5).all()
