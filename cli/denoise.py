@@ -18,6 +18,7 @@ def main(
     statistics: str = "input",
     seed: int = 0,
     device: str = "auto",
+    precision: str = "fp32",
 ) -> None:
     """Write a picture of a photo at every noise level: clean, with noise, and denoised.
 
@@ -30,6 +31,8 @@ def main(
             denoiser with target raw needs none.
         seed: Seed of the noise.
         device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
+        precision: Precision of the denoiser: fp32, tf32, bf16, or auto for bf16 where a GPU has it, else fp32. The
+            picture says which, unless it is fp32.
     """
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,6 +43,7 @@ def main(
     from denim.nim.data import EvalView, sample_rng
     from denim.nim.data.decode import read_image
     from denim.nim.files import atomic_write
+    from denim.nim.precision import precise, resolve_precision
     from denim.nim.settings import pick_device
     from denim.nim.sigma import MAX_SIGMA, is_level, warn_of_unit_sigma
     from denim.nim.text import printable
@@ -53,6 +57,7 @@ def main(
     if denoiser == DEMO_DENOISER and not denoiser.exists():
         raise ValueError(f"no denoiser in {denoiser}: run `denim demo`, or give --denoiser FOLDER")
     where = pick_device(device)
+    resolve_precision(precision, where)
     model = Autoencoder.from_pretrained(denoiser).to(where)
     if model.config.channels not in (1, 3):
         raise ValueError(f"photos have 1 or 3 channels, this denoiser takes {model.config.channels}")
@@ -61,7 +66,7 @@ def main(
     images = torch.tensor(pixels)[None].to(where)
     levels = torch.tensor(sigma, device=where)[:, None]
     seeds = draw_seeds(seed, Domain.DEFENSE, torch.zeros(1, dtype=torch.int64, device=where), 1)[0]
-    with torch.no_grad():
+    with torch.no_grad(), precise(precision, where) as computed:
         noisy = add_noise(images, levels, seeds)[:, 0].clamp(0, 1)
         rebuilt = reconstruct(model, images, levels, seeds, statistics=statistics)[:, 0]
 
@@ -70,7 +75,8 @@ def main(
     axes = figure.subplots(2, 1 + len(sigma), squeeze=False)
     clean = images[0].permute(2, 0, 1).float() / 255
     pictures = [[clean, *noisy], [None, *rebuilt]]
-    titles = [["clean", *(f"sigma {level:g}" for level in sigma)], ["", *("denoised" for _ in sigma)]]
+    denoised = "denoised" if computed == "fp32" else f"denoised ({computed})"
+    titles = [["clean", *(f"sigma {level:g}" for level in sigma)], ["", *(denoised for _ in sigma)]]
     for row in range(2):
         for axis, picture, title in zip(axes[row], pictures[row], titles[row], strict=True):
             axis.set_axis_off()

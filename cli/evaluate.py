@@ -28,6 +28,7 @@ def main(
     max_bad: float = 0.01,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "fp32",
 ) -> None:
     """Attack and score a defense at many noise levels, and write a table, a curve and a gallery.
 
@@ -57,6 +58,8 @@ def main(
         max_bad: Largest share of images that may be unreadable; they are not counted, and above it the command stops.
         seed: Seed of the evaluation.
         device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
+        precision: Precision of the networks, in attacks and scores: fp32, tf32, bf16, or auto for bf16 where a GPU has
+            it, else fp32.
     """
     from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
     from denim.nim import Autoencoder, Classifier
@@ -67,7 +70,7 @@ def main(
     console = open_console()
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
-    settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples)
+    settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision)
     model = Classifier.from_pretrained(classifier).to(where)
     rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False).to(where)
     defenses: dict[str, De3] = {}
@@ -110,4 +113,5 @@ def main(
     evaluation = evaluate(defenses, batches, settings, out, classes=model.config.classes, console=console)
     report = write_report(evaluation, out, title=f"De3 on {printable(source.name)}, {len(chosen)} images")
     print_table(evaluation, console)
+    console.print(f"precision: {evaluation.settings.precision} on {where}")
     console.print(f"report: {printable(report)}", soft_wrap=True)

@@ -194,7 +194,8 @@ def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: 
         else:
             loss = math.log(len(logits)) - log_probability.logsumexp(dim=0)
         total = loss.gather(1, labels[:, None]).sum()
-        gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+        with torch.autocast(pixels.device.type, enabled=False):  # backward has the dtypes of forward
+            gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
     if gradient is None:
         raise ValueError(
             "the logits do not depend on the pixels by operations of autograd, so this attack would leave the images "

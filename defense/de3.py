@@ -26,6 +26,11 @@ def _entropy() -> int:
     return int.from_bytes(os.urandom(8), "little", signed=True)
 
 
+def _single(logits: Tensor) -> Tensor:
+    """Logits in float32 where they are half precision, in which classes would tie and means would round."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module is its class's `forward` and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -284,7 +289,7 @@ class De3(nn.Module):
 
     def _aggregate(self, logits: Tensor, surrogate: bool) -> Tensor:
         """(..., draws * self.draws, B, K) -> (..., draws, B, K)."""
-        grouped: Tensor = logits.unflatten(-3, (-1, self.draws))
+        grouped: Tensor = _single(logits).unflatten(-3, (-1, self.draws))
         if self.aggregate == "logits":
             return grouped.mean(dim=-3)
         mean_log = grouped.log_softmax(dim=-1).logsumexp(dim=-3) - math.log(self.draws)
@@ -305,10 +310,11 @@ class De3(nn.Module):
             surrogate: for "vote", return the log of the mean probability instead of the votes, for an attack to raise.
 
         Returns:
-            (draws, B, K), aggregated over self.draws. Differentiable in pixels. Values are not checked.
+            (draws, B, K), aggregated over self.draws, at least float32 (also under autocast). Differentiable in pixels.
+            Values are not checked.
         """
         if self.sigma is None:
-            return self._classify(pixels).expand(seeds.shape[0] // self.draws, -1, -1)
+            return _single(self._classify(pixels)).expand(seeds.shape[0] // self.draws, -1, -1)
         sigma = torch.full((pixels.shape[0],), self.sigma, dtype=pixels.dtype, device=pixels.device)
         return self._aggregate(self._defended(pixels, sigma, seeds), surrogate)
 

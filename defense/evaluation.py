@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from denim.nim.classifier import check_logits
 from denim.nim.data import Batch, Loader
 from denim.nim.files import DamagedFileError, append_text, atomic_write, read_json, read_json_lines
 from denim.nim.owner import owned
+from denim.nim.precision import check_precision, precise, resolve_precision
 from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import open_console
 
@@ -63,6 +64,8 @@ class EvaluationSettings:
         max_batch: images that go through the networks in one pass; bounds memory. At least one image, with all draws of
             a gradient of the attack, is in a pass.
         examples: images that are kept for the gallery.
+        precision: of the networks, in attacks and scores: fp32, tf32, bf16 or auto (see `resolve_precision`). What it
+            means on the device of the first defense is recorded.
     """
 
     attacks: tuple[str, ...]
@@ -70,8 +73,10 @@ class EvaluationSettings:
     seed: int = 0
     max_batch: int = 256
     examples: int = 6
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         for name in ("score_draws", "max_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -163,8 +168,8 @@ def evaluate(
         console: for progress.
 
     Raises:
-        ValueError: no defense, no images, `out` holds an evaluation of other settings, weights or images, or images
-            change while they are evaluated.
+        ValueError: no defense, no images, a precision that the device lacks, `out` holds an evaluation of other
+            settings, weights or images, or images change while they are evaluated.
         OwnedError: another process writes to `out`.
         Stopped: SIGTERM or Ctrl-C; raised after the batch that was running, whose records are kept.
         FloatingPointError: logits are not finite; the message names the defense, the attack and the images.
@@ -175,8 +180,10 @@ def evaluate(
     attacks: list[Attack | None] = [None, *(Attack.parse(text) for text in settings.attacks)]
     for defense in defenses.values():
         defense.eval()
+    device = _device_of(next(iter(defenses.values())))
+    settings = replace(settings, precision=resolve_precision(settings.precision, device))
     stopped = f"the finished part is in {out}: the same call goes on there"
-    with owned(out), stop_requests(stopped) as stop:
+    with owned(out), stop_requests(stopped) as stop, precise(settings.precision, device):
         return _evaluate(defenses, attacks, loader, settings, out, classes, console, stop)
 
 
@@ -261,6 +268,10 @@ def _evaluate(
     return evaluation
 
 
+def _device_of(defense: De3) -> torch.device:
+    return next((tensor.device for tensor in defense.classifier.parameters()), torch.device("cpu"))
+
+
 def _digest(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
@@ -290,7 +301,8 @@ def _claim_folder(out: Path, defenses: Mapping[str, De3], settings: EvaluationSe
     earlier = read_json(file) if file.exists() else content
     earlier.pop("images", None)  # of the first batch, by earlier versions
     if isinstance(chosen := earlier.get("settings"), dict):
-        earlier["settings"] = with_todays_names(chosen, content["settings"])
+        # The first versions had no other precision.
+        earlier["settings"] = with_todays_names({"precision": "fp32", **chosen}, content["settings"])
     if earlier != content:
         raise ValueError(
             f"{out} holds an evaluation of other settings, weights or images; see {file.name} there, or choose another "
@@ -385,7 +397,7 @@ def _evaluate_cell(
     stop: StopRequest,
 ) -> tuple[dict[int, str], set[int]]:
     """One cell. Returns the digest of every image by its id, and the ids of those that were evaluated anew."""
-    device = next((tensor.device for tensor in defense.classifier.parameters()), torch.device("cpu"))
+    device = _device_of(defense)
     file = _examples_file(out, name, attack)
     seen: dict[int, str] = {}
     stale: set[int] = set()

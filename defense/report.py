@@ -415,7 +415,8 @@ def _page(evaluation: Evaluation, title: str, picture: bytes) -> str:
 <h1>{html.escape(title)}</h1>
 <p>{_counted({len(_defenses(evaluation))}, "defense")} on {_images(evaluation)}, {against}. Accuracies are means over
 {_draws(evaluation)} of noise for each image, which neither the attack nor the choice among attacks has seen; in
-brackets the 95&nbsp;% interval over images. Seed {evaluation.settings.seed}; {html.escape(versions)}.
+brackets the 95&nbsp;% interval over images. Seed {evaluation.settings.seed}; precision
+{evaluation.settings.precision}; {html.escape(versions)}.
 <a href="#reading">How to read the numbers</a>.</p>
 {_warnings(evaluation)}
 <h2>Accuracy</h2>

@@ -24,6 +24,7 @@ from denim.kernels import Domain, derive_seeds
 from denim.nim.checkpoint import Pretrained
 from denim.nim.data import Batch, Loader, PlannedLoader, Source, TrainView, open_loader
 from denim.nim.owner import owned
+from denim.nim.precision import autocast, resolve_precision, tf32_products
 from denim.nim.run import Metrics, latest_checkpoint, load_checkpoint, prepare_folder, save_checkpoint
 from denim.nim.settings import TrainConfig
 from denim.nim.stopping import StopRequest, stop_requests
@@ -32,12 +33,6 @@ from denim.nim.text import printable
 __all__ = ["TrainState", "keyed_torch", "train", "training_loader", "training_step"]
 
 READS_ARE_FREE = ("cpu",)  # devices that nobody waits for
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    enabled = precision == "bf16" or (precision == "auto" and has_bf16)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @contextmanager
@@ -148,7 +143,7 @@ def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
         key = int(derive_seeds(config.seed, Domain.AUGMENT, torch.tensor(state.update * config.accumulate + part)))
         _seed_torch(key, device)
         # Parts are drawn after the generators are seeded: a loader may draw from them as well.
-        with _autocast(device, config.precision):
+        with autocast(config.precision, device):
             value = state.loss(next(parts), epoch)
         (value / config.accumulate).backward()
         state.losses += value.detach() / config.accumulate
@@ -275,6 +270,9 @@ def _train(
 ) -> None:
     prepare_folder(config, source)
     state = _begin(config, model, groups, loader, loss, updates_per_epoch)
+    device = state.losses.device
+    precision = resolve_precision(config.precision, device)
+    console.print(f"{title}: {precision} on {device}", markup=False)
     metrics = Metrics(config.out, state.update)
     bad: dict[str, str] = loader.state()["bad"]
     checkpoint_every = config.checkpoint_every or updates_per_epoch
@@ -287,7 +285,12 @@ def _train(
     since, started = state.update, time.perf_counter()
     try:
         # Each part of an update seeds torch's generators. Their states are saved and restored once, around all updates.
-        with progress, keyed_torch(config.seed, state.losses.device), _naming_last_finite(config.out):
+        with (
+            progress,
+            keyed_torch(config.seed, device),
+            tf32_products(precision == "tf32"),
+            _naming_last_finite(config.out),
+        ):
             while state.update < state.total:
                 epoch, first = divmod(state.update, updates_per_epoch)
                 parts = loader.epoch(epoch, first * config.accumulate)

@@ -17,6 +17,7 @@ from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
 from denim.nim.data import Batch, EvalView, Source, keyed_globals, open_loader, to_device
 from denim.nim.engine import keyed_torch, train, training_loader
+from denim.nim.precision import resolve_precision
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
 from denim.nim.run import training_source
 from denim.nim.settings import FinetuneConfig, pick_device
@@ -40,6 +41,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     """
     console = console or open_console(stderr=True)
     device = pick_device(config.device)
+    resolve_precision(config.precision, device)  # raises where the device lacks it
     autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False)
     check_degradation(autoencoder, config.degrade, config.statistics)
     body = autoencoder.config

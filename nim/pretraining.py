@@ -12,6 +12,7 @@ from denim.nim.autoencoder import Autoencoder, preset
 from denim.nim.data import Batch, to_device
 from denim.nim.engine import keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
+from denim.nim.precision import resolve_precision
 from denim.nim.run import training_source
 from denim.nim.settings import PretrainConfig, pick_device
 from denim.nim.text import open_console
@@ -31,6 +32,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
     """
     console = console or open_console(stderr=True)
     device = pick_device(config.device)
+    resolve_precision(config.precision, device)  # raises where the device lacks it
     objective = Objective.published(config.objective, config.sigma, config.mask_ratio)
     source = training_source(config, config.channels, labelled=False)
     architecture = preset(

@@ -42,7 +42,8 @@ class TrainConfig:
         max_bad: Largest share of images that may be unreadable; others take their places, and above it the run stops.
         seed: Seed of the run.
         device: Device to train on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
-        precision: Precision of the forward pass: bf16, fp32, or auto for bf16 where the device has it.
+        precision: Precision of the networks: fp32, tf32 (float32 whose products have TF32 inputs), bf16 (the forward
+            pass under autocast; weights, loss and optimizer stay float32), or auto: bf16 where a GPU has it, else fp32.
         resume: Continue the run in `out`.
         checkpoint_every: Updates between checkpoints; None saves one after every epoch.
         log_every: Updates between lines of metrics.
@@ -74,6 +75,8 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        from denim.nim.precision import check_precision
+
         for name in ("epochs", "batch_size", "accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -85,8 +88,7 @@ class TrainConfig:
             raise ValueError(f"warmup_epochs must lie between 0 and epochs ({self.epochs}), got {self.warmup_epochs}")
         if not (math.isfinite(self.base_lr) and self.base_lr > 0):
             raise ValueError(f"base_lr must be positive, got {self.base_lr}")
-        if self.precision not in ("auto", "bf16", "fp32"):
-            raise ValueError(f"precision must be auto, bf16 or fp32, got {self.precision!r}")
+        check_precision(self.precision)
 
     @property
     def lr(self) -> float:

@@ -65,6 +65,7 @@ def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_pat
     denim(*words)
     shown = capsys.readouterr().out
     assert "sigma 70 frozen" in " ".join(shown.split())
+    assert "precision: fp32 on cpu" in shown
     assert str(tmp_path / "ev" / "report.html") in shown
     results = json.loads((tmp_path / "ev" / "results.json").read_text())
     assert {cell["defense"] for cell in results["cells"]} == {"defense off", "sigma 0", "sigma 70", "sigma 70 frozen"}
@@ -101,11 +102,16 @@ def test_evaluate_by_masking(runs, tmp_path):
     assert {cell["defense"] for cell in results["cells"]} == {"defense off", "mask 0.5"}
 
 
-def test_denoise_writes_a_picture(runs, tmp_path, photo):
+def test_denoise_writes_a_picture(runs, tmp_path, photo, capsys):
     target = tmp_path / "out.png"
     denim("denoise", photo, "--sigma", "70", "140", "--denoiser", runs / "nim" / "model", "--out", target)
     with Image.open(target) as picture:
         assert picture.width > picture.height > 300
+    whole = target.read_bytes()
+    denim("denoise", photo, "--denoiser", runs / "nim" / "model", "--out", target, "--precision", "bf16")
+    assert target.read_bytes() != whole
+    denim("denoise", photo, "--denoiser", runs / "nim" / "model", "--precision", "fp16", status=2)
+    assert "auto, bf16, tf32 or fp32" in capsys.readouterr().err
 
 
 @pytest.mark.slow

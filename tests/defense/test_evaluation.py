@@ -17,12 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
-from denim.kernels import Domain, draw_seeds, normal_noise
-from denim.nim import Autoencoder, AutoencoderConfig
-from denim.nim.data import Batch
+from denim.kernels import Domain, derive_seeds, draw_seeds, normal_noise
+from denim.nim import Autoencoder, AutoencoderConfig, PretrainConfig, pretrain, reconstruct
+from denim.nim.data import Batch, EvalView, Subset, TorchLoader
 from denim.nim.files import DamagedFileError
 from denim.nim.owner import OwnedError, owned
 from denim.nim.stopping import Stopped
@@ -460,10 +461,73 @@ def test_an_evaluation_of_the_first_version_goes_on(tmp_path):
     file = tmp_path / "evaluation.json"
     text = file.read_text()
     assert text.count('"score_draws"') == 1
-    file.write_text(text.replace('"score_draws"', '"draws"'))
+    settings = json.loads(text)
+    del settings["settings"]["precision"]
+    file.write_text(json.dumps(settings).replace('"score_draws"', '"draws"'))
     assert run(tmp_path, options=options).cells == finished.cells
     with pytest.raises(ValueError, match="other settings"):
         run(tmp_path, options=replace(options, score_draws=2))
+    with pytest.raises(ValueError, match="other settings"):
+        run(tmp_path, options=replace(options, precision="bf16"))
+
+
+def test_the_precision_is_that_of_every_network_and_is_recorded(tmp_path):
+    """Attacks, confirmation, scores and gallery; gradients are taken outside of autocast."""
+    dtypes, passes = set(), []
+
+    class Watched(Linear):
+        def forward(self, given):
+            dtypes.add(torch.mm(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+            given.requires_grad and given.register_hook(lambda _: passes.append(torch.is_autocast_enabled("cpu")))
+            return super().forward(given)
+
+    def results(precision):
+        options = replace(SETTINGS, precision=precision)
+        evaluation = run(tmp_path / precision, {"noise": De3(None, Watched(), 70, seed=0)}, options=options)
+        assert not torch.is_autocast_enabled("cpu")
+        assert (
+            evaluation.settings.precision
+            == json.loads((tmp_path / precision / "results.json").read_text())["settings"]["precision"]
+        )
+        return evaluation.settings.precision
+
+    assert results("bf16") == "bf16"
+    assert dtypes == {torch.bfloat16}
+    assert passes
+    assert not any(passes)
+    dtypes.clear()
+    assert results("auto") == results("fp32") == "fp32"
+    assert dtypes == {torch.float32}
+    with pytest.raises(ValueError, match="tf32 needs an NVIDIA GPU"):
+        run(tmp_path / "tf32", options=replace(SETTINGS, precision="tf32"))
+    assert not (tmp_path / "tf32").exists()
+
+
+def test_bf16_has_the_robust_accuracy_of_fp32(tmp_path, digits):
+    """On a small denoiser of digits and a classifier of what it rebuilds: within the intervals over images."""
+    train, test = digits
+    recipe = {"epochs": 3, "warmup_epochs": 1, "batch_size": 64, "base_lr": 6e-3, "crop_scale": None, "flip": False}
+    config = PretrainConfig(out=tmp_path / "nim", preset="micro", target="raw", device="cpu", **recipe)
+    denoiser = pretrain(config, Console(quiet=True)).requires_grad_(False)
+    (batch,) = TorchLoader(train, EvalView(16), len(train), shuffle=False).epoch(0)
+    levels, seeds = torch.full((len(train),), 70.0), derive_seeds(0, Domain.TRAINING, batch.ids)
+    parts = zip(*(values.split(200) for values in (batch.images, levels, seeds)), strict=True)
+    rebuilt = torch.cat([reconstruct(denoiser, *part) for part in parts])
+    fitted = LogisticRegression(max_iter=300).fit(rebuilt.flatten(1).numpy(), batch.labels.numpy())
+    linear = nn.Linear(256, 10).requires_grad_(False)
+    linear.weight.copy_(torch.from_numpy(fitted.coef_))
+    linear.bias.copy_(torch.from_numpy(fitted.intercept_))
+    defended = {"sigma 70": De3(denoiser, nn.Sequential(nn.Flatten(), linear), 70, seed=0)}
+    cells = []
+    for precision in ("fp32", "bf16"):
+        options = EvaluationSettings(("fgsm:24/255,eot=4",), score_draws=5, examples=0, precision=precision)
+        source = TorchLoader(Subset(test, 120, 0), EvalView(16), 120, shuffle=False)
+        cells.append(run(tmp_path / precision, defended, source, options).cells)
+    for exact, rounded in zip(*cells, strict=True):
+        assert exact.scores.mean.low <= rounded.scores.mean.value <= exact.scores.mean.high, (exact, rounded)
+    clean, attacked = (cell.scores.mean.value for cell in cells[0])
+    assert 0.1 < attacked < clean - 0.1  # the attack succeeds in part
+    assert clean > 0.5
 
 
 def test_another_mask_ratio_is_another_evaluation(tmp_path):

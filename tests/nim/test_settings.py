@@ -19,7 +19,7 @@ SETTINGS = {
         ({"batch_size": 3, "accumulate": 2}, "multiple of accumulate"),
         ({"warmup_epochs": 5}, "warmup_epochs"),
         ({"base_lr": math.nan}, "base_lr"),
-        ({"precision": "fp8"}, "auto, bf16 or fp32"),
+        ({"precision": "fp8"}, "auto, bf16, tf32 or fp32"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
     ],
 )
