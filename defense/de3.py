@@ -221,10 +221,10 @@ class De3(nn.Module):
         return draw_seeds(run_seed, domain, ids, count, step)
 
     def _next_seeds(self, batch: int) -> Tensor:
-        ids = torch.arange(batch, dtype=torch.int64, device=self._key.device)
+        first = self._replica << 48
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ids = ids + (torch.distributed.get_rank() << 32)
-        ids = ids + (self._replica << 48)
+            first += torch.distributed.get_rank() << 32
+        ids = torch.arange(first, first + batch, dtype=torch.int64, device=self._key.device)
         seeds = self.seeds(self._key, Domain.DEFENSE, ids, 1, self._calls)
         with torch.no_grad():
             self._calls += 1

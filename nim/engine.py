@@ -145,8 +145,10 @@ def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
         # Parts are drawn after the generators are seeded: a loader may draw from them as well.
         with autocast(config.precision, device):
             value = state.loss(next(parts), epoch)
-        (value / config.accumulate).backward()
-        state.losses += value.detach() / config.accumulate
+        if config.accumulate > 1:
+            value = value / config.accumulate
+        value.backward()
+        state.losses += value.detach()
     parameters = (parameter for group in state.optimizer.param_groups for parameter in group["params"])
     norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     state.norms += norm

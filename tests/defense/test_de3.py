@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from denim.benchmarks.launches import ImaginedGPU
 from denim.defense import Attack, De3
 from denim.kernels import Domain, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, Mask
+from denim.nim.attention import Attention
 
 CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3))
 BATCH, CLASSES = 3, 5
@@ -626,6 +628,41 @@ def test_patches_under_autocast_are_in_its_dtype(handed):
     error = {name: (outcomes[name, "bfloat16"] - exact).abs().max() for name in ("patches", "pixels")}
     # Up to the embedding the roundings are equal; after it, sums in another order round differently.
     assert 0 < error["patches"] < 2 * error["pixels"] + 0.02 * exact.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:the classifier was trained on")
+@pytest.mark.parametrize(
+    ("degrade", "target", "draws", "launches"),
+    [
+        # Ids, seeds, the count of calls, the level; noise, pixels of the prediction; the mean over draws.
+        ("noise", "raw", 1, 8),
+        ("noise", "norm", 20, 8),
+        ("both", "raw", 1, 10),
+        ("mask", "raw", 1, 34),  # no noise; clean patches for both networks (11 each, for two channels), the choice
+    ],
+)
+def test_launches_of_a_call_outside_of_the_networks(monkeypatch, degrade, target, draws, launches):
+    """Without the check of the pixels, which waits for the device."""
+    calls = []
+
+    def recorded(forward):
+        return lambda *arguments: calls.append((forward, arguments)) or forward(*arguments)
+
+    for kind, name in ((Autoencoder, "forward"), (Classifier, "forward_patches")):
+        monkeypatch.setattr(kind, name, recorded(getattr(kind, name)))
+    monkeypatch.setattr("denim.defense.de3.check_pixels", lambda pixels: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(Attention, "backend", "math")
+    with ImaginedGPU() as gpu, torch.no_grad():
+        defense = De3(build(target).float(), vit().float(), level(degrade), degrade=degrade, draws=draws).to("cuda")
+        images = pixels().float().to("cuda")
+        with gpu.watch() as whole:
+            defense(images)
+        with gpu.watch() as networks:
+            for forward, arguments in list(calls):
+                forward(*arguments)
+    assert len(calls) == 2
+    assert (whole - networks).total() == launches, whole - networks
 
 
 @pytest.mark.filterwarnings("ignore:the classifier was trained on")

@@ -8,15 +8,17 @@ import torch
 from rich.console import Console
 
 from denim.benchmarks.launches import ImaginedGPU
+from denim.nim import Autoencoder, Classifier
 from denim.nim.attention import Attention
 
 
 @pytest.fixture
 def step_on_gpu(monkeypatch):
-    """step_on_gpu(trainer, config): the launches of an update of `pretrain` or `finetune`, by operator.
+    """step_on_gpu(trainer, config): launches of an update of `pretrain` or `finetune`, outside of models and optimizer.
 
     The update, with its batch of the loader, runs on an imagined GPU, where it must not wait. A whole update runs
-    before it, in which the optimizer makes its state.
+    before it, in which the optimizer makes its state. The models' own launches are those of calling them again, with
+    the same arguments, and of their backward passes.
     """
 
     def run(trainer, config):
@@ -26,6 +28,9 @@ def step_on_gpu(monkeypatch):
         monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
         monkeypatch.setattr(module, "train", lambda *arguments, **options: begun.append(arguments))
         monkeypatch.setattr(Attention, "backend", "math")  # the others ask the driver for the GPU's generation
+        calls = []
+        for kind in (Autoencoder, Classifier):
+            monkeypatch.setattr(kind, "forward", recorded(kind.forward, calls))
         with ImaginedGPU() as gpu:
             trainer(config, Console(quiet=True))
             ((config, model, groups, loader, loss),) = begun
@@ -33,9 +38,29 @@ def step_on_gpu(monkeypatch):
             # Without a driver torch's DataLoader pins nothing; that it is asked to is tested with the loaders.
             parts = (replace(batch, images=gpu.pin(batch.images)) for batch in loader.epoch(0))
             for _ in range(2):
+                calls.clear()
                 with gpu.watch() as launches, torch.random.fork_rng(devices=[]):
                     engine.training_step(state, parts)
             assert state.update == 2
-        return launches
+            state.optimizer.zero_grad()
+            results = []
+            with gpu.watch() as inside:
+                for forward, arguments, graded in calls:
+                    with torch.set_grad_enabled(graded):
+                        results.append(forward(*arguments))
+            gradients = [torch.empty_like(result) for result in results if result.requires_grad]
+            with gpu.watch() as backward:
+                torch.autograd.backward([result for result in results if result.requires_grad], gradients)
+                state.optimizer.step()
+        return launches - inside - backward
 
     return run
+
+
+def recorded(forward, calls):
+    def call(*arguments):
+        given = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
+        calls.append((forward, given, torch.is_grad_enabled()))
+        return forward(*arguments)
+
+    return call

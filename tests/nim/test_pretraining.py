@@ -154,11 +154,26 @@ def test_bad_input_is_refused_before_any_work(tmp_path, changes, message):
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "sigma"),
-    [("nim", "70"), ("nim", "uniform:0,150"), ("nim", "gamma:25,3"), ("mae", None), ("dmae", "gamma:25,3")],
+    ("objective", "sigma", "launches"),
+    [
+        ("nim", "70", 8),  # copies of images, levels and seeds; patches; loss, its gradient from a one; sum of losses
+        ("nim", "uniform:0,150", 8),
+        ("nim", "gamma:25,3", 8),
+        ("mae", None, 19),  # no levels; clean patches (9), words of the mask, their order, what is hidden (2)
+        ("dmae", "gamma:25,3", 10),  # words of the mask, their order
+    ],
 )
-def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, step_on_gpu, objective, sigma):
-    settings = {**FAST, "objective": objective, "sigma": sigma, "batch_size": 8, "accumulate": 2, "loader": "torch"}
-    launches = step_on_gpu(pretrain, PretrainConfig(out=tmp_path / "run", **settings))
-    assert launches["denim.patch_loss_backward.default"] == 2
-    assert launches["denim.noise_patchify.default"] == (0 if objective == "mae" else 2)
+def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, step_on_gpu, objective, sigma, launches):
+    settings = {**FAST, "objective": objective, "sigma": sigma, "batch_size": 8, "loader": "torch"}
+    counted = step_on_gpu(pretrain, PretrainConfig(out=tmp_path / "run", **settings))
+    assert counted.total() == launches, counted
+    assert counted["denim.patch_loss_backward.default"] == 1
+    assert counted["denim.noise_patchify.default"] == (objective != "mae")
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.slow
+def test_every_part_of_an_accumulated_step_waits_for_nothing(tmp_path, step_on_gpu):
+    settings = {**FAST, "batch_size": 8, "accumulate": 2, "loader": "torch"}
+    counted = step_on_gpu(pretrain, PretrainConfig(out=tmp_path / "run", **settings))
+    assert counted["denim.patch_loss_backward.default"] == 2
