@@ -370,8 +370,6 @@ class _Defense:
             self.classifier = Classifier(ClassifierConfig.for_encoder(self.denoiser.config, 1000)).to(device).eval()
             # With the published initialisation all logits are nearly equal, and a wrong draw would not show.
             nn.init.normal_(self.classifier.head.weight, std=0.05)
-        for parameter in (*self.denoiser.parameters(), *self.classifier.parameters()):
-            parameter.requires_grad_(False)
         self.pixels = (_images(device, self.denoiser, images) / 255).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.arange(images, device=device) % 1000
         config = self.denoiser.config
@@ -476,6 +474,8 @@ def attack(device: str, sizes: str) -> Iterator[Row]:
     """A step of PGD on De^3 with the gradient averaged over many draws (EOT): in one batch, and as a loop over them."""
     size = SIZES[sizes]
     defense = _Defense(device, size, size.attacked)
+    for parameter in (*defense.denoiser.parameters(), *defense.classifier.parameters()):
+        parameter.requires_grad_(False)  # a compiled backward pass would compute their gradients too
     pixels, labels, draws = defense.pixels, defense.labels, size.eot
     sigma = torch.full((size.attacked,), 70.0, device=device)
     seeds = draw_seeds(0, Domain.ATTACK, torch.arange(size.attacked, device=device), draws)

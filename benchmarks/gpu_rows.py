@@ -93,6 +93,7 @@ SIZES = {
         timed=tuple((name, False) for name in TIMED),
         steps=5,
         images=8,
+        updates=20,
     ),
     "tiny": Sizes(
         patch_sizes=(2, 4, 14),

@@ -7,6 +7,7 @@ A real pretraining on JPEG files, killed and resumed; the bits of two equal runs
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -82,11 +83,16 @@ def pretraining_run(device: str, sizes: str) -> Iterator[Row]:
     if missing := _missing():
         yield Row("pretraining was not run", 0, limit=0, note=f"not installed: {', '.join(missing)}")
         return
-    with tempfile.TemporaryDirectory(prefix="denim-gpu-check-") as folder:
-        yield from _pretraining_run(device, sizes, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="denim-gpu-check-") as folder, contextlib.ExitStack() as stack:
+        yield from _pretraining_run(device, sizes, Path(folder), stack)
 
 
-def _pretraining_run(device: str, sizes: str, folder: Path) -> Iterator[Row]:
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _pretraining_run(device: str, sizes: str, folder: Path, stack: contextlib.ExitStack) -> Iterator[Row]:
     from denim.nim.autoencoder import PRESETS
 
     size = SIZES[sizes]
@@ -111,14 +117,15 @@ def _pretraining_run(device: str, sizes: str, folder: Path) -> Iterator[Row]:
         file.write_text(json.dumps(settings | {"out": str(folder / name)} | changes))
         command = [sys.executable, "-m", "denim.benchmarks.gpu_runs", "pretrain", str(file)]
         with (folder / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment())
+        stack.callback(_end, process)
+        return process
 
     def end(name: str, process: subprocess.Popen[bytes]) -> Row:
         status = process.wait()
         tail = (folder / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1:] if status else []
         return Row(f"{name}: exit status", abs(status), limit=0, note=" ".join(tail))
 
-    # Killed once it has a checkpoint. It trains beside the first whole run.
     doomed = start("resumed", loader="torch")
     loaders = ["torch"]
     try:
@@ -127,13 +134,11 @@ def _pretraining_run(device: str, sizes: str, folder: Path) -> Iterator[Row]:
         yield Row("dali: was not run", 0, limit=0, note=str(error))
     else:
         loaders += ["dali"] * (device == "cuda")
-    try:
-        while doomed.poll() is None and not any((folder / "resumed" / "checkpoints").glob("*")):
-            time.sleep(0.05)
-    finally:
-        doomed.kill()
-        doomed.wait()
+    while doomed.poll() is None and not any((folder / "resumed" / "checkpoints").glob("*")):
+        time.sleep(0.05)
+    _end(doomed)
     reached = max((record["update"] for record in _metrics(folder / "resumed")), default=0)
+    resumed_run = start("resumed", loader="torch", resume=True)
     for loader in loaders:
         row = end(loader, start(loader, loader=loader))
         yield row
@@ -143,10 +148,10 @@ def _pretraining_run(device: str, sizes: str, folder: Path) -> Iterator[Row]:
         yield Row(f"{loader}: updates missing", size.updates - records[-1]["update"], limit=0)
         yield Row(f"{loader}: last loss over first", records[-1]["loss"] / records[0]["loss"], limit=1.0)
         rate = sorted(record["images_per_second"] for record in records)[len(records) // 2]
-        note = f"{size.large}, batch {size.run_batch}, median of {len(records)} intervals; other parts run beside it"
+        note = f"{size.large}, batch {size.run_batch}, median of {len(records)} intervals; others run beside it"
         yield Row(f"{loader}: through the loader", rate, "images/s", note=note)
 
-    row = end("resumed", start("resumed", loader="torch", resume=True))
+    row = end("resumed", resumed_run)
     yield row
     if not row.passed:
         return
