@@ -9,10 +9,10 @@ LOWEST := .venv-lowest
 # What the tests import beside Denim's own dependencies; their newest releases serve.
 TEST_TOOLS := pytest pytest-benchmark hypothesis foolbox pytest-cov pytest-xdist import-linter
 
-.PHONY: help demo quick test test-lowest coverage lint format types layers docs bench gpu-check kernels mutants noise-statistics package-check clean
+.PHONY: help demo quick test test-lowest coverage lint format types layers docs bench gpu-check kernels mutants noise-statistics package-check faults clean
 
 help:
-	@echo "make demo | quick | test | test-lowest | coverage | lint | format | docs | bench | gpu-check | kernels | mutants | noise-statistics | package-check | clean"
+	@echo "make demo | quick | test | test-lowest | coverage | lint | format | docs | bench | gpu-check | kernels | mutants | noise-statistics | package-check | faults | clean"
 
 # Installed once; again only when pyproject.toml changes.
 $(STAMP): pyproject.toml
@@ -70,6 +70,11 @@ mutants: $(STAMP)
 # Minutes, and gigabytes of downloads: what a user's pip installs.
 package-check: $(STAMP)
 	.ci/package-check $(BIN)/python
+
+# Kills, damaged images and tampered checkpoints, hundreds of each; SCALE=0.05 takes a few minutes.
+SCALE ?= 1
+faults: $(STAMP)
+	$(BIN)/python tests/faults.py --scale $(SCALE)
 
 lint: $(STAMP) types layers
 	$(BIN)/ruff check .

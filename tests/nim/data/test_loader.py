@@ -302,10 +302,11 @@ def test_a_bad_sample_is_replaced_and_remembered(in_memory, workers):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             got = rows(loader, epoch)
-        named = " ".join(str(warning.message) for warning in caught)
+        # On a machine with one processor torch warns of two workers.
+        named = " ".join(str(warning.message) for warning in caught if "can no longer be read" in str(warning.message))
         # Each is named once; 3 of 23 samples are dropped in an epoch, so it may be in a later one.
         assert epoch > 0 or "can no longer be read; others stand in for them: in memory:" in named
-        assert epoch < 2 or not caught
+        assert epoch < 2 or not named
         whole = {row[0]: row for step in rows(TorchLoader(in_memory(23), VIEW, 1, seed=2), epoch) for row in step}
         for step, plain in zip(got, rows(good, epoch), strict=True):
             for row, usual in zip(step, plain, strict=True):
