@@ -76,12 +76,12 @@ def stages() -> list[list[Part]]:
     """Parts of one stage run side by side, stages one after another: what is timed has the machine to itself."""
     from denim.benchmarks.cases import OPERATIONS
 
-    checks = [Part(f"denim.benchmarks.gpu_operators:{name}", 140) for name in ("generator", "instructions")]
-    checks += [Part("denim.benchmarks.gpu_operators:operation", 140, (name,)) for name in OPERATIONS]
-    checks.append(Part("denim.benchmarks.gpu_operators:attention", 140))
-    checks.append(Part("denim.benchmarks.gpu_models:compiled_and_captured", 140))
-    checks += [Part(f"denim.benchmarks.gpu_runs:{name}", 140) for name in ("pretraining_run", "two_equal_runs")]
-    timed = [("pretraining", 130), ("sweep", 60), ("attack", 50), ("kernel_times", 75), ("attention_times", 15)]
+    checks = [Part(f"denim.benchmarks.gpu_operators:{name}", 160) for name in ("generator", "instructions")]
+    checks += [Part("denim.benchmarks.gpu_operators:operation", 160, (name,)) for name in OPERATIONS]
+    checks.append(Part("denim.benchmarks.gpu_operators:attention", 160))
+    checks.append(Part("denim.benchmarks.gpu_models:compiled_and_captured", 160))
+    checks += [Part(f"denim.benchmarks.gpu_runs:{name}", 160) for name in ("pretraining_run", "two_equal_runs")]
+    timed = [("pretraining", 125), ("sweep", 55), ("attack", 45), ("kernel_times", 75), ("attention_times", 15)]
     parts = [[Part(f"denim.benchmarks.gpu_models:{name}", seconds, autotune=True)] for name, seconds in timed]
     return [checks, *parts, [Part("denim.benchmarks.gpu_runs:sanitizer", 90)]]
 
@@ -360,6 +360,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    # Parts have sessions of their own: as an exception, a request to stop ends them with this process.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     use_repository()
     passed, _ = check(stages(), "cuda", "quick" if chosen.quick else "full", chosen.out)
     print(f"{'all passed' if passed else 'FAILED'}: {chosen.out / 'report.md'}")

@@ -338,7 +338,8 @@ def _chain_steps(
     set_attention(model, attention)
     function = chain if backend is None else torch.compile(chain, fullgraph=True, backend=backend)
     step = _steps_of(model, functools.partial(function, *inputs[:2]), adamw(model, fused=fused), device)
-    rows = list(_speed(device, f"pretraining, {name}", step, len(inputs[0]), "images/s", size.steps))
+    steps = max(2, size.steps // 2)
+    rows = list(_speed(device, f"pretraining, {name}", step, len(inputs[0]), "images/s", steps))
     yield from rows
     if rows[0].unit:
         yield _utilisation(device, f"pretraining, {name}", flops * rows[0].value)

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -445,6 +446,12 @@ def second_stage(device, sizes):
 """
 
 
+def ended(pid: int) -> bool:
+    """Whether a process has ended. Where nobody has waited for it, a zombie is left."""
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 @pytest.fixture(scope="module")
 def faked(tmp_path_factory) -> tuple[bool, dict[str, Part], Path, str]:
     folder = tmp_path_factory.mktemp("faked")
@@ -481,9 +488,8 @@ def test_parts_fail_alone(faked):
     # What was found before is kept.
     assert all(parts[name].rows for name in parts)
     assert 7 < parts["hangs"].took < 40
-    # And what it had started has ended with it: at most a zombie is left, where nobody has waited for it.
-    child = Path(f"/proc/{parts['hangs'].rows[1].value}/stat")
-    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+    # And what it had started has ended with it.
+    assert ended(int(parts["hangs"].rows[1].value))
 
 
 def test_no_number_after_a_failed_check(faked):
@@ -524,6 +530,41 @@ def test_report(faked):
     assert "3 of 8 parts passed, 7 have ended." in text
 
 
+TERMINATED = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks import gpu_check
+
+if __name__ == "__main__":
+    torch.cuda.is_available = lambda: True
+    gpu_check.facts = lambda device: {}
+    gpu_check.use_repository = lambda: None
+    gpu_check.EVERY = 0.0
+    gpu_check.stages = lambda: [[gpu_check.Part("fake_parts:hangs", 60)]]
+    sys.exit(gpu_check.main(["--out", sys.argv[1]]))
+"""
+
+
+def test_a_request_to_stop_ends_the_parts(tmp_path):
+    (tmp_path / "fake_parts.py").write_text(FAKE)
+    (tmp_path / "run.py").write_text(TERMINATED)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path], env=environment(PYTHONPATH=path))
+    report = tmp_path / "report.json"
+    try:
+        for _ in range(600):
+            time.sleep(0.1)
+            rows = json.loads(report.read_text())["parts"][0]["rows"] if report.exists() else []
+            if len(rows) == 2:
+                break
+        process.terminate()
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+    assert ended(int(rows[1]["value"]))
+
+
 def test_nothing_starts_after_the_deadline(tmp_path):
     passed, parts = gpu_check.check([[Part("fake_parts:good", 60)]], "cpu", "tiny", tmp_path, seconds=0)
     assert not passed
@@ -535,6 +576,16 @@ def test_the_plan_fits_into_nine_minutes():
     *before, _ = (max(part.seconds for part in stage) for stage in gpu_check.stages())
     assert sum(before) <= gpu_check.DEADLINE - 45
     assert gpu_check.DEADLINE + 10 < 540
+
+
+def test_the_page_has_every_part_and_its_limit():
+    lines = (ROOT / "docs" / "gpu-check.md").read_text().splitlines()
+    shown = {cells[1].strip(): cells[-2].strip() for line in lines if len(cells := line.split("|")) == 5}
+    expected = {part.name: f"{part.seconds:.0f}" for part in PARTS.values() if not part.arguments}
+    operations = {f"{part.seconds:.0f}" for part in PARTS.values() if part.arguments}
+    expected["one part for each operation"] = operations.pop()
+    assert {name: shown.get(name) for name in expected} == expected
+    assert not operations
 
 
 def test_the_timed_cases_exist():
