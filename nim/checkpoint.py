@@ -115,7 +115,8 @@ class Pretrained(nn.Module):
         Args:
             config: of the model.
             shapes: of the weights, by name.
-            source, complaint: see `load_weights`.
+            source: see `load_weights`.
+            complaint: likewise.
 
         Returns:
             The model, on the CPU, with initial weights.

@@ -195,7 +195,7 @@ def run_on_cpu(
         bound = inspect.signature(self.fn).bind(*args, **given)
         bound.apply_defaults()
         sizes = grid(bound.arguments) if callable(grid) else grid
-        options = {"approximation": approximation, "programs": programs, "count": count}
+        options: dict[str, Any] = {"approximation": approximation, "programs": programs, "count": count}
         launches.append(execute(compiled, bound.arguments, sizes, **options))
         return compiled
 
