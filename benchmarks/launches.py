@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -55,6 +56,9 @@ class ImaginedGPU:
         self._modes.enter_context(_Operators(self))
         for name in ("_exchange_device", "_maybe_exchange_device"):  # `torch.cuda.device` asks the driver
             self._modes.enter_context(patch.object(torch.cuda, name, lambda index: -1))
+        # Lists of tensors go to operators for lists, as they do on CUDA.
+        kinds = patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"])
+        self._modes.enter_context(kinds)
         return self
 
     def __exit__(self, *error: object) -> None:

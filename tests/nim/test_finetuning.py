@@ -209,7 +209,7 @@ def test_a_missing_denoiser_is_named(tmp_path):
     ],
 )
 @pytest.mark.parametrize(
-    ("recipe", "launches"), [({}, 22), ({"mixup": 0.0}, 22), (PLAIN, 27)], ids=["mixup", "cutmix", "plain"]
+    ("recipe", "launches"), [({}, 29), ({"mixup": 0.0}, 29), (PLAIN, 34)], ids=["mixup", "cutmix", "plain"]
 )
 def test_a_step_on_a_gpu_waits_for_nothing(
     denoiser, tmp_path, step_on_gpu, recipe, launches, trained_on, degrade, sigma, extra

@@ -156,11 +156,13 @@ def test_bad_input_is_refused_before_any_work(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("objective", "sigma", "launches"),
     [
-        ("nim", "70", 8),  # copies of images, levels and seeds; patches; loss, its gradient from a one; sum of losses
-        ("nim", "uniform:0,150", 8),
-        ("nim", "gamma:25,3", 8),
-        ("mae", None, 19),  # no levels; clean patches (9), words of the mask, their order, what is hidden (2)
-        ("dmae", "gamma:25,3", 10),  # words of the mask, their order
+        # Copies of images, levels and seeds; patches; loss, its gradient from a one; sum of losses; the norm of the
+        # gradients (3), whether it is finite (3), sum of norms.
+        ("nim", "70", 15),
+        ("nim", "uniform:0,150", 15),
+        ("nim", "gamma:25,3", 15),
+        ("mae", None, 26),  # no levels; clean patches (9), words of the mask, their order, what is hidden (2)
+        ("dmae", "gamma:25,3", 17),  # words of the mask, their order
     ],
 )
 def test_a_step_on_a_gpu_waits_for_nothing(tmp_path, step_on_gpu, objective, sigma, launches):
