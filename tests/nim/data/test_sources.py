@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from denim.nim.data import Digits, EncodedSource, ImageFolder, Subset, manifest, open_source
+from denim.nim.data import Digits, EncodedSource, ImageFolder, Subset, indexing, open_source
 from denim.nim.data.listing import sample_id
 
 
@@ -312,7 +312,7 @@ def test_a_class_without_images_is_noticed_at_a_second_opening(tmp_path, make_fo
 
 def test_a_second_opening_decodes_nothing(tmp_path, monkeypatch, make_folder):
     first = ImageFolder(make_folder(tmp_path), "train")
-    monkeypatch.setattr(manifest, "judge_all", None)
+    monkeypatch.setattr(indexing, "judge_all", None)
     second = ImageFolder(tmp_path, "train")
     for name in ("ids", "labels", "sizes"):
         assert torch.equal(getattr(first, name), getattr(second, name))
