@@ -24,12 +24,15 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/denim demo
 
-# What is not marked slow, in two processes of one thread.
+# Two processes of one thread each: most tests are too small for two threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What is not marked slow.
 quick: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=10 --durations-min=2
+	$(PYTEST) -m "not slow" --durations=10 --durations-min=2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The quick tests on the lowest release of every package that pyproject.toml allows, installed into $(LOWEST): minutes, and
 # gigabytes of downloads. `make test-lowest PYTHON=python3.13` takes another Python.
@@ -40,7 +43,7 @@ test-lowest: $(STAMP)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 coverage: $(STAMP)
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=html:build/coverage
+	$(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
 
 # The site is build/site. Only this target needs the packages of the group `docs`.
 docs: $(DOCS_STAMP)
