@@ -28,6 +28,7 @@ from denim import kernels
 from denim.benchmarks.case import Case, passes
 from denim.benchmarks.cases import OPERATIONS
 from denim.benchmarks.gpu_rows import SIZES, Row
+from denim.nim.files import read_json_lines
 
 __all__ = ["pretraining_run", "sanitizer", "two_equal_runs"]
 
@@ -66,9 +67,7 @@ def _made_photos(folder: Path, count: int, side: int) -> None:
 
 def _metrics(out: Path) -> list[dict[str, Any]]:
     """Lines of a run that hold a loss. The last line may be in the middle of being written, and is left out then."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [record for record in map(json.loads, lines) if "loss" in record]
+    return [record for record in read_json_lines(out / "metrics.jsonl") if "loss" in record]
 
 
 def _weights(out: Path) -> dict[str, Tensor]:

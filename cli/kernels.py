@@ -168,12 +168,12 @@ def _insert(path: Path, text: str) -> None:
     """Replace the text between the marks of a page, and nothing else."""
     from denim.nim.files import atomic_write
 
-    page = path.read_text() if path.exists() else f"# Numbers of the kernels\n\n{BEGIN}\n{END}\n"
+    page = path.read_text(encoding="utf-8") if path.exists() else f"# Numbers of the kernels\n\n{BEGIN}\n{END}\n"
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"{path} must hold {BEGIN!r} and behind it {END!r}, once each: the tables go between them")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
     with atomic_write(path) as part:
-        part.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+        part.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def _executed(counts: Counts) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from denim.kernels import Domain
 from denim.nim.checkpoint import first_words, with_todays_names
 from denim.nim.classifier import check_logits
 from denim.nim.data import Batch, Loader
-from denim.nim.files import DamagedFileError, append_text, atomic_write, read_json, read_json_lines
+from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
 from denim.nim.owner import owned
 from denim.nim.precision import check_precision, precise, resolve_precision
 from denim.nim.stopping import StopRequest, stop_requests
@@ -341,9 +341,7 @@ class _Records:
         self.file = file
         self.rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
         if file.exists():
-            for number, row in enumerate(read_json_lines(file), 1):
-                if any(type(row.get(name)) is not kind for name, kind in RECORD.items()):
-                    raise DamagedFileError(f"line {number} of {file} is no record: {str(row)[:60]}")
+            for row in read_json_lines(file, RECORD):
                 self._add(row)
             # The file is rewritten without half a line at the end: the next record would be appended to it.
             with atomic_write(file) as staged:
@@ -499,8 +497,16 @@ def _shown(file: Path) -> list[str]:
     """Digests of the images in a gallery; none where there is no gallery, or one that does not say what it shows."""
     if not file.exists():
         return []
-    with safe_open(file, framework="pt") as content:
-        digests: list[str] = json.loads((content.metadata() or {}).get("images", "[]"))
+    try:
+        with safe_open(file, framework="pt") as content:
+            names, header = set(content.keys()), content.metadata() or {}
+        digests: list[str] = json.loads(header.get("images", "[]"))
+    except (SafetensorError, ValueError) as error:
+        warnings.warn(f"the gallery {file} is damaged, and is made again: {error}", stacklevel=2)
+        return []
+    if names != {field.name for field in fields(Examples)}:
+        warnings.warn(f"the gallery {file} holds something else, and is made again", stacklevel=2)
+        return []
     return digests
 
 

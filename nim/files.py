@@ -9,9 +9,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = [
     "DamagedFileError",
@@ -19,6 +19,8 @@ __all__ = [
     "append_text",
     "atomic_folder",
     "atomic_write",
+    "json_lines",
+    "parse_json",
     "read_json",
     "read_json_lines",
     "sweep",
@@ -104,12 +106,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Append to a file, which is made where absent.
+    """Append to a file, which is made where absent. A link in its place is refused.
 
     Raises:
         WriteError: the system refuses; a part of the text may have been written (see `read_json_lines`).
     """
-    with _translated(path), path.open("a", encoding="utf-8") as handle:
+    # Where a link leads, a folder that came from elsewhere decides.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with _translated(path), os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as handle:
         handle.write(text)
 
 
@@ -126,36 +130,78 @@ def sweep(folder: Path) -> None:
                 entry.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, entries: Mapping[str, type] | None = None) -> dict[str, Any]:
     """The object in a JSON file that Denim has written.
 
+    Args:
+        path: of the file.
+        entries: types of the entries that it must have, by name; it may have others.
+
     Raises:
-        DamagedFileError: the file does not hold a JSON object.
+        DamagedFileError: the file does not hold a JSON object with these entries.
         OSError: the file cannot be read.
     """
-    return _parse(path.read_bytes(), str(path))
+    return parse_json(path.read_bytes(), str(path), entries)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, entries: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines that grows by `append_text`; none if there is no such file.
+
+    Args, errors: see `json_lines`.
+    """
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        return [value for value, _ in json_lines(file, path, entries)]
+
+
+def json_lines(
+    file: BinaryIO, path: Path, entries: Mapping[str, type] | None = None
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """The objects in the lines of a file, from where it stands, each with the position of the end of its line.
 
     A last line without its end is left out: the process that wrote it was killed, or the disk was full.
 
+    Args:
+        file: that is read.
+        path: its name, for messages.
+        entries: types of the entries that each object must have, by name; it may have others.
+
     Raises:
-        DamagedFileError: another line does not hold a JSON object.
+        DamagedFileError: another line does not hold a JSON object with these entries.
         OSError: the file cannot be read.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [_parse(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+    end = file.tell()
+    for number, line in enumerate(file, 1):
+        end += len(line)
+        if line.endswith(b"\n"):
+            yield parse_json(line, f"line {number} of {path}", entries), end
 
 
-def _parse(content: bytes, name: str) -> dict[str, Any]:
+def parse_json(content: bytes, name: str, entries: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """The object in the content of a JSON file that Denim has written.
+
+    Args:
+        content: of the file, or of a line of it.
+        name: of that file or line, for messages.
+        entries: types of the entries that it must have, by name; it may have others.
+
+    Raises:
+        DamagedFileError: it is no JSON object with these entries.
+    """
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets in brackets without end
         raise DamagedFileError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise DamagedFileError(f"{name} holds {content[:20]!r}, expected a JSON object in braces")
+    for entry, kind in (entries or {}).items():
+        if entry not in value:
+            raise DamagedFileError(f"{name} has no entry {entry!r}")
+        if type(value[entry]) is not kind:  # in Python True is an int
+            raise DamagedFileError(
+                f"{name} has {str(value[entry])[:40]!r} as {entry!r}, expected a value of type {kind.__name__}"
+            )
     return value
 
 

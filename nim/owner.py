@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from denim.nim.files import WriteError, sweep
+from denim.nim.files import DamagedFileError, WriteError, parse_json, sweep
 
 __all__ = ["LOCK_FILE", "OwnedError", "owned"]
 
@@ -96,10 +96,8 @@ def _lock(file: Path) -> int:
 
 
 def _record(handle: int) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, OSError):
-        record = json.loads(os.pread(handle, 4096, 0))
-        if isinstance(record, dict):
-            return record
+    with contextlib.suppress(DamagedFileError, OSError):  # its holder has not written it yet
+        return parse_json(os.pread(handle, 4096, 0), LOCK_FILE)
     return {}
 
 

@@ -24,8 +24,8 @@ from denim.nim.checkpoint import (
     read_safetensors,
     with_todays_names,
 )
-from denim.nim.data import ManifestSource, Source, open_source
-from denim.nim.files import DamagedFileError, append_text, atomic_folder, atomic_write, read_json, read_json_lines
+from denim.nim.data import ManifestError, ManifestSource, Source, open_source
+from denim.nim.files import append_text, atomic_folder, atomic_write, read_json, read_json_lines
 from denim.nim.settings import TrainConfig
 
 __all__ = ["Metrics", "latest_checkpoint", "load_checkpoint", "prepare_folder", "save_checkpoint", "training_source"]
@@ -56,14 +56,17 @@ def training_source(config: TrainConfig, channels: int | None, *, labelled: bool
         ValueError, OSError: see `open_source`.
     """
     kept = config.out / MANIFEST_FILE
-    return open_source(
-        config.data,
-        "train",
-        channels,
-        labelled=labelled,
-        max_bad=config.max_bad,
-        kept=kept if config.resume and kept.exists() else None,
-    )
+    try:
+        return open_source(
+            config.data,
+            "train",
+            channels,
+            labelled=labelled,
+            max_bad=config.max_bad,
+            kept=kept if config.resume and kept.exists() else None,
+        )
+    except ManifestError as error:
+        raise ManifestError(f"{error}; if the images are those that the run began with, remove {kept}") from error
 
 
 def prepare_folder(config: TrainConfig, source: Source | None) -> None:
@@ -254,11 +257,7 @@ class Metrics:
 
     def __init__(self, run: Path, update: int) -> None:
         self.file = run / "metrics.jsonl"
-        records = read_json_lines(self.file)
-        for number, record in enumerate(records, 1):
-            if type(record.get("update")) is not int:
-                raise DamagedFileError(f"line {number} of {self.file} has no number of the update")
-        kept = [record for record in records if record["update"] <= update]
+        kept = [record for record in read_json_lines(self.file, {"update": int}) if record["update"] <= update]
         with atomic_write(self.file) as staged:
             staged.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         self.events = SummaryWriter(run / "tensorboard", purge_step=update + 1)

@@ -9,6 +9,8 @@ from typing import Any
 
 import triton
 
+from denim.nim.files import read_json
+
 __all__ = ["BUDGETS", "budget", "budgets_text", "compare", "read_budgets"]
 
 BUDGETS = Path(__file__).parent / "budgets.json"
@@ -118,12 +120,12 @@ def read_budgets(path: Path | None = None) -> tuple[str, dict[str, Any]]:
     """The version of Triton that the budgets were made with, and {build: {target: `budget`}}.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is damaged.
     """
     path = path or BUDGETS
     if not path.exists():
         raise ValueError(f"no budgets at {path}; `denim kernels --update-budgets` makes them")
-    kept = json.loads(path.read_text())
+    kept = read_json(path, {"triton": str, "budgets": dict})
     return kept["triton"], kept["budgets"]
 
 

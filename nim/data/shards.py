@@ -38,7 +38,7 @@ from denim.nim.data.decode import EXTENSIONS
 from denim.nim.data.indexing import index
 from denim.nim.data.listing import Listing, sample_id
 from denim.nim.data.manifest import Manifest
-from denim.nim.files import atomic_write
+from denim.nim.files import atomic_write, read_json
 from denim.nim.text import open_console
 
 __all__ = ["Packed", "ShardManifest", "list_members", "list_shards", "open_shards", "pack"]
@@ -126,7 +126,7 @@ def open_shards(
     check(made.classes)
     if labelled and made.classes == ("",):  # from a call without labels; this one finds the sample that has none
         list_members(root, shards)
-    manifest = ShardManifest(made.file, root, key)
+    manifest = ShardManifest(made.file, root, key, checked=True)
     manifest.decoded = made.decoded
     return manifest
 
@@ -424,7 +424,8 @@ def pack(manifest: Manifest, folder: Path, name: str, shard_bytes: int = 256_000
         shard_bytes: length of a shard, up to one image more or less.
 
     Raises:
-        ValueError: `folder` has something else in it; no images; `shard_bytes` below 1; another process is at it.
+        ValueError: `folder` has something else in it, or a damaged record of an earlier call; no images; `shard_bytes`
+            below 1; another process is at it.
         OSError: not enough space, or it cannot be written.
     """
     if not manifest.valid:
@@ -497,12 +498,16 @@ def _sole(staging: Path, plan: str) -> Iterator[list[str]]:
 
 
 def _lost(folder: Path, plan: str) -> list[str] | None:
-    """What could not be read, from the record in a folder; None where it has none of this plan."""
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-    except FileNotFoundError:
+    """What could not be read, from the record in a folder; None where it has none of this plan.
+
+    Raises:
+        DamagedFileError: the record is damaged.
+    """
+    file = folder / RECORD
+    if not file.exists():
         return None
-    return record["lost"] if record["plan"] == plan else None
+    record = read_json(file, {"plan": str, "lost": list})
+    return [str(line) for line in record["lost"]] if record["plan"] == plan else None
 
 
 def _keep(folder: Path, plan: str, lost: list[str]) -> None:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -419,8 +420,26 @@ def test_damaged_files_of_an_evaluation_are_named(finished, tmp_path, name):
 def test_files_of_an_evaluation_without_their_entries_are_refused(finished, tmp_path, name, line):
     shutil.copytree(finished[0], tmp_path / "copy")
     (tmp_path / "copy" / name).write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"line 1 of .* is no record|holds an evaluation of other settings"):
+    with pytest.raises(ValueError, match=r"line 1 of .* has no entry 'attack'|holds an evaluation of other settings"):
         run(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is damaged, and is made again: "),
+        (lambda file: save_file({"clean": torch.zeros(1)}, file), "holds something else, and is made again"),
+        (lambda file: save_file(load_file(file), file, metadata={"images": "{"}), "is damaged, and is made again: "),
+    ],
+)
+def test_a_damaged_gallery_is_named_and_made_again(finished, tmp_path, damage, words):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    file = tmp_path / "copy" / "examples" / "noise none.safetensors"
+    damage(file)
+    with pytest.warns(UserWarning, match=rf"the gallery .*noise none\.safetensors {words}"):
+        again = run(tmp_path / "copy")
+    assert file.read_bytes() == (finished[0] / "examples" / file.name).read_bytes()
+    assert again.cells == finished[1].cells
 
 
 def test_an_evaluation_may_go_on_with_another_max_batch(finished, tmp_path):

@@ -563,5 +563,5 @@ def test_a_training_state_that_unpacks_to_more_than_its_size_is_refused(whole_ru
 def test_lines_of_metrics_without_an_update_are_named(whole_run, tmp_path, line):
     shutil.copytree(whole_run, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text(line + "\n")
-    with pytest.raises(DamagedFileError, match=r"line 1 of .*metrics\.jsonl has no number of the update"):
+    with pytest.raises(DamagedFileError, match=r"line 1 of .*metrics\.jsonl has .*'update'"):
         run(configure(tmp_path / "run", resume=True))

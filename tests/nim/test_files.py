@@ -150,6 +150,33 @@ def test_json_lines_leave_out_a_last_line_without_its_end(tmp_path):
     assert read_json_lines(file) == [{"a": 1}, {"a": {}}]
 
 
+def test_nothing_is_appended_through_a_link(tmp_path):
+    (tmp_path / "lines").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(WriteError, match=f"cannot write {tmp_path}/lines: "):
+        append_text(tmp_path / "lines", "{}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["lines"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"b": []}', "has no entry 'a'"),
+        ('{"a": "1", "b": []}', "has '1' as 'a', expected a value of type int"),
+        ('{"a": true, "b": []}', "has 'True' as 'a', expected a value of type int"),
+        ('{"a": 1, "b": {}}', "has '{}' as 'b', expected a value of type list"),
+    ],
+)
+def test_json_without_the_entries_that_belong_there_is_named(tmp_path, content, words):
+    file, entries = tmp_path / "file.json", {"a": int, "b": list}
+    file.write_text('{"a": 1, "b": [], "more": 2}\n')
+    assert read_json(file, entries) == read_json_lines(file, entries)[0] == {"a": 1, "b": [], "more": 2}
+    file.write_text(content + "\n")
+    with pytest.raises(DamagedFileError, match=rf"^{file} {words}$"):
+        read_json(file, entries)
+    with pytest.raises(DamagedFileError, match=rf"^line 1 of {file} {words}$"):
+        read_json_lines(file, entries)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1]", b"nan", b"\x00" * 8])
 def test_damaged_json_is_named(tmp_path, content):
     file = tmp_path / "file.json"

@@ -100,6 +100,9 @@ def test_a_report_keeps_to_the_budgets_made_from_it(built, tmp_path):
     assert budgets.compare(kept, built, complete=True) == ([], [])
     with pytest.raises(ValueError, match="update-budgets"):
         budgets.read_budgets(tmp_path / "none")
+    path.write_text('{"triton": "3.6.0"}')
+    with pytest.raises(ValueError, match=r"budgets\.json has no entry 'budgets'"):
+        budgets.read_budgets(path)
 
 
 def test_budget_of_an_entry_keeps_what_is_compared(built):

@@ -16,7 +16,7 @@ import torch
 from denim.nim.data import EncodedSource, ImageFolder, TorchLoader, TrainView, open_manifest, open_source, shards
 from denim.nim.data.listing import sample_id
 from denim.nim.data.shards import ShardManifest, pack
-from denim.nim.files import atomic_write
+from denim.nim.files import DamagedFileError, atomic_write
 
 
 def source(root, split="train", **options):
@@ -196,6 +196,14 @@ def test_what_is_left_of_another_plan_is_not_used(folder, tmp_path):
     (staging / ".denim-pack.json").write_text('{"plan": "another", "lost": []}')
     packed(folder, tmp_path / "out", 10**9)
     assert len(source(tmp_path / "out")) == 8
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"plan": 3, "lost": []}', '{"plan": "p", "lost": "none"}'])
+def test_a_damaged_record_of_a_call_is_named(folder, tmp_path, content):
+    packed(folder, tmp_path / "out")
+    (tmp_path / "out" / ".denim-pack.json").write_text(content)
+    with pytest.raises(DamagedFileError, match=rf"^{tmp_path}/out/\.denim-pack\.json "):
+        packed(folder, tmp_path / "out")
 
 
 def test_a_full_disk_leaves_nothing_half_written(folder, tmp_path, monkeypatch):
