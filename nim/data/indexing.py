@@ -11,7 +11,7 @@ import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +21,7 @@ from denim.nim.data.decode import LARGE, MachineError, Verdict, judge_all
 from denim.nim.data.listing import Listing
 from denim.nim.data.manifest import VERSION, Manifest, ManifestError
 from denim.nim.data.processes import CHUNK, ask_processes
+from denim.nim.files import DamagedFileError, json_lines
 
 __all__ = [
     "cache_folder",
@@ -82,16 +83,14 @@ def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | No
             with contextlib.suppress(ManifestError):
                 if (earlier := Manifest(place, root)).limit == Image.MAX_IMAGE_PIXELS:
                     verdicts.update(earlier.verdicts(listing))
-        known = dict(_read_journal(journal))
+        known = _read_journal(journal, file.with_suffix(".journal"))
         verdicts.update((row, known[name]) for row, name in enumerate(names) if name in known)
         todo = [row for row in range(len(listing)) if row not in verdicts]
         failed: dict[int, str] = {}
         for rows, new in _judge(listing, todo):
             failed |= {row: verdict.fault for row, verdict in zip(rows, new, strict=True) if verdict.passing}
             judged = ((names[row], verdict) for row, verdict in zip(rows, new, strict=True) if not verdict.passing)
-            entries = [(*name, *verdict) for name, verdict in judged]
-            journal.write(json.dumps(entries).encode() + b"\n")
-            journal.flush()
+            _write_journal(journal, [(*name, *verdict) for name, verdict in judged])
             verdicts.update(zip(rows, new, strict=True))
         if failed:
             some = "; ".join(f"{listing.where(row)}: {fault}" for row, fault in [*failed.items()][:NAMED])
@@ -181,22 +180,46 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 return
 
 
-def _read_journal(journal: BinaryIO) -> Iterator[tuple[tuple[int, int, int], Verdict]]:
-    """Verdicts of an interrupted call by id, length and time of change."""
-    header = json.dumps([VERSION, Image.MAX_IMAGE_PIXELS]).encode() + b"\n"
+def _write_journal(journal: BinaryIO, entries: Sequence[tuple[object, ...]]) -> None:
+    """Append a line of verdicts: for each sample id, length, time of change, and the fields of `Verdict`."""
+    journal.write(_line({"digest": _digest(entries), "verdicts": entries}))
+    journal.flush()
+
+
+def _line(content: Mapping[str, object]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def _digest(entries: Sequence[Sequence[object]]) -> str:
+    return hashlib.blake2b(json.dumps(entries).encode(), digest_size=8).hexdigest()
+
+
+def _read_journal(journal: BinaryIO, path: Path) -> dict[tuple[int, int, int], Verdict]:
+    """Verdicts of an interrupted call by id, length and time of change.
+
+    What is cut off or damaged at the end is removed, for the next line is appended. So is all of a journal of another
+    version, or of another limit of pixels.
+    """
+    header = {"manifest": VERSION, "limit": Image.MAX_IMAGE_PIXELS}
+    known: dict[tuple[int, int, int], Verdict] = {}
+    whole = 0
     journal.seek(0)
-    if journal.readline() != header:
-        journal.truncate(0)
-        journal.write(header)
-        return
-    whole = journal.tell()
-    for line in journal:
-        if not line.endswith(b"\n"):  # cut off where the process was killed
-            break
-        whole += len(line)
-        for number, length, mtime, *verdict in json.loads(line):
-            yield (number, length, mtime), Verdict(*verdict)
+    try:
+        lines = json_lines(journal, path)
+        if next(lines, ({}, 0))[0] == header:
+            whole = len(_line(header))
+            for number, (line, end) in enumerate(lines, 2):
+                entries = line.get("verdicts")
+                if not isinstance(entries, list) or line.get("digest") != _digest(entries):
+                    raise DamagedFileError(f"line {number} of {path} is not as it was written")
+                known.update(((id, length, mtime), Verdict(*verdict)) for id, length, mtime, *verdict in entries)
+                whole = end
+    except DamagedFileError as error:
+        warnings.warn(f"{error}: what it says of images from there on is found out anew", stacklevel=4)
     journal.truncate(whole)
+    if not whole:
+        journal.write(_line(header))
+    return known
 
 
 def _judge(listing: Listing, todo: list[int]) -> Iterator[tuple[list[int], list[Verdict]]]:
@@ -233,7 +256,8 @@ def try_with_dali(manifest: Manifest, version: str) -> Manifest:
         names = list(
             zip(manifest.ids.tolist(), manifest.bytes.tolist(), manifest._columns["mtimes"].tolist(), strict=True)
         )
-        known = {name: verdict.dali for name, verdict in _read_journal(journal) if verdict.dali in said}
+        kept = _read_journal(journal, manifest.file.with_suffix(".journal"))
+        known = {name: verdict.dali for name, verdict in kept.items() if verdict.dali in said}
         words = [known.get(names[row], manifest.dali(row)) for row in range(len(manifest))]
         todo = [row for row in rows if words[row] not in said]
         for chunk, answers in ask_processes("dali", manifest.place, todo, "trying with DALI"):
@@ -246,8 +270,7 @@ def try_with_dali(manifest: Manifest, version: str) -> Manifest:
                 if answer is not None:
                     words[row] = version if answer is True else f"-{version}"
                     entries.append((*names[row], *manifest.verdict(row)._replace(dali=words[row])))
-            journal.write(json.dumps(entries).encode() + b"\n")
-            journal.flush()
+            _write_journal(journal, entries)
         manifest._replace_trials(words)
         manifest.file.with_suffix(".journal").unlink()
     return Manifest(manifest.file, manifest.root, manifest.key)

@@ -6,10 +6,11 @@ images come first, so that sample k of a source is row k; what cannot be decoded
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +32,7 @@ __all__ = [
     "ManifestError",
 ]
 
-VERSION = "2"
+VERSION = "3"
 # Of a manifest; "shard" and "offsets" where images are members of shards.
 COLUMNS: dict[str, type[np.generic]] = {
     "ids": np.int64,
@@ -77,8 +78,8 @@ class Manifest:
         bytes: int64 (rows,), length of the encoded image; -1 for what is no regular file.
 
     Raises:
-        ManifestError: no such file, truncated, of another version, of another key, or with values that cannot be: a
-            label that no class has, or a path that leads out of `root`.
+        ManifestError: no such file, truncated, of another version, of another key, not as it was written (by its
+            digest), or with values that cannot be: a label that no class has, or a path that leads out of `root`.
     """
 
     def __init__(self, file: Path, root: Path, key: str | None = None, *, checked: bool = False) -> None:
@@ -96,6 +97,8 @@ class Manifest:
             what = f"version {found} of the manifest" if found else "no manifest of Denim"
             raise ManifestError(f"{file} is {what}, expected version {VERSION}")
         self._columns = {name: column.numpy() for name, column in columns.items()}
+        if not checked and header.get("digest") != _digest(self._columns, header):
+            raise ManifestError(f"the manifest {file} is damaged: its digest is not that of its content")
         try:
             self.key = header["key"]
             self.limit: int | None = json.loads(header["limit"])
@@ -254,7 +257,7 @@ class Manifest:
         trials = _Numbers()
         columns = self._columns | {"dali": np.array([trials[word] for word in words], np.uint8)}
         with safetensors.safe_open(self.file, framework="np") as content:
-            header = content.metadata() | {"trials": json.dumps(list(trials))}
+            header: dict[str, str] = content.metadata() | {"trials": json.dumps(list(trials))}
         _save(self.file, columns, header)
 
     @staticmethod
@@ -310,12 +313,32 @@ class Manifest:
         _save(file, columns, header)
 
 
-def _save(file: Path, columns: dict[str, npt.NDArray[Any]], header: dict[str, str]) -> None:
+def _save(file: Path, columns: Mapping[str, npt.NDArray[Any]], header: Mapping[str, str]) -> None:
+    header = {**header, "digest": _digest(columns, header)}
+    # In a folder of its own: in the user's cache, what a killed process has left is told from what others write. Who
+    # writes a manifest has its lock.
+    folder = file.with_suffix(".part")
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        with atomic_write(file) as staged:
-            safetensors.numpy.save_file(columns, staged, metadata=header)
+        with atomic_write(folder / file.name) as staged:
+            safetensors.numpy.save_file(dict(columns), staged, metadata=header)
+        (folder / file.name).replace(file)
     except SafetensorError as error:  # the disk is full, say
         raise OSError(f"cannot write the manifest {file}: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest(columns: Mapping[str, npt.NDArray[Any]], header: Mapping[str, str]) -> str:
+    """Of all that a manifest holds: a flipped bit may leave every value in its range."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(
+        json.dumps({name: text for name, text in header.items() if name != "digest"}, sort_keys=True).encode()
+    )
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.dtype} {column.shape}".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()
 
 
 def _reopened(kind: type[Manifest], file: Path, root: Path, key: str) -> Manifest:

@@ -59,8 +59,9 @@ def ask_processes(
     chunks = [list(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     count = min(processors(), len(chunks))
+    console = open_console(stderr=True)
     with (
-        Progress(*columns, console=open_console(stderr=True)) as progress,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         _Processes(question, count) as processes,
         ThreadPool(count) as pool,
     ):

@@ -9,7 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from denim.nim import Autoencoder, Objective, PretrainConfig, pretrain
-from denim.nim.run import latest_checkpoint
+from denim.nim.data import ManifestError
+from denim.nim.run import latest_checkpoint, training_source
 
 QUIET = Console(quiet=True)
 FAST = {
@@ -131,6 +132,19 @@ def test_a_run_whose_file_breaks_resumes_bit_for_bit(tmp_path, monkeypatch, load
     ]
     assert records[0] == records[1]
     assert sum("new_bad" in record for record in records[1]) == 1
+
+
+def test_a_damaged_manifest_of_a_run_is_named_with_what_to_do(tmp_path, noise_image):
+    (tmp_path / "data").mkdir()
+    for k in range(2):
+        noise_image(9, 9, seed=k).save(tmp_path / "data" / f"{k}.png")
+    config = PretrainConfig(out=tmp_path, resume=True, **{**FAST, "data": str(tmp_path / "data")})
+    kept = tmp_path / "manifest.safetensors"
+    training_source(config, 3, labelled=False).manifest.keep(kept)
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ManifestError, match=rf"the manifest {kept} is damaged: .*, remove {kept}$"):
+        training_source(config, 3, labelled=False)
 
 
 @pytest.mark.parametrize(

@@ -261,8 +261,9 @@ def test_links_are_followed_but_not_in_circles(folder, tmp_path, noise_image):
     assert [path for path in rows(opened(folder)) if "0" not in path] == ["dog/link/far.png"]
 
 
-def test_processes_say_what_this_one_says(many):
+def test_processes_say_what_this_one_says(many, capfd):
     found = opened(many)
+    assert capfd.readouterr().err == ""  # no bar where nobody sees it move
     assert (found.decoded, found.valid) == (700, 686)
     listing = list_images(many, found.classes)
     assert dict(found.verdicts(listing)) == dict(enumerate(judge_all(map(listing.place, range(700)))))
@@ -406,11 +407,15 @@ def test_a_temporary_folder_that_others_made_is_not_trusted(folder, tmp_path, mo
 # --- damage
 
 
-def rewritten(file, version=None, **parts):
-    """The manifest with another version, or with columns of which only a part is kept."""
+def contents(file):
+    """The header and the columns of a manifest."""
     with safetensors.safe_open(file, framework="np") as content:
-        header = content.metadata()
-        columns = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        return content.metadata(), {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+
+
+def rewritten(file, version=None, **parts):
+    """The manifest with another version, or with columns of which only a part is kept; its digest is right."""
+    header, columns = contents(file)
     for name, part in parts.items():
         if part is None:
             del columns[name]
@@ -418,24 +423,20 @@ def rewritten(file, version=None, **parts):
             columns[name] = columns[name][part].copy()
     if version is not None:
         header["denim_manifest"] = version
-    safetensors.numpy.save_file(columns, file, metadata=header)
+    manifest._save(file, columns, header)
 
 
 def changed(file, name, change):
-    """The manifest with another column of this name."""
-    with safetensors.safe_open(file, framework="np") as content:
-        header = content.metadata()
-        columns = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    """The manifest with another column of this name; its digest is right."""
+    header, columns = contents(file)
     columns[name] = np.ascontiguousarray(change(columns[name].copy()))
-    safetensors.numpy.save_file(columns, file, metadata=header)
+    manifest._save(file, columns, header)
 
 
 def reheaded(file, **entries):
-    """The manifest with other entries in its header."""
-    with safetensors.safe_open(file, framework="np") as content:
-        columns = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        header = content.metadata() | entries
-    safetensors.numpy.save_file(columns, file, metadata=header)
+    """The manifest with other entries in its header; its digest is right."""
+    header, columns = contents(file)
+    manifest._save(file, columns, header | entries)
 
 
 def upwards(paths):
@@ -486,6 +487,22 @@ def test_a_damaged_manifest_is_named_and_made_anew(folder, damage):
         found = opened(folder)
     assert found.decoded == 6
     assert rows(found) == expected
+
+
+def test_a_flipped_bit_in_a_manifest_is_noticed(folder):
+    """Also one that leaves every value in its range: another size, label or verdict would be believed."""
+    file = opened(folder).file
+    whole = file.read_bytes()
+    header, columns = contents(file)
+    for place in range(0, len(whole), 3):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            Manifest(file, folder)
+        except ManifestError:
+            continue
+        # JSON allows a space or another spelling in some places: what it says must be the same.
+        assert contents(file)[0] == header
+        assert all(np.array_equal(column, columns[name]) for name, column in contents(file)[1].items())
 
 
 def test_a_manifest_of_another_folder(folder, tmp_path, make_folder):
@@ -561,16 +578,65 @@ def test_a_killed_indexing_goes_on(many, monkeypatch):
     assert rows(again) == rows(found)
 
 
+def test_what_a_killed_process_has_half_written_is_removed(folder):
+    """The cache is shared: the half-written manifest of another folder, which may be alive, stays."""
+    before = opened(folder)
+    others = before.file.parent / "0123.part"
+    others.mkdir(exist_ok=True)
+    there = {*others.parent.rglob("*")}
+    if (child := os.fork()) == 0:
+        try:
+            safetensors.numpy.save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+            manifest._save(before.file, {"ids": np.zeros(3)}, {})
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert {*others.parent.rglob("*")} > there
+    (folder / "cat" / "0001.png").unlink()
+    assert len(opened(folder)) == 5
+    assert {*others.parent.rglob("*")} == there
+
+
+def journal_of(root, monkeypatch):
+    """The journal that an interrupted indexing leaves: two lines of verdicts, of 4 and 2 samples."""
+    monkeypatch.setattr(indexing, "CHUNK", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            opened(root)
+    return file_of(root).with_suffix(".journal")
+
+
 def test_a_journal_of_another_limit_counts_nothing(folder, monkeypatch):
-    listing = list_images(folder, ("cat", "dog"))
-    names = zip(listing.sample_ids().tolist(), listing.bytes, listing.mtimes, strict=True)
-    entries = [[*name, 1, 1, "PNG", ""] for name in names]
-    journal = file_of(folder).with_suffix(".journal")
-    journal.parent.mkdir(parents=True, exist_ok=True)
+    journal = journal_of(folder, monkeypatch)
+    header = json.loads(journal.read_text().splitlines()[0])
+    assert header == {"manifest": manifest.VERSION, "limit": Image.MAX_IMAGE_PIXELS}
+    content = journal.read_bytes()
     for limit, decoded in ((1, 6), (Image.MAX_IMAGE_PIXELS, 0)):
         file_of(folder).unlink(missing_ok=True)
-        journal.write_text(f"{json.dumps([manifest.VERSION, limit])}\n{json.dumps(entries)}\n")
+        journal.write_bytes(content.replace(str(Image.MAX_IMAGE_PIXELS).encode(), str(limit).encode(), 1))
         assert opened(folder).decoded == decoded
+
+
+@pytest.mark.parametrize(
+    ("line", "change", "words"),
+    [
+        (1, lambda line: b"{" + line, "line 2 of .*journal is not valid JSON"),
+        (2, lambda line: b"[]", "line 3 of .*journal holds"),
+        (2, lambda line: b"{}", "line 3 of .*journal is not as it was written"),
+        (2, lambda line: line.replace(b'"PNG"', b'"GIF"', 1), "line 3 of .*journal is not as it was written"),
+    ],
+)
+def test_a_damaged_journal_is_named_and_what_it_said_is_found_out_anew(folder, monkeypatch, line, change, words):
+    journal = journal_of(folder, monkeypatch)
+    lines = journal.read_bytes().splitlines()
+    lines[line] = change(lines[line])
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.warns(UserWarning, match=words):
+        found = opened(folder)
+    assert found.decoded == {1: 6, 2: 2}[line]
+    assert not journal.exists()
+    assert rows(found) == rows(opened(folder, folder.parent / "cache"))
 
 
 def test_of_two_that_ask_at_once_one_does_the_work(many, monkeypatch):
