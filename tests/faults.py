@@ -29,9 +29,13 @@ os.environ |= {"OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager", "TQDM_DISABLE": "
 
 import numpy as np
 import torch
+import tyro  # noqa: F401 (the command imports it late)
 from PIL import Image
 
-import denim.cli
+import denim.cli.data
+import denim.cli.evaluate
+import denim.cli.finetune
+import denim.cli.pretrain
 import denim.defense.evaluation
 import denim.defense.report
 import denim.nim.finetuning
@@ -40,9 +44,10 @@ from denim.nim.data import TrainView, loader_backends, open_loader, open_manifes
 
 KILLS, IMAGES, TAMPERED = 200, 2000, 100  # at scale 1
 LIMIT = 300  # seconds, after which a process hangs
+# A kill costs as long as the work has run until then: few images, of few pixels.
 RUN = (
-    "--data", "digits", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "256", "--checkpoint-every", "2",
-    "--log-every", "1", "--loader", "torch", "--device", "cpu", "--resume",
+    "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "8", "--checkpoint-every", "2", "--log-every", "1",
+    "--loader", "torch", "--device", "cpu", "--resume",
 )  # fmt: skip
 Work = Callable[[], object]
 
@@ -166,26 +171,29 @@ def difference(ours: dict[str, object], expected: dict[str, object]) -> str:
 def works(faults: Faults) -> dict[str, Callable[[Path], Work]]:
     """What is killed: by name, a function from the folder that it writes to its work."""
     given = faults.folder / "given"
-    photos = given / "photos"
+    photos, small = given / "photos", given / "small"
     rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (photos / "train" / name).mkdir(parents=True)
-        for number in range(100):
-            pixels = rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(photos / "train" / name / f"{number}.png")
+    for folder, count, side in ((photos / "train", 100, 96), (small / "train", 16, 16), (small / "test", 6, 16)):
+        for name in ("cat", "dog"):
+            (folder / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / name / f"{number}.png")
 
     def pretrain(out: Path) -> Work:
-        return denim_command("pretrain", "--out", out, "--preset", "micro", *RUN)
+        size = ("--preset", "micro", "--img-size", "16", "--patch-size", "8")
+        return denim_command("pretrain", "--out", out, "--data", small, *size, *RUN)
 
     def finetune(out: Path) -> Work:
         augmentation = ("--auto-augment", "None", "--mixup", "0", "--cutmix", "0")
-        return denim_command("finetune", "--out", out, "--denoiser", given / "nim/model", *augmentation, *RUN)
+        models = ("--denoiser", given / "nim/model")
+        return denim_command("finetune", "--out", out, "--data", small, *models, *augmentation, *RUN)
 
     def evaluate(out: Path) -> Work:
         models = ("--classifier", given / "classifier/model", "--denoiser", given / "nim/model")
-        small = ("--num-images", "24", "--score-draws", "2", "--max-batch", "8", "--examples", "2", "--loader", "torch")
-        attacks = ("--sigmas", "0", "70", "--attacks", "fgsm:4/255,eot=2", "pgd:4/255,steps=2,eot=2")
-        return denim_command("evaluate", "--out", out, *models, *small, *attacks)
+        few = ("--data", small, "--score-draws", "2", "--max-batch", "4", "--examples", "2", "--loader", "torch")
+        attacks = ("--sigmas", "70", "--frozen", "None", "--attacks", "fgsm:4/255,eot=1", "pgd:4/255,steps=1,eot=2")
+        return denim_command("evaluate", "--out", out, *models, *few, *attacks)
 
     def index(out: Path) -> Work:
         return functools.partial(open_manifest, photos, "train", cache=out)
@@ -194,6 +202,8 @@ def works(faults: Faults) -> dict[str, Callable[[Path], Work]]:
         size = ("--shard-size", "100kB", "--cache", given / "cache")
         return denim_command("data", "pack", photos, out, *size)
 
+    os.environ["XDG_CACHE_HOME"] = str(given)  # the user's own is left alone
+    faults.run("index", functools.partial(open_manifest, small, "test"))
     faults.run("pretrain", pretrain(given / "nim"))
     faults.run("finetune", finetune(given / "classifier"))
     faults.run("index", index(given / "cache"))
@@ -373,7 +383,7 @@ def refused_in_words(child: Child) -> bool:
 def tampering(faults: Faults, tasks: dict[str, Callable[[Path], Work]]) -> None:
     """Tampered checkpoints and manifests: refused in words, or as good as whole ones."""
     since, given, outcomes = time.perf_counter(), faults.folder / "given", Counter()
-    expected = content(given / "nim")
+    expected, manifests = content(given / "nim"), content(given / "cache")
     models = {name: digest for name, digest in expected.items() if name.startswith("model/")}
     for number in range(faults.amount(TAMPERED)):
         place = faults.folder / "tampered"
@@ -397,7 +407,9 @@ def tampering(faults: Faults, tasks: dict[str, Callable[[Path], Work]]) -> None:
             if not same and not how.startswith("forge"):
                 faults.fail(f"{how}: resumed without a word to another model")
         elif status == 0:
-            outcomes["manifests made anew or read"] += 1
+            if other := difference(content(place / "out"), manifests):
+                faults.fail(f"{how}: believed, or made anew with other content: {other}")
+            outcomes["manifests as good as whole ones"] += 1
         elif refused_in_words(child):
             outcomes["refused in words"] += 1
         else:
@@ -418,6 +430,7 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    Image.preinit()
     with tempfile.TemporaryDirectory() as folder:
         faults = Faults(Path(folder), options.scale, options.seed)
         tasks = works(faults)
