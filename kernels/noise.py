@@ -52,6 +52,9 @@ class Stream(IntEnum):
     MASK = 2
     START = 3
     SIGMA = 4
+    ERASE = 5
+    MIX = 6
+    DROP_PATH = 7
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from denim.nim.attention import Attention
 from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, AutoencoderConfig, check_architecture, computing_dtype
 from denim.nim.checkpoint import Pretrained, as_numbers, first_words
+from denim.nim.drop_path import draw_drop_path, key_drop_path
 
 __all__ = ["Classifier", "ClassifierConfig", "check_logits"]
 
@@ -30,7 +31,7 @@ class ClassifierConfig:
         patch_size, embed_dim, depth, num_heads: of the ViT.
         mean, std: per-channel statistics in [0, 1] units; their length is the number of channels.
         global_pool: "avg" (mean over patch tokens, LayerNorm after it, as published) or "token" (class token).
-        drop_path: rate of stochastic depth in training.
+        drop_path: rate of stochastic depth in training, of the last block; it grows linearly from 0 in the first.
         classes: names of the classes, may be empty.
         trained_on: what it was fine-tuned on: "clean" images, "noisy" ones that no denoiser rebuilt, or rebuilt ones
             by degradation and statistics, such as "noise, raw target" (see `De3.case`).
@@ -87,13 +88,16 @@ class PatchEmbed(TimmPatchEmbed):
 class Classifier(Pretrained, VisionTransformer):
     """A timm `VisionTransformer` from pixels (B, C, H, W) in [0, 1] to logits (B, K).
 
-    Its state dict has timm's names and nothing else, so it goes into `timm.create_model` and back unchanged.
+    Its state dict has timm's names and nothing else, so it goes into `timm.create_model` and back unchanged. Its drop
+    path is a function of seeds: in training mode, a classifier with drop path takes them beside the images.
     """
 
     config_class: ClassVar[type[Any]] = ClassifierConfig
     head: nn.Linear
     mean: Tensor
     std: Tensor
+    drop_thresholds: Tensor
+    drop_kept: Tensor
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(
@@ -115,13 +119,28 @@ class Classifier(Pretrained, VisionTransformer):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
+        self._drop_paths = key_drop_path(self)
+        rates = torch.tensor([layer.rate for layer in self._drop_paths], dtype=torch.float64)
+        self.register_buffer("drop_thresholds", (rates * 2**32).round().long(), persistent=False)
+        self.register_buffer("drop_kept", (1 / (1 - rates)).float(), persistent=False)
 
-    def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]  # no attention masks
-        """Logits (B, K) for pixels (B, C, H, W) in [0, 1]."""
+    def forward(self, pixels: Tensor, seeds: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Logits (B, K) for pixels (B, C, H, W) in [0, 1].
+
+        Args:
+            pixels: (B, C, H, W).
+            seeds: int64 (B,), of drop path; without effect in evaluation mode and without drop path. A sample drops the
+                same paths in every batch. With checkpointing of activations the backward pass must come before the next
+                forward pass, unless that has the same seeds.
+
+        Raises:
+            ValueError: in training mode, a classifier with drop path has no seeds, or not one for each sample.
+        """
+        self._draw_drop_path(seeds, len(pixels))
         logits: Tensor = super().forward((pixels - self.mean) / self.std)
         return logits
 
-    def forward_patches(self, patches: Tensor) -> Tensor:
+    def forward_patches(self, patches: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Logits (B, K) for patches (B, L, D) in (row, column, channel) order, normalised with `config.mean` and std.
 
         The logits are those of `forward` on the same images. `decode_patches` and `normalized_patches` return such
@@ -129,17 +148,31 @@ class Classifier(Pretrained, VisionTransformer):
 
         Args:
             patches: of dtype `patch_dtype`.
+            seeds: see `forward`.
 
         Raises:
-            ValueError: patches of another number or size than the config's.
+            ValueError: patches of another number or size than the config's; and see `forward`.
         """
         config: ClassifierConfig = self.config
         (height, width), area = config.img_size, config.patch_size**2
         expected = (height * width // area, area * len(config.mean))
         if patches.dim() != 3 or tuple(patches.shape[1:]) != expected:
             raise ValueError(f"patches must have shape (B, {expected[0]}, {expected[1]}), got {tuple(patches.shape)}")
+        self._draw_drop_path(seeds, len(patches))
         logits: Tensor = super().forward(patches)
         return logits
+
+    def _draw_drop_path(self, seeds: Tensor | None, batch: int) -> None:
+        if not (self.training and self._drop_paths):
+            return
+        if seeds is None:
+            raise ValueError(
+                "training with drop path needs seeds: call the classifier with those of denim.kernels.derive_seeds, "
+                "int64 (B,), or build it with drop_path=0"
+            )
+        if seeds.shape != (batch,):
+            raise ValueError(f"drop path needs one seed for each of {batch} samples, got shape {tuple(seeds.shape)}")
+        draw_drop_path(self._drop_paths, self.drop_thresholds, self.drop_kept, seeds)
 
     @property
     def patch_dtype(self) -> torch.dtype:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
-from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
+from denim.nim.augmentation import Augmentation
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
-from denim.nim.data import Batch, EvalView, Source, keyed_globals, open_loader, to_device
+from denim.nim.data import Batch, EvalView, Source, open_loader, to_device
 from denim.nim.engine import keyed_torch, train, training_loader
 from denim.nim.precision import resolve_precision
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
@@ -45,6 +43,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False)
     check_degradation(autoencoder, config.degrade, config.statistics)
     body = autoencoder.config
+    config = config.for_denoiser(body)
     source = training_source(config, body.channels, labelled=True)
     trained_on = config.trained_on
     if trained_on == "denoised":
@@ -67,11 +66,18 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     model.to(device)
 
     levels = Sigma.parse(config.sigma)
-    erase = RandomErasing(config.erasing, mode="pixel", device=device)
-    mixup = None
-    if config.mixup or config.cutmix:
-        mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=len(source.classes))
-    soft_loss = SoftTargetCrossEntropy()
+    augmentation = Augmentation(
+        config.seed,
+        body.img_size,
+        body.mean,
+        body.std,
+        len(source.classes),
+        erasing=config.erasing,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        mixup_group=config.mixup_group,
+        smoothing=config.smoothing,
+    )
 
     def degrade(pixels: Tensor, seeds: Tensor) -> Tensor:
         if config.trained_on == "clean":
@@ -91,21 +97,12 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
 
     def loss(batch: Batch, epoch: int) -> Tensor:
         seeds = derive_seeds(config.seed, Domain.FINETUNING, batch.ids, epoch)
-        labels = to_device(batch.labels, device)
+        draws = augmentation.draw(batch.ids, epoch).to(device)
         pixels = to_device(batch.images, device).permute(0, 3, 1, 2).float() / 255
-        target: Tensor | None = None
-        # timm's erasing and mixup draw from the process's generators; its erasing writes N(0, 1) in normalised space.
-        with torch.no_grad(), keyed_globals(int(seeds[0])):
-            if config.erasing:
-                pixels = erase((pixels - model.mean) / model.std) * model.std + model.mean
-            if mixup is not None:
-                pixels, target = mixup(pixels, labels)
-            pixels = degrade(pixels, seeds)
-        logits = model(pixels)
-        if target is None:
-            return F.cross_entropy(logits, labels, label_smoothing=config.smoothing)
-        value: Tensor = soft_loss(logits, target)
-        return value
+        with torch.no_grad():
+            pixels = degrade(augmentation.images(pixels, draws), seeds)
+        targets = augmentation.targets(to_device(batch.labels, device), draws)
+        return F.cross_entropy(model(pixels, draws.seeds), targets)
 
     groups = param_groups_layer_decay(
         model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay

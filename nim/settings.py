@@ -7,12 +7,14 @@ models where values are checked, and not at the top.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from denim.nim.autoencoder import AutoencoderConfig
 
 __all__ = ["FinetuneConfig", "PretrainConfig", "TrainConfig", "pick_device"]
 
@@ -78,13 +80,14 @@ class TrainConfig:
         from denim.nim.precision import check_precision
 
         for name in ("epochs", "batch_size", "accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:  # epochs may be left to the size of the denoiser
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
-        if not 0 <= self.warmup_epochs <= self.epochs:
+        if not 0 <= self.warmup_epochs <= (math.inf if self.epochs is None else self.epochs):
             raise ValueError(f"warmup_epochs must lie between 0 and epochs ({self.epochs}), got {self.warmup_epochs}")
         if not (math.isfinite(self.base_lr) and self.base_lr > 0):
             raise ValueError(f"base_lr must be positive, got {self.base_lr}")
@@ -146,9 +149,11 @@ class PretrainConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
-    """Settings of fine-tuning; the defaults are the published recipe for ViT-B (You et al. 2023; He et al. 2022).
+    """Settings of fine-tuning; the defaults are the published recipe (You et al. 2023; He et al. 2022).
 
     Attributes:
+        epochs: Passes over the training images; without it, the published number for the denoiser's size: 50 from the
+            width of ViT-L (embed_dim 1024) on, else 100.
         denoiser: Folder of the pretrained denoiser, which stays frozen. The classifier starts from its encoder, and it
             denoises the training images with trained_on denoised.
         trained_on: Training images: denoised, noisy (not denoised) or clean.
@@ -158,12 +163,15 @@ class FinetuneConfig(TrainConfig):
         statistics: Image that gives the patch means and standard deviations of a reconstruction: input or noisy. A
             denoiser with target raw needs none.
         layer_decay: Learning rate of a layer relative to the layer above it.
-        drop_path: Largest rate of stochastic depth, that of the last block.
+        drop_path: Largest rate of stochastic depth, that of the last block; without it, the published rate for the
+            denoiser's size: 0.2 from the width of ViT-H (embed_dim 1280) on, else 0.1.
         auto_augment: Policy of RandAugment: that of timm (loader torch), that of DALI such as dali-rand-m9-n2 (loader
             dali; for the differences see `TrainView`), or None.
         erasing: Probability of random erasing.
         mixup: Parameter alpha of mixup; 0 turns it off.
         cutmix: Parameter alpha of cutmix; 0 turns it off.
+        mixup_group: Images that are mixed among each other, with one lambda: the published batch of one GPU. A
+            micro-batch (batch_size / accumulate) holds whole groups.
         smoothing: Label smoothing.
     """
 
@@ -173,7 +181,7 @@ class FinetuneConfig(TrainConfig):
     degrade: str = "noise"
     mask_ratio: float = 0.75
     statistics: str = "input"
-    epochs: int = 100
+    epochs: int | None = None  # type: ignore[assignment]  # a number after `for_denoiser`
     warmup_epochs: float = 5
     batch_size: int = 1024
     base_lr: float = 1e-3
@@ -181,11 +189,12 @@ class FinetuneConfig(TrainConfig):
     betas: tuple[float, float] = (0.9, 0.999)
     crop_scale: tuple[float, float] | None = (0.08, 1.0)
     layer_decay: float = 0.75
-    drop_path: float = 0.1
+    drop_path: float | None = None
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     erasing: float = 0.25
     mixup: float = 0.8
     cutmix: float = 1.0
+    mixup_group: int = 16
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
@@ -198,10 +207,36 @@ class FinetuneConfig(TrainConfig):
         check_degradation(None, self.degrade, self.statistics)
         Sigma.parse(self.sigma)
         for name in ("drop_path", "erasing", "smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if (self.mixup or self.cutmix) and self.part_size % 2:
-            raise ValueError(f"mixup and cutmix pair images: {self.part_size} images per pass is an odd number")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or positive, got {getattr(self, name)}")
+        if self.mixup_group < 2 or self.mixup_group % 2:
+            raise ValueError(
+                f"mixup_group must be an even number, for images are mixed in pairs, got {self.mixup_group}"
+            )
+        if (self.mixup or self.cutmix) and self.part_size % self.mixup_group:
+            raise ValueError(
+                f"mixup and cutmix need whole groups of {self.mixup_group} images, and a micro-batch has "
+                f"{self.part_size} (batch_size {self.batch_size} / accumulate {self.accumulate}): change these, set "
+                "mixup_group, or turn mixing off with mixup=0 and cutmix=0"
+            )
+
+    def for_denoiser(self, denoiser: AutoencoderConfig) -> FinetuneConfig:
+        """The same settings, with the published epochs and drop path of the denoiser's size where they are None.
+
+        Args:
+            denoiser: architecture of the denoiser.
+
+        Raises:
+            ValueError: more warm-up epochs than epochs.
+        """
+        width = denoiser.embed_dim
+        epochs = (50 if width >= 1024 else 100) if self.epochs is None else self.epochs
+        drop_path = (0.2 if width >= 1280 else 0.1) if self.drop_path is None else self.drop_path
+        return replace(self, epochs=epochs, drop_path=drop_path)
 
 
 def pick_device(name: str) -> torch.device:

@@ -56,7 +56,7 @@ def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
 def keyed_globals(seed: int) -> Iterator[None]:
     """Inside, the global generators `random` and `np.random` are a function of `seed`; after, they are as before.
 
-    For timm's augmentations and its Mixup, which draw from nothing else. Both generators belong to the process:
+    For timm's RandAugment, which draws from nothing else. Both generators belong to the process:
     two threads must not be inside at once. The global torch generator is not touched.
 
     Args:

@@ -69,9 +69,8 @@ def finetuned(data, pretrained, tmp_path_factory) -> dict:
     for name in PATHS:
         out, kernels = tmp_path_factory.mktemp(name) / "run", set()
         with path(name, kernels):
-            config = FinetuneConfig(
-                out=out, data=data, denoiser=denoiser, sigma="70", auto_augment=None, base_lr=0.5, **TINY
-            )
+            settings = {"sigma": "70", "auto_augment": None, "base_lr": 0.5, "mixup_group": 4, **TINY}
+            config = FinetuneConfig(out=out, data=data, denoiser=denoiser, **settings)
             runs[name] = finetune(config, QUIET), out, kernels
     return runs
 
@@ -101,7 +100,7 @@ def test_finetuning_has_the_same_losses(finetuned):
     torch.testing.assert_close(losses(compiled), values, rtol=1e-4, atol=0)
     assert values.unique().numel() == 3
     assert not none
-    assert {"noise_patchify_kernel", "decode_kernel", "seeds_kernel"} <= kernels
+    assert {"noise_patchify_kernel", "decode_kernel", "seeds_kernel", "words_kernel"} <= kernels
 
 
 @pytest.fixture(scope="module")
