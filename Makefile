@@ -66,7 +66,7 @@ noise-statistics: $(STAMP)
 kernels: $(STAMP)
 	$(BIN)/denim kernels
 
-# Minutes: every kernel with a mistake of `benchmarks/machine_code/mutants.py` through the proofs that need no GPU.
+# Minutes: every kernel with a mistake of `benchmarks/machine_code/mistakes.py` through the proofs that need no GPU.
 mutants: $(STAMP)
 	$(BIN)/python -m denim.benchmarks.machine_code.mutants --page docs/kernels-mutants.md
 
