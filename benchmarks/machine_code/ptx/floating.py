@@ -48,6 +48,12 @@ def _(name: str, ftz: str | None) -> Form:
     return same("f32", 1, _flushed(ftz, np.negative if name == "neg" else np.abs))
 
 
+@form(r"copysign\.(f32|f64)")
+def _(kind: str) -> Form:
+    """The first source has the sign, the second one the rest."""
+    return same(kind, 2, lambda a, b: np.copysign(b, a))
+
+
 @form(r"(min|max)(\.ftz)?(\.NaN)?\.f32")
 def _(name: str, ftz: str | None, nan: str | None) -> Form:
     function = ar.minimum if name == "min" else ar.maximum

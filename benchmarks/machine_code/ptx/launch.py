@@ -101,6 +101,7 @@ def execute(
     approximation: float = 0.0,
     programs: Callable[[int], Sequence[int]] | None = None,
     count: bool = False,
+    unordered: bool = False,
 ) -> Launch:
     """Execute one launch of a kernel that Triton has compiled for an NVIDIA GPU.
 
@@ -111,6 +112,7 @@ def execute(
         approximation: as in `run_on_cpu`.
         programs: as in `run_on_cpu`.
         count: as in `run_on_cpu`.
+        unordered: as in `SharedMemory`; `run_on_cpu` does not allow it.
 
     Raises:
         ValueError, Trap: as `run_on_cpu`.
@@ -126,7 +128,7 @@ def execute(
     kernel = parse(ptx)
     # Behind the arguments come pointers to scratch memory, which kernels that need none leave alone.
     packed += [bytes(8)] * (len(kernel.parameters) - len(packed))
-    machine = Machine(kernel, grid, packed, buffers, compiled.metadata.shared, approximation, count)
+    machine = Machine(kernel, grid, packed, buffers, compiled.metadata.shared, approximation, count, unordered)
     machine.run(None if programs is None else programs(int(np.prod(grid))))
     return Launch(kernel.name, tuple(grid), kernel.threads, ptx, machine.warp_instructions, machine.counts)
 

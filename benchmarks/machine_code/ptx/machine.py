@@ -91,6 +91,7 @@ class Machine:
         approximation: how wrong the approximate functions (`arithmetic.GRANTED`) are, as a share of the largest error
             that PTX grants them: 0 for the nearest float32, 1 for the worst; the sign varies from value to value.
         count: whether accesses to memory are counted, in `counts`.
+        unordered: as in `SharedMemory`.
 
     Raises:
         UnknownInstruction: an instruction that is not implemented. All are looked at before any is executed.
@@ -105,6 +106,7 @@ class Machine:
         shared: int = 0,
         approximation: float = 0.0,
         count: bool = False,
+        unordered: bool = False,
     ) -> None:
         if kernel.threads % WARP:
             raise UnknownInstruction(f"kernel {kernel.name} has {kernel.threads} threads, not whole warps of {WARP}")
@@ -126,6 +128,7 @@ class Machine:
             },
             shared,
             approximation,
+            unordered,
             Counts() if count else None,
         )
         self.blocks = _blocks(kernel)

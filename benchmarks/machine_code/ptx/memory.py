@@ -206,12 +206,14 @@ class SharedMemory:
         programs: how many run at once.
         threads: of a program.
         size: bytes of a program.
+        unordered: whether lanes that store different values to one place by one instruction of their warp are no race;
+            the value of one of them stays.
     """
 
     _NOBODY = np.iinfo(np.int32).max
 
-    def __init__(self, programs: int, threads: int, size: int) -> None:
-        self.size = size
+    def __init__(self, programs: int, threads: int, size: int, unordered: bool = False) -> None:
+        self.size, self.unordered = size, unordered
         self._stride = -(-size // _WIDEST) * _WIDEST
         shape = (programs, self._stride)
         self._bytes = np.full(shape, _UNWRITTEN, np.uint8)
@@ -270,8 +272,12 @@ class SharedMemory:
         ordered = (lowest >> 5 == warp) & (highest >> 5 == warp) & (self._read_epoch.reshape(-1)[spots] < epoch)
         self._raced((highest >= 0) & ~mine & ~ordered, "one thread reads and another writes")
         self._bytes.reshape(-1)[spots] = data
-        self._raced(self._bytes.reshape(-1)[spots] != data, "two threads write")
         self._writer.reshape(-1)[spots] = thread
+        # Of threads that share a byte in this very instruction, one finds the other in its place.
+        lost = self._bytes.reshape(-1)[spots] != data
+        if self.unordered:
+            lost &= self._writer.reshape(-1)[spots] >> 5 != thread >> 5
+        self._raced(lost, "two threads write")
         self._write_epoch.reshape(-1)[spots] = epoch
 
     def barrier(self, programs: Array) -> None:

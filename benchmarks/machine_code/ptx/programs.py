@@ -53,6 +53,8 @@ class Launched:
     """Bytes of a program."""
     approximation: float
     """How wrong approximate functions are, as a share of the error that PTX grants."""
+    unordered: bool
+    """As in `SharedMemory`."""
     counts: Counts | None
     """Gets every access to global and shared memory, if it is wanted."""
 
@@ -101,7 +103,7 @@ class Programs:
             self.registers[place] = value
         # Registers that some lanes have written and others have not: those that have.
         self.partly: dict[int, Array] = {}
-        self.shared = SharedMemory(len(index), kernel.threads, launch.shared)
+        self.shared = SharedMemory(len(index), kernel.threads, launch.shared, launch.unordered)
         self.local = LocalMemory(self.lanes, kernel.local_size)
         self.barriers = np.zeros(len(index), np.int64)
         program = np.repeat(index, kernel.threads)

@@ -28,6 +28,7 @@ _ACCESS = re.compile(
     r"(?:\.(?:nc|ca|cg|cs|lu|cv|wb|wt|L1::\w+|L2::\w+))*(?:\.v[248])?\.(\w+)"
 )
 _CARRY = re.compile(r"(?:mad(c?)\.(lo|hi)|add(c?))(\.cc)?\.[us]32")
+_MATRIX = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(?:::cta)?\.b16")
 _REDUCTION = re.compile(r"redux\.sync\.(add|min|max|and|or|xor)\.([usb]32)")
 _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 
@@ -83,6 +84,8 @@ def step(instruction: Instruction) -> Step:
         return _move(instruction)
     if opcode.startswith(("ld.", "st.")):
         return _access(instruction)
+    if match := _MATRIX.fullmatch(opcode):
+        return _matrices(instruction, match[1], int(match[2]), bool(match[3]))
     if match := _SHUFFLE.fullmatch(opcode):
         return _shuffle(instruction, match[1])
     if match := _REDUCTION.fullmatch(opcode):
@@ -266,6 +269,53 @@ def _access(instruction: Instruction) -> Step:
 
 def _of_lanes(value: Array, lanes: Array) -> Array:
     return value[lanes] if len(value) > 1 else np.broadcast_to(value, (len(lanes),))
+
+
+def _matrices(instruction: Instruction, kind: str, count: int, transposed: bool) -> Step:
+    """`ldmatrix`, `stmatrix`: a warp moves matrices of 8 x 8 elements of 16 bits between shared memory and registers.
+
+    Eight lanes name the rows of a matrix, of 16 bytes each, and count as those that access them. Each lane holds two
+    neighbours of a row in one register of its own: lane 0 the first two, lane 1 the next; transposed, of a column.
+    """
+    data, where = instruction.operands if kind == "ld" else instruction.operands[::-1]
+    parts = as_tuple(data)
+    if not isinstance(where, Address) or len(parts) != count:
+        raise UnknownInstruction(f"{len(parts)} registers and address {where}, expected {count}")
+    base, word, element = _reader(where.base, BITS[_width(where.base)]), BITS[4], BITS[2]
+
+    def rows(programs: Programs, active: Mask) -> tuple[Array, Array, Array]:
+        """The lanes that execute; those that name rows; their addresses."""
+        programs.check_warps(np.full((programs.lanes // WARP, WARP), 0xFFFFFFFF, np.uint32), active)
+        lanes = np.arange(programs.lanes) if active is None else np.flatnonzero(active)
+        naming = lanes[lanes % WARP < 8 * count]
+        address = base(programs, active).astype(np.int64) + where.offset
+        return lanes, naming, _of_lanes(address, naming)
+
+    if kind == "ld":
+        registers = [_destination(part) for part in parts]
+
+        def load(programs: Programs, active: Mask) -> None:
+            lanes, naming, address = rows(programs, active)
+            values = programs.load("shared", address, 16, naming).view(element).reshape(-1, count, 8, 8)
+            values = np.ascontiguousarray(values.swapaxes(2, 3) if transposed else values)
+            pairs = values.view(word).reshape(-1, count, WARP)
+            for k, register in enumerate(registers):
+                if register is not None:
+                    spread = np.zeros(programs.lanes, word)
+                    spread[lanes] = pairs[:, k].reshape(-1)
+                    programs.write(register, spread, active)
+
+        return load
+    reads = [_reader(part, word) for part in parts]
+
+    def store(programs: Programs, active: Mask) -> None:
+        lanes, naming, address = rows(programs, active)
+        pairs = np.stack([_of_lanes(read(programs, active), lanes).reshape(-1, WARP) for read in reads], axis=1)
+        values = pairs.view(element).reshape(-1, count, 8, 8)
+        values = np.ascontiguousarray(values.swapaxes(2, 3) if transposed else values)
+        programs.store("shared", address, values.view(np.uint8).reshape(-1, 16), naming)
+
+    return store
 
 
 def _parameter(data: Operand, where: Address, dtype: np.dtype[Any]) -> Step:

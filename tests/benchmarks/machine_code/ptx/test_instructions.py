@@ -454,6 +454,18 @@ def test_reciprocal(opcode):
     check_floats(opcode, ["f32"], "f32", exact, special, ftz="ftz" in opcode)
 
 
+SIGNS = ["copysign.f32", "copysign.f64"]
+
+
+@pytest.mark.parametrize("opcode", SIGNS)
+def test_the_first_number_gives_its_sign_to_the_second(opcode):
+    kind = opcode[-3:]
+    a, b = draw_floats(kind, 0), draw_floats(kind, 1)
+    (got,) = answer(opcode, a, b)
+    sign = 1 << (WIDTHS[kind] - 1)
+    assert got.tolist() == [(x & sign) | (y & (sign - 1)) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+
+
 EXTREMES = [f"{name}{nan}.{kind}" for name in ("min", "max") for nan in ("", ".NaN") for kind in ("f32", "bf16", "f16")]
 
 
@@ -779,8 +791,9 @@ def test_pairs_of_integers_do_not_touch_each_other(opcode):
 
 
 def test_every_form_is_tested():
-    lists = (INTEGERS, DIVISIONS, PREDICATES, COMPARISONS, SELECTIONS, ROUNDED, ROOTS, RECIPROCALS, EXTREMES)
+    lists = (INTEGERS, DIVISIONS, PREDICATES, COMPARISONS, SELECTIONS, ROUNDED, ROOTS, RECIPROCALS, SIGNS)
     lists += (
+        EXTREMES,
         FLOAT_COMPARISONS,
         PAIRS_OF_FLOAT32,
         PAIRS_OF_16_BITS,

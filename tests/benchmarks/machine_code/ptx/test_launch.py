@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from denim.benchmarks.machine_code import run_on_cpu
-from denim.benchmarks.machine_code.ptx.traps import Misaligned, OutOfBounds, StoredTwice, UnknownInstruction
+from denim.benchmarks.machine_code.ptx.launch import execute
+from denim.benchmarks.machine_code.ptx.traps import Misaligned, OutOfBounds, Race, StoredTwice, UnknownInstruction
 
 triton = pytest.importorskip("triton", reason="Triton is a dependency on Linux x86-64 alone")
 tl = pytest.importorskip("triton.language")
@@ -82,6 +83,23 @@ def swap(out):
     tl.atomic_cas(out, 0, 1)
 
 
+@triton.jit
+def merged(mean, squares, count, other_mean, other_squares, other_count):
+    total = count + other_count
+    step = (other_mean - mean) * (other_count / total)
+    return mean + step, squares + other_squares + (other_mean - mean) * step * count, total
+
+
+@triton.jit
+def mean_and_squares(x, out, ROWS: tl.constexpr, COLS: tl.constexpr):
+    place = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    values = tl.load(x + place)
+    mean, squares, _ = tl.reduce((values, tl.zeros_like(values), tl.full(values.shape, 1.0, tl.float32)), 1, merged)
+    row = tl.arange(0, ROWS)
+    tl.store(out + row, mean)
+    tl.store(out + ROWS + row, squares)
+
+
 CAPABILITIES = (80, 90, 100)
 
 
@@ -123,6 +141,20 @@ def test_sums_through_shuffles_and_shared_memory(capability, warps):
     with run_on_cpu(capability):
         sums[(3, 2)](x, out, 700, BLOCK=1024, num_warps=warps)
     torch.testing.assert_close(out.double(), x.double().sum(1), rtol=0, atol=700 * 2.0**-24 * 40)
+
+
+def test_lanes_that_merge_the_same_parts_in_another_order_store_other_bits():
+    """As the kernels of torch.compile do: a race, of numbers that differ by rounding. Only `execute` allows it."""
+    x, out = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), torch.empty(2, 16)
+    with run_on_cpu():
+        with pytest.raises(Race, match=r"two threads write shared memory.*kernel mean_and_squares"):
+            mean_and_squares[(1,)](x, out, ROWS=16, COLS=32)
+        compiled = mean_and_squares.warmup(x, out, ROWS=16, COLS=32, grid=(1,))
+    execute(compiled, {"x": x, "out": out}, (1,), unordered=True)
+    exact = x.double()
+    # Some five roundings of partial results in each of five steps.
+    torch.testing.assert_close(out[0].double(), exact.mean(1), rtol=0, atol=25 * 2.0**-24)
+    torch.testing.assert_close(out[1].double(), 31 * exact.var(1), rtol=25 * 2.0**-24, atol=0)
 
 
 def test_arguments_of_all_kinds():

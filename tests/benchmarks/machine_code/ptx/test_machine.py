@@ -40,6 +40,63 @@ def test_vectors_have_their_elements_in_order(execute):
     assert y.reshape(64, 4).tolist() == np.arange(256).reshape(64, 4)[:, ::-1].tolist()
 
 
+# Lane l of a warp names the row that thread l ^ 1 has written, 16 bytes.
+ROWS = "\tshl.b32 %r20, %r1, 4;\n\txor.b32 %r21, %r20, 16;\n"
+AS_WIDE = "\tmul.wide.u32 %rd6, %r1, 16;\n\tadd.s64 %rd7, %rd1, %rd6;\n\tadd.s64 %rd8, %rd2, %rd6;\n"
+MATRICES = pytest.mark.parametrize(("count", "transposed"), [(1, False), (2, True), (4, False), (4, True)])
+
+
+def _element(matrix: int, row: int, column: int, warp: int, transposed: bool) -> tuple[int, int]:
+    """Thread and half of the register that holds an element of a matrix, by the tables of the PTX ISA."""
+    if transposed:
+        row, column = column, row
+    return 32 * warp + 4 * row + column // 2, column % 2
+
+
+def _matrix(kind: str, count: int, transposed: bool) -> str:
+    registers = "{" + ", ".join(f"%r{30 + k}" for k in range(count)) + "}"
+    opcode = f"{kind}matrix.sync.aligned.m8n8.x{count}{'.trans' * transposed}.shared.b16"
+    return f"\t{opcode} " + (f"{registers}, [%r21];\n" if kind == "ld" else f"[%r21], {registers};\n")
+
+
+@MATRICES
+def test_matrices_from_shared_memory(execute, count, transposed):
+    body = AS_WIDE + ROWS + "\tld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd7];\n"
+    body += "\tst.shared.v4.b32 [%r20], {%r2, %r3, %r4, %r5};\n\tbar.sync 0;\n" + _matrix("ld", count, transposed)
+    body += "".join(f"\tst.global.b32 [%rd5+{256 * k}], %r{30 + k};\n" for k in range(count))
+    got = execute(body, shared=1024).reshape(4, 64, 1).view(np.uint16)
+    rows = np.arange(256, dtype=np.uint32).view(np.uint16).reshape(64, 8)
+    for warp in (0, 1):
+        for matrix, row, column in np.ndindex(count, 8, 8):
+            thread, half = _element(matrix, row, column, warp, transposed)
+            assert got[matrix, thread, half] == rows[(32 * warp + 8 * matrix + row) ^ 1, column]
+    assert not got[count:].any()
+
+
+@MATRICES
+def test_matrices_to_shared_memory(execute, count, transposed):
+    body = AS_WIDE + ROWS + "\tld.global.v4.b32 {%r30, %r31, %r32, %r33}, [%rd7];\n" + _matrix("st", count, transposed)
+    body += "\tbar.sync 0;\n\tld.shared.v4.b32 {%r2, %r3, %r4, %r5}, [%r20];\n"
+    body += "\tst.global.v4.b32 [%rd8], {%r2, %r3, %r4, %r5};\n"
+    got = execute(body, shared=1024).view(np.uint16).reshape(64, 8)
+    registers = np.arange(256, dtype=np.uint32).reshape(64, 4, 1).view(np.uint16)
+    for warp in (0, 1):
+        for matrix, row, column in np.ndindex(count, 8, 8):
+            thread, half = _element(matrix, row, column, warp, transposed)
+            assert got[(32 * warp + 8 * matrix + row) ^ 1, column] == registers[thread, matrix, half]
+        assert (got[32 * warp + 8 * count : 32 * warp + 32] == 0xFFFF).all()
+
+
+def test_matrices_are_moved_by_whole_warps_to_aligned_rows_that_nobody_else_accesses(execute):
+    execute(FIRST_WARP + ROWS + "\tmov.b32 %r30, 1;\n\t@%p2" + _matrix("st", 1, False), shared=1024)
+    with pytest.raises(PartialWarp):
+        execute(EVEN + ROWS + "\tmov.b32 %r30, 1;\n\t@%p1" + _matrix("st", 1, False), shared=1024)
+    with pytest.raises(Misaligned):
+        execute(ROWS + "\tadd.s32 %r21, %r20, 8;\n\tmov.b32 %r30, 1;\n" + _matrix("st", 1, False), shared=2048)
+    with pytest.raises(Race, match="one thread writes and another reads"):
+        execute(ROWS + "\tst.shared.b32 [%r20], %r1;\n" + _matrix("ld", 1, False), shared=1024)
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"), [("u8", 200), ("s8", 200 - 256), ("b8", 200), ("s16", 200), ("u16", 200)]
 )

@@ -217,3 +217,25 @@ def test_several_threads_may_store_the_same_value(shared):
     shared.memory.store(0 * lanes, lanes, 0 * lanes + 4, np.full((3, 4), 7, np.uint8))
     with pytest.raises(Race):
         shared.memory.store(0 * lanes, lanes, 0 * lanes + 8, np.arange(12, dtype=np.uint8).reshape(3, 4))
+
+
+@pytest.mark.parametrize("unordered", [False, True])
+def test_lanes_of_one_instruction_may_be_allowed_to_store_different_values(unordered):
+    memory = SharedMemory(1, 64, 32, unordered)
+
+    def store(*threads):
+        lanes, values = numbers(*threads), np.repeat(np.arange(len(threads), dtype=np.uint8)[:, None], 4, axis=1)
+        memory.store(0 * lanes, lanes, 0 * lanes, values)
+
+    if not unordered:
+        with pytest.raises(Race, match="two threads write"):
+            store(0, 1)
+        return
+    store(0, 1)
+    with pytest.raises(Race):  # another instruction
+        store(2)
+    memory.barrier(numbers(0))
+    assert int(memory.load(numbers(0), numbers(0), numbers(0), 4)[0, 0]) in (0, 1)
+    memory.barrier(numbers(0))
+    with pytest.raises(Race):  # another warp
+        store(0, 40)
