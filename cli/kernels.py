@@ -67,6 +67,7 @@ def _baseline_rows(table: Mapping[str, Any]) -> list[list[str]]:
                         f"{numbers['moved'] / 1e3:.0f}",
                         f"{numbers['instructions']:.1f}{slow}" if "instructions" in numbers else "-",
                         f"{numbers['bound']:.3f}" if "bound" in numbers else "-",
+                        numbers.get("counted", "-"),
                         f"{numbers['bound'] / kinds['fused']['bound']:.2f}" if "bound" in numbers else "-",
                     ]
                 )
@@ -75,7 +76,17 @@ def _baseline_rows(table: Mapping[str, Any]) -> list[list[str]]:
 
 AS = {"compiled": "torch.compile", "naive": "naive tl.randn kernel"}
 KINDS = ("fused", "naive", "compiled", "eager")
-BASELINE_COLUMNS = ("operation", "pass", "as", "kernels", "kB moved", "instructions", "bound, µs", "bound / fused")
+BASELINE_COLUMNS = (
+    "operation",
+    "pass",
+    "as",
+    "kernels",
+    "kB moved",
+    "instructions",
+    "bound, µs",
+    "bound from",
+    "bound / fused",
+)
 
 
 EXECUTED = (
@@ -251,7 +262,7 @@ def main(
         from denim.benchmarks.machine_code import budgets as budget_file
         from denim.benchmarks.machine_code import inductor, report
         from denim.benchmarks.machine_code.builds import TARGETS, unavailable
-        from denim.benchmarks.machine_code.executed import executed
+        from denim.benchmarks.machine_code.executed import bounds, executed
         from denim.benchmarks.machine_code.invariants import broken_invariants
     except ModuleNotFoundError as error:
         if error.name != "triton":
@@ -285,8 +296,8 @@ def main(
     table = ran = None
     reason = inductor.unavailable()
     if baselines and not only and "sm_90" in chosen:
-        table = inductor.baselines(workers)
         ran = executed(workers)
+        table = bounds(inductor.baselines(workers), ran)
     versions = f"Triton {triton.__version__} and torch {torch.__version__}"
 
     # Before anything is printed: what took minutes must not be lost with the terminal.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from denim.benchmarks.case import BACKWARD, FORWARD, SIDE, Case
 from denim.benchmarks.cases import OPERATIONS
 from denim.benchmarks.machine_code import inductor
 from denim.benchmarks.machine_code.ptx.check import run_case
-from denim.benchmarks.machine_code.ptx.counts import Counts
+from denim.benchmarks.machine_code.ptx.counts import SECTOR, Counts
 from denim.benchmarks.machine_code.ptx.launch import run_on_cpu
+from denim.benchmarks.machine_code.roofline import GPUS, with_execution
 
-__all__ = ["executed", "summary"]
+__all__ = ["bounds", "executed", "summary"]
 
 CAPABILITY = 90
 # Where no case is compared with torch.compile, the first one that is built.
@@ -38,7 +39,8 @@ def summary(counts: Sequence[Counts], elements: int) -> dict[str, Any]:
         `kernels`; `instructions` of threads per element, idle lanes of executing warps included; `lanes`, the share of
         those that are not idle; `loads` and `stores`, sectors of the requests over the fewest that hold their bytes
         (None without requests); `conflicts`, passes through shared memory beyond the fewest, per request; `memory`,
-        bytes behind ideal caches, where every kernel finds the caches empty.
+        bytes behind ideal caches, where every kernel finds the caches empty; `launches`, of each what `with_execution`
+        takes.
     """
     warps = sum(one.warp_instructions for one in counts)
     shared = sum(one.shared_requests for one in counts)
@@ -56,6 +58,49 @@ def summary(counts: Sequence[Counts], elements: int) -> dict[str, Any]:
         "stores": ratio("stores"),
         "conflicts": sum(one.bank_conflicts for one in counts) / shared if shared else 0.0,
         "memory": sum(one.memory_bytes for one in counts),
+        "launches": [
+            {
+                "warp_instructions": one.warp_instructions,
+                "memory": one.memory_bytes,
+                "sectors": one.loads.sectors + one.stores.sectors,
+                "bytes": SECTOR * (one.loads.least + one.stores.least),
+                "passes": one.shared_passes,
+            }
+            for one in counts
+        ],
+    }
+
+
+def bounds(table: Mapping[str, Any], ran: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of `inductor.baselines` with the bounds that follow from execution, where its kernels were executed.
+
+    Args:
+        table: from `inductor.baselines`.
+        ran: from `executed`.
+
+    Returns:
+        The same table with other numbers in `bound`, and `counted`: "execution", or "code" where a trap stopped the
+        kernels, or where one image takes other kernels than a batch.
+    """
+    gpu = GPUS[f"sm_{CAPABILITY}"]
+
+    def bound(name: str, part: str, kind: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        if "rooflines" not in numbers:
+            return dict(numbers)
+        found = ran.get(name, {}).get(part, {}).get(kind)
+        if not isinstance(found, Mapping) or len(found["launches"]) != len(numbers["rooflines"]):
+            return {**numbers, "counted": "code"}
+        pairs = zip(numbers["rooflines"], found["launches"], strict=True)
+        limits = [with_execution(gpu, static, counts) for static, counts in pairs]
+        total = sum(one[one["binds"]] for one in limits)
+        return {**numbers, "rooflines": limits, "bound": total, "counted": "execution"}
+
+    return {
+        name: {
+            part: {kind: bound(name, part, kind, numbers) for kind, numbers in kinds.items()}
+            for part, kinds in passes.items()
+        }
+        for name, passes in table.items()
     }
 
 

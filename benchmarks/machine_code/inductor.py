@@ -439,6 +439,7 @@ def _sum(kernels: Sequence[dict[str, Any]], elements: float) -> dict[str, Any]:
         "instructions": sum(kernel["instructions"] * kernel["elements"] for kernel in kernels) / elements,
         "slow": sum(kernel["slow"] * kernel["elements"] for kernel in kernels) / elements,
         "local": sum(kernel["local"] for kernel in kernels),
+        "rooflines": [kernel["roofline"] for kernel in kernels],
         "bound": sum(kernel["roofline"][kernel["roofline"]["binds"]] for kernel in kernels),
     }
 
@@ -464,7 +465,7 @@ def baselines(workers: int | None = None) -> dict[str, dict[str, dict[str, Any]]
     Returns:
         {operation and name of the case: {"forward" or "backward": {"fused", "naive", "compiled", "eager"}}}, each with
         the number of `kernels` and the bytes `moved` per image; all but "eager" also `instructions` per element of the
-        image, `local`-memory instructions and `bound`, the sum of the kernels' rooflines in microseconds per image.
+        image, `local`-memory instructions, `rooflines` of the kernels and `bound`, their sum in microseconds per image.
         "compiled" is missing where `unavailable`, "naive" where there is no naive kernel.
     """
     names = [f"{case.operation}, {case.name}" for case in COMPARED]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from triton.backends.compiler import GPUTarget
 
-__all__ = ["GPU", "GPUS", "RATES", "occupancy", "roofline"]
+__all__ = ["GPU", "GPUS", "RATES", "occupancy", "roofline", "with_execution"]
 
 
 class GPU(NamedTuple):
@@ -40,6 +40,9 @@ GPUS = {
 # guide; a warp is 32). Of addition, comparison and logic 64 (`GPU.integer`), but 128 additions from compute capability
 # 12.0 on; that all of the class are as fast as additions keeps the bound a bound.
 RATES = {"issue": 4.0, "multiply": 2.0, "special": 0.5}
+# Of L1 per clock and multiprocessor: it looks up four lines of four sectors each (NVIDIA's developer forum,
+# "Understanding L1/TEX Cache Sectors/Req"). Its data lies in the 32 banks of shared memory, which give four bytes each.
+SECTORS, BYTES = 16.0, 128.0
 
 
 class Multiprocessor(NamedTuple):
@@ -68,6 +71,33 @@ def roofline(gpu: GPU, moved: float, warp_instructions: Mapping[str, float]) -> 
     limits = {"memory": moved / gpu.bandwidth * 1e6}
     for name, rate in (*RATES.items(), ("integer", gpu.integer)):
         limits[name] = warp_instructions[name] / (rate * gpu.multiprocessors * gpu.clock) * 1e6
+    return _bound(limits)
+
+
+def with_execution(gpu: GPU, static: Mapping[str, Any], counts: Mapping[str, float]) -> dict[str, Any]:
+    """The limits of a kernel with what execution has counted.
+
+    `memory` are the bytes behind ideal caches. `issue` takes the fewer of the instructions of the machine code and of
+    those that the PTX executed: the former hold code that no thread reaches, and of the latter ptxas merges some. `L1`
+    is new: the sectors that requests touch, the bytes that they need, and the passes through shared memory.
+
+    Args:
+        gpu: of `GPUS`.
+        static: from `roofline`.
+        counts: of one image: `warp_instructions`, `memory` bytes, `sectors`, `bytes` of requests, `passes`.
+
+    Returns:
+        As `roofline`.
+    """
+    limits = {name: value for name, value in static.items() if name != "binds"}
+    per_clock = gpu.multiprocessors * gpu.clock / 1e6
+    limits["memory"] = counts["memory"] / gpu.bandwidth * 1e6
+    limits["issue"] = min(limits["issue"], counts["warp_instructions"] / RATES["issue"] / per_clock)
+    limits["L1"] = max(counts["sectors"] / SECTORS, counts["bytes"] / BYTES + counts["passes"]) / per_clock
+    return _bound(limits)
+
+
+def _bound(limits: Mapping[str, float]) -> dict[str, Any]:
     return {**limits, "binds": max(limits, key=lambda name: limits[name])}
 
 

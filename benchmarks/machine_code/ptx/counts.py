@@ -50,8 +50,10 @@ class Counts:
     """Of global memory."""
     stores: Traffic = field(default_factory=Traffic)
     shared_requests: int = 0
+    shared_passes: int = 0
+    """Passes through shared memory, each of which serves one word in each bank."""
     bank_conflicts: int = 0
-    """Passes through shared memory beyond the fewest that its requests need."""
+    """Passes beyond the fewest that the requests need."""
 
     @property
     def lanes(self) -> float:
@@ -96,4 +98,5 @@ class Counts:
         slowest = np.zeros(int(banks.max()) // _BANKS + 1, np.int64)
         np.maximum.at(slowest, banks // _BANKS, passes)
         self.shared_requests += len(np.unique(lanes // WARP))
+        self.shared_passes += int(slowest.sum())
         self.bank_conflicts += int((slowest[slowest > 0] - 1).sum())

@@ -34,7 +34,34 @@ def test_launches_are_summed():
         "stores": None,
         "conflicts": 1.0,
         "memory": 32 * (32 + 4),
+        "launches": [
+            {"warp_instructions": 10, "memory": 32 * 32, "sectors": 32, "bytes": 128, "passes": 0},
+            {"warp_instructions": 30, "memory": 32 * 4, "sectors": 4, "bytes": 128, "passes": 2},
+        ],
     }
+
+
+def test_bounds_follow_from_execution_where_the_same_kernels_ran():
+    slow = counts.Counts(warp_instructions=8)
+    slow.global_access("load", (1 << 40) + 32 * np.arange(1 << 20), 4, np.arange(1 << 20))
+    one = executed.summary([slow], 1)
+    limits = {"memory": 1.0, "issue": 20.0, "multiply": 0.0, "integer": 0.0, "special": 0.0, "binds": "issue"}
+    kinds = {
+        "fused": {"kernels": 1, "rooflines": [limits], "bound": 20.0},
+        "naive": {"kernels": 2, "rooflines": [limits, limits], "bound": 40.0},
+        "compiled": {"kernels": 1, "rooflines": [limits], "bound": 20.0},
+        "eager": {"kernels": 9, "moved": 1e6},
+    }
+    table = {"a": {"forward": kinds}, "b": {"forward": {"fused": kinds["fused"]}}}
+    ran = {"a": {"forward": {"fused": one, "naive": one, "compiled": "Race: two threads write"}}}
+    got = executed.bounds(table, ran)
+    fused, naive, compiled = (got["a"]["forward"][kind] for kind in ("fused", "naive", "compiled"))
+    # 2^20 sectors of 32 bytes at 3.35 TB/s; the eight instructions take no time beside that.
+    assert fused["bound"] == fused["rooflines"][0]["memory"] == pytest.approx(2**25 / 3.35e6)
+    assert fused["counted"] == "execution"
+    for numbers, name in ((naive, "naive"), (compiled, "compiled"), (got["b"]["forward"]["fused"], "fused")):
+        assert numbers == kinds[name] | {"counted": "code"}
+    assert got["a"]["forward"]["eager"] == kinds["eager"]
 
 
 @pytest.fixture

@@ -47,3 +47,29 @@ def test_the_largest_limit_binds():
     assert limits == pytest.approx(expected)
     assert roofline.roofline(gpu, 1e3, given)["binds"] == "special"
     assert roofline.roofline(gpu._replace(integer=4.0), 1e6, given)["integer"] == pytest.approx(0.0025)
+
+
+GPU = roofline.GPU("", multiprocessors=100, clock=1e9, bandwidth=1e12)
+STATIC = roofline.roofline(GPU, 1e6, {"issue": 4000.0, "multiply": 500.0, "integer": 1000.0, "special": 900.0})
+NOTHING = {"warp_instructions": 4000.0, "memory": 0.0, "sectors": 0.0, "bytes": 0.0, "passes": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("counts", "name", "limit"),
+    [
+        ({"memory": 5e5}, "memory", 0.5),
+        ({"memory": 2e6}, "memory", 2.0),  # caches are ideal, but kernels read whole sectors
+        ({"warp_instructions": 3000.0}, "issue", 0.0075),
+        ({"warp_instructions": 5000.0}, "issue", 0.01),  # ptxas has merged some
+        ({"sectors": 160_000.0}, "L1", 0.1),
+        ({"bytes": 1.28e6}, "L1", 0.1),
+        ({"bytes": 1.28e6, "passes": 1e4}, "L1", 0.2),
+        ({"bytes": 1.28e6, "passes": 1e4, "sectors": 480_000.0}, "L1", 0.3),
+    ],
+)
+def test_limits_from_execution(counts, name, limit):
+    limits = roofline.with_execution(GPU, STATIC, NOTHING | counts)
+    assert limits[name] == pytest.approx(limit)
+    kept = {"multiply", "integer", "special"}
+    assert {key: limits[key] for key in kept} == {key: STATIC[key] for key in kept}
+    assert limits[limits.pop("binds")] == max(limits.values())

@@ -60,22 +60,22 @@ def test_lanes_that_do_not_execute_are_no_part_of_a_request():
 
 
 @pytest.mark.parametrize(
-    ("address", "size", "conflicts"),
+    ("address", "size", "passes", "conflicts"),
     [
-        (LANES * 4, 4, 0),
-        (LANES * 0, 4, 0),  # one word for all
-        (LANES // 2 * 2, 2, 0),
-        (LANES * 8, 4, 2),  # two words of a bank, in each warp
-        (LANES * 128, 4, 62),  # all of one bank
-        (LANES * 8, 8, 0),  # halves of a warp, one after the other
-        (LANES * 16, 16, 0),
-        (LANES * 32, 16, 8),  # quarters, whose eight lanes need two passes
+        (LANES * 4, 4, 2, 0),
+        (LANES * 0, 4, 2, 0),  # one word for all
+        (LANES // 2 * 2, 2, 2, 0),
+        (LANES * 8, 4, 4, 2),  # two words of a bank, in each warp
+        (LANES * 128, 4, 64, 62),  # all of one bank
+        (LANES * 8, 8, 4, 0),  # halves of a warp, one after the other
+        (LANES * 16, 16, 8, 0),
+        (LANES * 32, 16, 16, 8),  # quarters, whose eight lanes need two passes
     ],
 )
-def test_bank_conflicts_of_two_warps(address, size, conflicts):
+def test_passes_of_two_warps_through_shared_memory(address, size, passes, conflicts):
     counts = Counts()
     counts.shared_access(address, size, LANES)
-    assert (counts.shared_requests, counts.bank_conflicts) == (2, conflicts)
+    assert (counts.shared_requests, counts.shared_passes, counts.bank_conflicts) == (2, passes, conflicts)
 
 
 def test_a_copy_needs_the_least_and_a_gather_does_not():
