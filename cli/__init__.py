@@ -148,11 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "" not in commands:
         part, words = _choose(program, importlib.import_module(f"denim.cli.{name}").COMMANDS, words), words[1:]
         program = f"{program} {part}"
-    _refuse_unknown_options(program, commands[part], words)
+    command = commands[part]
+    _refuse_unknown_options(program, command, words)
     import tyro
 
     choose_waiting(others)
-    tyro.cli(commands[part], args=words, prog=program)
+    if settings := getattr(importlib.import_module(f"denim.cli.{name}"), "SETTINGS", None):
+        from denim.cli.resume import with_settings_of_run
+
+        command, words = with_settings_of_run(command, settings, words)
+    tyro.cli(command, args=words, prog=program)
 
 
 class Terminated(KeyboardInterrupt):

@@ -9,6 +9,8 @@ import tyro
 
 from denim.nim import FinetuneConfig
 
+SETTINGS = FinetuneConfig  # what `--resume RUN` takes from the run
+
 
 def main(config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]) -> None:
     """Fine-tune a classifier. The defaults are the published recipe for ViT-B."""

@@ -8,6 +8,8 @@ import tyro
 
 from denim.nim import PretrainConfig
 
+SETTINGS = PretrainConfig  # what `--resume RUN` takes from the run
+
 
 def main(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
     """Pretrain a denoiser. The defaults are the published recipe for ViT-B."""

@@ -85,6 +85,15 @@ class Augmentation:
         """Whether images are mixed."""
         return bool(self.mixup or self.cutmix)
 
+    def check_count(self, count: int) -> None:
+        """Check that a number of images is one of whole groups, where images are mixed.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.mixes and count % self.mixup_group:
+            raise ValueError(f"mixing takes whole groups of {self.mixup_group} images, got {count} images")
+
     def draw(self, ids: Tensor, epoch: int) -> Draws:
         """Draw for images, on the host.
 
@@ -96,8 +105,7 @@ class Augmentation:
             ValueError: images are mixed, and B is no multiple of `mixup_group`.
         """
         count = len(ids)
-        if self.mixes and count % self.mixup_group:
-            raise ValueError(f"mixing takes whole groups of {self.mixup_group} images, got {count} images")
+        self.check_count(count)
         seeds = derive_seeds(self.seed, Domain.AUGMENT, ids, epoch)
         boxes: list[Integers] = []
         weights = np.broadcast_to(np.array([1, 1 - self.smoothing, 0], dtype=np.float32), (count, 3))

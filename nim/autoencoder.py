@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from denim.kernels import Stream, noise_words
 from denim.nim.attention import Attention
@@ -253,6 +254,7 @@ class Autoencoder(Pretrained, nn.Module):
         )
         self.decoder_norm = norm(config.decoder_embed_dim)
         self.decoder_pred = nn.Linear(config.decoder_embed_dim, config.patch_dim)
+        self.grad_checkpointing = False
         self._initialise()
 
     def _initialise(self) -> None:
@@ -275,6 +277,18 @@ class Autoencoder(Pretrained, nn.Module):
         """dtype in which the embedding multiplies patches: that of its weight, or autocast's where autocast is on."""
         return computing_dtype(self.patch_embed.proj.weight)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the activations of each block again in the backward pass (Chen et al. 2016), as timm's ViTs do."""
+        self.grad_checkpointing = enable
+
+    def _through(self, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens)
+        return tokens
+
     def encode(self, patches: Tensor, mask: Mask | None = None) -> Tensor:
         """Patches (N, L, D) to tokens (N, 1 + visible, embed_dim), class token first.
 
@@ -290,9 +304,7 @@ class Autoencoder(Pretrained, nn.Module):
             tokens = tokens.gather(1, chosen)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat((first, tokens), dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        encoded: Tensor = self.norm(tokens)
+        encoded: Tensor = self.norm(self._through(self.blocks, tokens))
         return encoded
 
     def decode(self, tokens: Tensor, mask: Mask | None = None) -> Tensor:
@@ -303,8 +315,7 @@ class Autoencoder(Pretrained, nn.Module):
             full = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], self.config.num_patches, -1)
             tokens = torch.cat((tokens[:, :1], full.scatter(1, chosen, tokens[:, 1:])), dim=1)
         tokens = tokens + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            tokens = block(tokens)
+        tokens = self._through(self.decoder_blocks, tokens)
         predicted: Tensor = self.decoder_pred(self.decoder_norm(tokens))
         return predicted[:, 1:]
 

@@ -59,24 +59,38 @@ class Pretrained(nn.Module):
     config_class: ClassVar[type[Any]]
     config: Any
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write model.safetensors and config.json. Each file is replaced in one step.
 
         Args:
             folder: made where absent; files of an earlier model in it are replaced.
+            weights: what is written in place of the model's own, by the same names: of a model that FSDP has sharded,
+                the whole weights.
 
         Raises:
             FloatingPointError: a weight is not finite; nothing is written then.
         """
         folder = Path(folder)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        if broken := not_finite(tensors):
-            raise FloatingPointError(f"weights are not finite and are not saved: {first_words(broken)}")
-        content = json.dumps({"model": type(self).__name__, **dataclasses.asdict(self.config)}, indent=2)
+        weights = self.state_dict() if weights is None else weights
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        self.check_weights(tensors)
+        # FSDP gives a model another class, made of its own.
+        kind = next(base for base in type(self).__mro__ if "config_class" in vars(base))
+        content = json.dumps({"model": kind.__name__, **dataclasses.asdict(self.config)}, indent=2)
         with atomic_write(folder / WEIGHTS_FILE) as staged:
             save_file(tensors, staged, metadata={"format": "pt"})
         with atomic_write(folder / CONFIG_FILE) as staged:
             staged.write_text(content + "\n")
+
+    @staticmethod
+    def check_weights(weights: Mapping[str, Tensor]) -> None:
+        """Refuse to save weights that are not finite.
+
+        Raises:
+            FloatingPointError: some are not; the message has their names.
+        """
+        if broken := not_finite(weights):
+            raise FloatingPointError(f"weights are not finite and are not saved: {first_words(broken)}")
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None) -> None:
         """Upload to a repository on the Hugging Face hub, which is made where absent."""

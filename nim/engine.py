@@ -1,72 +1,97 @@
-"""The training loop of pretraining and fine-tuning.
+"""The training loop of pretraining and fine-tuning, in one process or in as many as torchrun starts.
 
-All randomness is keyed by the seed of the run and by the update, or by the epoch and the sample id. So a run that is
-killed at any moment and resumed reaches the same weights, bit for bit on the same machine, as one that is not killed.
+All randomness is keyed by the seed of the run, the epoch and the sample. So the result does not depend on the number of
+processes or on how a batch is cut into passes, but for the rounding of sums; and a run that is killed at any moment and
+resumed reaches the same weights, bit for bit on the same machine, as one that is not killed.
 """
 
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
-from denim.kernels import Domain, derive_seeds
 from denim.nim.checkpoint import Pretrained
 from denim.nim.data import Batch, Loader, PlannedLoader, Source, TrainView, open_loader
 from denim.nim.owner import owned
+from denim.nim.parallel import distribute, whole, without_sync
 from denim.nim.precision import autocast, resolve_precision, tf32_products
-from denim.nim.run import Metrics, latest_checkpoint, load_checkpoint, prepare_folder, save_checkpoint
+from denim.nim.prefetch import Inputs, prefetched
+from denim.nim.progress import ProgressReport
+from denim.nim.ranks import Ranks
+from denim.nim.run import Metrics, prepare_folder
+from denim.nim.saving import CheckpointWriter, Progress, latest_checkpoint, load_optimizer, load_progress, newest_whole
 from denim.nim.settings import TrainConfig
 from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import printable
 
-__all__ = ["TrainState", "keyed_torch", "train", "training_loader", "training_step"]
+__all__ = ["Task", "TrainState", "begin", "keyed_torch", "train", "training_loader", "training_step"]
 
 READS_ARE_FREE = ("cpu",)  # devices that nobody waits for
+
+
+class Task(nn.Module):
+    """What is learnt. Its call, with the tensors that `prepare` makes, is the mean loss of a part of a batch, a scalar.
+
+    Args:
+        model: what is trained. What else the task holds must not be parameters that learn.
+    """
+
+    def __init__(self, model: Pretrained) -> None:
+        super().__init__()
+        self.model = model
+
+    def prepare(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """The arguments of `forward` by name, from a part of a batch and its epoch; may run in a thread of its own."""
+        raise NotImplementedError
 
 
 @contextmanager
 def keyed_torch(key: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators of the CPU and of `device` with a key, and restore their states at the end.
 
-    For what can draw from these generators alone: initialisation, and layers such as drop path.
+    For what can draw from these generators alone, such as initialisation.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _seed_torch(key, device)
+        torch.default_generator.manual_seed(key)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(key)
         yield
 
 
-def _seed_torch(key: int, device: torch.device) -> None:
-    torch.default_generator.manual_seed(key)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(key)
-
-
 def training_loader(
-    config: TrainConfig, source: Source, size: int, device: torch.device, auto_augment: str | None = None
+    config: TrainConfig,
+    source: Source,
+    size: int,
+    device: torch.device,
+    ranks: Ranks,
+    auto_augment: str | None = None,
 ) -> PlannedLoader:
-    """The loader of a run: shuffled parts of `config.part_size` random views, by the settings.
+    """The loader of a run: this rank's shuffled parts of random views, by the settings.
 
     Args:
         config: the settings.
         source: the training images.
         size: side of a view in pixels.
         device: of training; DALI leaves its batches there.
+        ranks: the processes of the training.
         auto_augment: see `TrainView`.
 
     Raises:
-        ValueError: no backend can serve, or not the one that the settings name; see `open_loader`.
+        ValueError: no backend can serve, or not the one that the settings name; see `open_loader`. The batch cannot be
+            cut as the settings say.
     """
     view = TrainView(
         size,
@@ -77,13 +102,16 @@ def training_loader(
         zoom=config.zoom,
         auto_augment=auto_augment,
     )
+    micro_batch, _ = config.passes(ranks.world)
     return open_loader(
         source,
         view,
-        config.part_size,
+        micro_batch,
         seed=config.seed,
         workers=config.workers,
         backend=config.loader,
+        rank=ranks.rank,
+        world=ranks.world,
         device=device,
         max_bad=config.max_bad,
     )
@@ -91,31 +119,37 @@ def training_loader(
 
 @dataclass
 class TrainState:
-    """What a training step reads and changes. A checkpoint holds the model, the optimizer and the last four.
+    """What a training step reads and changes.
 
     Attributes:
         config: the settings.
+        ranks: the processes of the training.
         model: on its device, in training mode.
-        loss: scalar loss of a part, from the part (on the CPU) and the epoch.
+        module: the task, distributed; its call is the loss of a part.
         optimizer: of the model's parameters.
-        scheduler: sets the optimizer's learning rates from the number of the update.
+        scheduler: gives the learning rates of an update by its number.
+        passes: forward passes of one update on this rank.
         updates_per_epoch: as many as the loader's parts fill; the rest of an epoch is left out.
         update: updates done.
-        losses: float32 (), on the model's device: the sum of the losses of the updates since `logged`.
-        norms: float32 (), on the model's device: the sum of the norms of their gradients.
+        losses: float32 (), on the model's device: the sum of this rank's losses of the updates since `logged`.
+        norms: float32 (), on the model's device: the sum of the norms of all ranks' gradients.
         logged: the update of the last line of metrics, which is the mean of the losses up to it.
+        loader: state of this rank's loader after the last part that was used.
     """
 
     config: TrainConfig
+    ranks: Ranks
     model: Pretrained
-    loss: Callable[[Batch, int], Tensor]
+    module: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: CosineLRScheduler
+    scheduler: Schedule
+    passes: int
     updates_per_epoch: int
     update: int
     losses: Tensor
     norms: Tensor
     logged: int
+    loader: dict[str, Any]
 
     @property
     def total(self) -> int:
@@ -123,35 +157,78 @@ class TrainState:
         return self.config.epochs * self.updates_per_epoch
 
 
-def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
-    """One update, in place: gradients of `config.accumulate` parts, averaged, and a step of the optimizer.
+class Schedule(CosineLRScheduler):
+    """timm's warm-up and cosine at every update. On CUDA the rates are one tensor there, which the fused step reads.
+
+    Args:
+        optimizer: whose groups get the rates, times their `lr_scale` where they have one.
+        config: the settings.
+        updates_per_epoch: updates of an epoch.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, config: TrainConfig, updates_per_epoch: int, device: torch.device
+    ) -> None:
+        self.rates: Tensor | None = None
+        warmup = round(config.warmup_epochs * updates_per_epoch)
+        super().__init__(
+            optimizer,
+            t_initial=max(1, config.epochs * updates_per_epoch - warmup),
+            lr_min=config.min_lr,
+            warmup_t=warmup,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        if device.type == "cuda":
+            self.rates = torch.zeros(len(optimizer.param_groups), device=device)
+            for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate
+
+    def update_groups(self, values: Any) -> None:
+        """Give the optimizer its rates: numbers, or in one copy from pinned memory the tensor that the groups share."""
+        if self.rates is None:
+            super().update_groups(values)
+            return
+        scales = [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
+        rates = [value * scale for value, scale in zip(values, scales, strict=True)]
+        self.rates.copy_(torch.tensor(rates, dtype=torch.float32).pin_memory(), non_blocking=True)
+
+    def largest(self, update: int) -> float:
+        """The largest rate of the update with a number."""
+        scales: list[float] = [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
+        values: list[float] = self._get_values(update, on_epoch=False) or []
+        return max(value * scale for value, scale in zip(values, scales, strict=True))
+
+
+def training_step(state: TrainState, parts: Iterator[Inputs]) -> None:
+    """One update, in place: gradients of all parts of a batch on all ranks, averaged, and a step of the optimizer.
 
     If the norm of the gradients is not finite, the step changes nothing, and `state.norms` is not finite from then on.
-
-    Torch's generators, for layers that draw from nothing else, are seeded by the run's seed, the update and the part,
-    and stay so: `train` restores them. On a CUDA device the step reads nothing back and waits for nothing.
+    On a CUDA device the step reads nothing back and waits for nothing.
 
     Args:
         state: what is changed.
-        parts: yields the parts, each of `config.part_size` images.
+        parts: yields `state.passes` parts.
     """
     config, device = state.config, state.losses.device
-    epoch = state.update // state.updates_per_epoch
     state.scheduler.step_update(state.update)
     state.optimizer.zero_grad(set_to_none=True)
-    for part in range(config.accumulate):
-        key = int(derive_seeds(config.seed, Domain.AUGMENT, torch.tensor(state.update * config.accumulate + part)))
-        _seed_torch(key, device)
-        # Parts are drawn after the generators are seeded: a loader may draw from them as well.
-        with autocast(config.precision, device):
-            value = state.loss(next(parts), epoch)
-        if config.accumulate > 1:
-            value = value / config.accumulate
-        value.backward()
+    for part in range(1, state.passes + 1):
+        inputs = next(parts)
+        state.loader = inputs.loader
+        with without_sync(state.module, state.model, last=part == state.passes):
+            with autocast(config.precision, device):
+                value = state.module(**inputs.tensors)
+            if state.passes > 1:
+                value = value / state.passes
+            value.backward()
         state.losses += value.detach()
-    parameters = (parameter for group in state.optimizer.param_groups for parameter in group["params"])
-    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    norm = whole(torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None]))
     state.norms += norm
+    if config.clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)
     # The fused step leaves everything as it is where this is 1 (what torch's GradScaler tells it). It is read on the
     # device: the host would have to wait for it. The difference is 0, or NaN where the norm is not finite; `isfinite`
     # alone is four launches.
@@ -160,48 +237,80 @@ def training_step(state: TrainState, parts: Iterator[Batch]) -> None:
     state.update += 1
 
 
-def _begin(
+def begin(
     config: TrainConfig,
-    model: Pretrained,
+    task: Task,
     groups: list[dict[str, Any]],
     loader: Loader,
-    loss: Callable[[Batch, int], Tensor],
+    ranks: Ranks,
     updates_per_epoch: int,
+    checkpoint: Path | None = None,
 ) -> TrainState:
-    """The state of a new run, or of the newest checkpoint in its folder; the loader's is set alike."""
-    warmup = round(config.warmup_epochs * updates_per_epoch)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=max(1, config.epochs * updates_per_epoch - warmup),
-        lr_min=config.min_lr,
-        warmup_t=warmup,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-    progress: dict[str, Any] = {"update": 0, "losses": 0.0, "norms": 0.0, "logged": 0}
-    newest = latest_checkpoint(config.out)
-    if newest is not None:
-        progress = load_checkpoint(newest, model, optimizer)
-        loader.load_state(progress["loader"])
-    losses, norms = torch.tensor([progress["losses"], progress["norms"]], device=next(model.parameters()).device)
-    update, logged = progress["update"], progress["logged"]
-    return TrainState(config, model, loss, optimizer, scheduler, updates_per_epoch, update, losses, norms, logged)
+    """The state of a new run, or of a checkpoint; the loader's is set alike.
 
-
-def _means(state: TrainState) -> tuple[float, float]:
-    """Means of the loss and of the norm of the gradients over the updates since the last line of metrics.
+    Args:
+        config: the settings.
+        task: its model is on its device.
+        groups: AdamW's parameter groups, with `lr_scale` where layers learn at different rates.
+        loader: this rank's.
+        ranks: the processes of the training.
+        updates_per_epoch: updates of an epoch.
+        checkpoint: folder of the checkpoint; None for a new run.
 
     Raises:
-        FloatingPointError: one of them is not finite.
+        CheckpointError: the checkpoint is not of this run.
     """
-    updates = state.update - state.logged
+    model = task.model
+    device = next(model.parameters()).device
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    named = [{**group, "params": [names[parameter] for parameter in group["params"]]} for group in groups]
+    progress = Progress() if checkpoint is None else load_progress(checkpoint, model)
+    for state in progress.loaders:
+        loader.load_state(state)
+    precision = resolve_precision(config.precision, device)
+    module = distribute(task, config, ranks, device, precision)
+    # FSDP has replaced the parameters; their names are the same.
+    parameters = dict(model.named_parameters())
+    groups = [{**group, "params": [parameters[name] for name in group["params"]]} for group in named]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, model, optimizer, ranks)
+    schedule = Schedule(optimizer, config, updates_per_epoch, device)
+    losses, norms = torch.tensor([progress.losses, progress.norms], device=device)
+    _, passes = config.passes(ranks.world)
+    return TrainState(
+        config=config,
+        ranks=ranks,
+        model=model,
+        module=module,
+        optimizer=optimizer,
+        scheduler=schedule,
+        passes=passes,
+        updates_per_epoch=updates_per_epoch,
+        update=progress.update,
+        losses=losses,
+        norms=norms,
+        logged=progress.logged,
+        loader=loader.state(),
+    )
+
+
+def _check_finite(state: TrainState) -> None:
+    """Raise FloatingPointError where a loss or a norm of the gradients since the last line of metrics is not finite."""
+    updates = max(1, state.update - state.logged)
     loss, norm = state.losses.item() / updates, state.norms.item() / updates
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
             f"the loss is {loss:g} and the norm of the gradients is {norm:g} near update {state.update}"
         )
-    return loss, norm
+
+
+def _average_losses(state: TrainState) -> float:
+    """Make `state.losses` the mean over all ranks, and return it."""
+    if state.ranks.world > 1:
+        dist.all_reduce(state.losses)
+        state.losses /= state.ranks.world
+    return state.losses.item()
 
 
 @contextmanager
@@ -216,27 +325,37 @@ def _naming_last_finite(run: Path) -> Iterator[None]:
         raise FloatingPointError(f"{error}; {kept}; {advice}") from error
 
 
+@contextmanager
+def _owned_by_first(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, rank 0 alone writes to the folder."""
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_first:
+                stack.enter_context(owned(folder))
+        yield
+
+
 def train(
     config: TrainConfig,
-    model: Pretrained,
+    task: Task,
     groups: list[dict[str, Any]],
     loader: Loader,
-    loss: Callable[[Batch, int], Tensor],
     *,
     title: str,
     console: Console,
+    ranks: Ranks | None = None,
     source: Source | None = None,
 ) -> None:
-    """Train a model in place and write its run folder.
+    """Train a model in place and write its run folder. Rank 0 writes and prints.
 
     Args:
         config: the settings; `config.out` must not hold a run unless `config.resume`.
-        model: on its device.
+        task: what is learnt; its model is on its device, with the same weights on all ranks.
         groups: AdamW's parameter groups, with `lr_scale` where layers learn at different rates.
-        loader: yields parts of `config.part_size` images.
-        loss: scalar loss of a part, from the part (on the CPU) and the epoch.
+        loader: yields this rank's parts of the batches.
         title: of the progress bar.
         console: for progress and messages.
+        ranks: the processes of the training; by default this one alone.
         source: the loader's; its manifest is kept in the run folder, for `training_source`.
 
     Raises:
@@ -245,105 +364,122 @@ def train(
         WriteError: the disk is full, or the folder cannot be written to.
         Stopped: SIGTERM or Ctrl-C; raised after a checkpoint of the update that was running.
         FloatingPointError: the loss, a gradient or a weight is not finite. Such weights are not saved.
-        CheckpointError: the newest checkpoint cannot be read.
+        CheckpointError: no checkpoint can be read.
         BadSamplesError: more images than `config.max_bad` allows cannot be read.
+        RankError: another rank has failed, or does not answer.
     """
-    updates_per_epoch = loader.steps_per_epoch // config.accumulate
+    ranks = ranks or Ranks()
+    _, passes = config.passes(ranks.world)
+    updates_per_epoch = loader.steps_per_epoch // passes
     if updates_per_epoch == 0:
         raise ValueError(
-            f"an epoch has {loader.steps_per_epoch} parts of {config.part_size} images, fewer than accumulate "
-            f"({config.accumulate}): take a smaller batch_size"
+            f"an epoch has {loader.steps_per_epoch} parts of {config.batch_size // passes} images, fewer than the "
+            f"{passes} of an update: take a smaller batch_size"
         )
     kept = f"{config.out} has a checkpoint of the last whole update: the same command with --resume goes on there"
-    with owned(config.out), stop_requests(kept) as stop:
-        _train(config, model, groups, loader, loss, updates_per_epoch, title, console, source, stop)
+    with _owned_by_first(config.out, ranks), stop_requests(kept) as stop:
+        checkpoint = None
+        with ranks.together():
+            if ranks.is_first:
+                prepare_folder(config, source)
+                checkpoint = newest_whole(config.out)
+        checkpoint = ranks.share(checkpoint)
+        with ranks.together():
+            state = begin(config, task, groups, loader, ranks, updates_per_epoch, checkpoint)
+        _train(state, task, loader, title, console, stop)
 
 
-def _train(
-    config: TrainConfig,
-    model: Pretrained,
-    groups: list[dict[str, Any]],
-    loader: Loader,
-    loss: Callable[[Batch, int], Tensor],
-    updates_per_epoch: int,
-    title: str,
-    console: Console,
-    source: Source | None,
-    stop: StopRequest,
-) -> None:
-    prepare_folder(config, source)
-    state = _begin(config, model, groups, loader, loss, updates_per_epoch)
-    device = state.losses.device
+def _train(state: TrainState, task: Task, loader: Loader, title: str, console: Console, stop: StopRequest) -> None:
+    config, ranks, device = state.config, state.ranks, state.losses.device
     precision = resolve_precision(config.precision, device)
-    console.print(f"{title}: {precision} on {device}", markup=False)
-    metrics = Metrics(config.out, state.update)
-    bad: dict[str, str] = loader.state()["bad"]
-    checkpoint_every = config.checkpoint_every or updates_per_epoch
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-    progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-    task = progress.add_task(title, total=state.total, completed=state.update, state="")
+    metrics = Metrics(config.out, state.update) if ranks.is_first else None
+    report = ProgressReport(console, title, state.update, state.total, config.batch_size)
+    report.say(f"{title}: {precision} on {device}{f', {ranks.world} processes' if ranks.world > 1 else ''}")
+    bad: dict[str, str] = state.loader["bad"]
+    checkpoint_every = config.checkpoint_every or state.updates_per_epoch
+    minutes = config.checkpoint_minutes or math.inf
+    writer = CheckpointWriter(
+        config.out,
+        ranks,
+        keep=config.keep_checkpoints,
+        keep_every=config.keep_every,
+        in_background=device.type == "cuda",
+    )
     # Where reading a number waits for nothing, each update is checked; elsewhere those that are logged or saved.
-    check_always = state.losses.device.type in READS_ARE_FREE
-    model.train()
-    since, started = state.update, time.perf_counter()
+    check_always = device.type in READS_ARE_FREE
+    parts = prefetched(
+        loader,
+        task.prepare,
+        device,
+        first=state.update * state.passes,
+        per_epoch=state.updates_per_epoch * state.passes,
+        stop=state.total * state.passes,
+    )
+    state.model.train()
+    saved = time.monotonic()
     try:
-        # Each part of an update seeds torch's generators. Their states are saved and restored once, around all updates.
-        with (
-            progress,
-            keyed_torch(config.seed, device),
-            tf32_products(precision == "tf32"),
-            _naming_last_finite(config.out),
-        ):
+        with report, tf32_products(precision == "tf32"), _naming_last_finite(config.out):
             while state.update < state.total:
-                epoch, first = divmod(state.update, updates_per_epoch)
-                parts = loader.epoch(epoch, first * config.accumulate)
-                for _ in range(first, updates_per_epoch):
+                with ranks.naming():
                     training_step(state, parts)
-                    last = state.update == state.total
-                    log = state.update % config.log_every == 0 or last
-                    save = state.update % checkpoint_every == 0 or last or bool(stop)
-                    if not (log or save or check_always):
-                        continue
+                last = state.update == state.total
+                log = state.update % config.log_every == 0 or last
+                stopping, due = ranks.agree(bool(stop), time.monotonic() - saved > 60 * minutes)
+                if stopping and not stop:
+                    stop.number = signal.SIGTERM  # another rank has received it
+                save = state.update % checkpoint_every == 0 or last or stopping or due
+                if log or save or check_always:
                     # Before saving as well: two broken checkpoints would push out the last good one.
-                    mean_loss, mean_norm = _means(state)
-                    if not (log or save):
-                        continue
-                    known, bad = bad, loader.state()["bad"]
-                    if new := {name: reason for name, reason in bad.items() if name not in known}:
-                        metrics.write({"update": state.update, "bad": len(bad), "new_bad": new})
-                    if log:
-                        rate = (state.update - since) * config.batch_size / (time.perf_counter() - started)
+                    _check_finite(state)
+                if not (log or save):
+                    report.tick(state.update)
+                    continue
+                known, bad = bad, state.loader["bad"]
+                if metrics and (new := {name: reason for name, reason in bad.items() if name not in known}):
+                    metrics.write({"update": state.update, "bad": len(bad), "new_bad": new})
+                losses = _average_losses(state)
+                if log:
+                    updates = state.update - state.logged
+                    loss, norm, rate = losses / updates, state.norms.item() / updates, report.rate(state.update)
+                    report.show(loss, rate)
+                    if metrics:
                         metrics.write(
                             {
                                 "update": state.update,
-                                "epoch": state.update / updates_per_epoch,
-                                "loss": mean_loss,
-                                "grad_norm": mean_norm,
-                                "lr": max(group["lr"] for group in state.optimizer.param_groups),
+                                "epoch": state.update / state.updates_per_epoch,
+                                "loss": loss,
+                                "grad_norm": norm,
+                                "lr": state.scheduler.largest(state.update - 1),
                                 "images_per_second": rate,
                             }
                         )
-                        shown = f"loss {mean_loss:.4f}  {rate:,.0f} images/s"
-                        progress.update(task, completed=state.update, state=shown)
-                        fifth = state.update % max(1, state.total // 5) < config.log_every
-                        if not console.is_terminal and (last or fifth):
-                            console.print(f"{title}: {state.update}/{state.total}  {shown}")
-                        since, started, state.logged = state.update, time.perf_counter(), state.update
-                        state.losses.zero_()
-                        state.norms.zero_()
-                    if save:
-                        done: dict[str, Any] = {"update": state.update, "logged": state.logged}
-                        done |= {"losses": state.losses.item(), "norms": state.norms.item()}
-                        save_checkpoint(config.out, model, state.optimizer, {**done, "loader": loader.state()})
+                    state.logged = state.update
+                    state.losses.zero_()
+                    state.norms.zero_()
+                report.tick(state.update)
+                if save:
+                    progress = Progress(
+                        update=state.update,
+                        logged=state.logged,
+                        losses=state.losses.item(),
+                        norms=state.norms.item(),
+                        loaders=tuple(ranks.gather(state.loader)),
+                    )
+                    writer.save(state.model, state.optimizer, progress)
+                    saved = time.monotonic()
+                    if stopping:
+                        writer.finish()
                         stop.heed()
+            writer.finish()
     finally:
-        metrics.close()
+        parts.close()
+        if metrics:
+            metrics.close()
     if bad:
         listed = "".join(f"\n  {printable(reason)}" for reason in bad.values())
-        console.print(
-            f"{title}: {len(bad)} images could not be read and were replaced by others:{listed}",
-            markup=False,
-            soft_wrap=True,
-        )
-    model.eval()
-    model.save_pretrained(config.out / "model")
+        report.say(f"{title}: {len(bad)} images could not be read and were replaced by others:{listed}")
+    state.model.eval()
+    weights = {name: whole(tensor) for name, tensor in state.model.state_dict().items()}
+    if ranks.is_first:
+        state.model.save_pretrained(config.out / "model", weights)
+    ranks.barrier()

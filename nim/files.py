@@ -98,8 +98,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             staged.mkdir()
             yield staged
-            for file in staged.iterdir():
-                _sync(file)
+            for file in staged.rglob("*"):
+                if file.is_file():
+                    _sync(file)
             staged.rename(path)
         finally:
             shutil.rmtree(staged, ignore_errors=True)

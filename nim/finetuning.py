@@ -9,84 +9,91 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
-from denim.nim.augmentation import Augmentation
+from denim.nim.augmentation import Augmentation, Draws
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
-from denim.nim.data import Batch, EvalView, Source, open_loader, to_device
-from denim.nim.engine import keyed_torch, train, training_loader
+from denim.nim.data import Batch, EvalView, Source, open_loader
+from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.precision import resolve_precision
+from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
 from denim.nim.run import training_source
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
 from denim.nim.text import open_console
 
-__all__ = ["accuracy", "finetune"]
+__all__ = ["FinetuneTask", "accuracy", "finetune"]
 
 
-def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifier:
-    """Fine-tune a classifier; its run folder is `config.out`, the finished model `config.out/model`.
+class FinetuneTask(Task):
+    """Classification of images that are augmented, then degraded: clamp(denoise(mixup(x) + noise)), as published.
 
-    Train input = clamp(denoise(mixup(x) + noise)), as published (You et al. 2023, section 4).
+    Source: You et al. 2023, section 4. Everything random is keyed by the seed, the epoch and the samples.
 
-    Returns:
-        The model, in evaluation mode, on the device of training.
-
-    Raises:
-        ValueError: settings or data that do not fit; CheckpointError: no such denoiser. Raised before any work.
-        FloatingPointError: the loss, a gradient or a weight is not finite.
+    Args:
+        model: the classifier.
+        autoencoder: the denoiser, frozen, on the device of the classifier.
+        config: the settings.
+        augmentation: erasing, mixing and the soft targets.
     """
-    console = console or open_console(stderr=True)
-    device = pick_device(config.device)
-    resolve_precision(config.precision, device)  # raises where the device lacks it
-    autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False)
-    check_degradation(autoencoder, config.degrade, config.statistics)
-    body = autoencoder.config
-    config = config.for_denoiser(body)
-    source = training_source(config, body.channels, labelled=True)
-    trained_on = config.trained_on
-    if trained_on == "denoised":
-        trained_on = case_of(autoencoder, config.degrade, config.statistics)
-    architecture = ClassifierConfig.for_encoder(
-        body,
-        len(source.classes),
-        drop_path=config.drop_path,
-        classes=tuple(source.classes),
-        trained_on=trained_on,
-    )
-    loader = training_loader(config, source, body.img_size[0], device, config.auto_augment)
-    with keyed_torch(config.seed, torch.device("cpu")):
-        model = Classifier(architecture)
-    try:
-        model.load_encoder(autoencoder.state_dict())
-    except ValueError as error:
-        raise CheckpointError(f"{config.denoiser} cannot start this classifier: {error}") from error
-    autoencoder.to(device)
-    model.to(device)
 
-    levels = Sigma.parse(config.sigma)
-    augmentation = Augmentation(
-        config.seed,
-        body.img_size,
-        body.mean,
-        body.std,
-        len(source.classes),
-        erasing=config.erasing,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        mixup_group=config.mixup_group,
-        smoothing=config.smoothing,
-    )
+    model: Classifier
 
-    def degrade(pixels: Tensor, seeds: Tensor) -> Tensor:
-        if config.trained_on == "clean":
-            return pixels
-        sigma, seeds = to_device(levels.sample(seeds), device), to_device(seeds, device)
+    def __init__(
+        self, model: Classifier, autoencoder: Autoencoder, config: FinetuneConfig, augmentation: Augmentation
+    ) -> None:
+        super().__init__(model)
+        self.autoencoder = autoencoder
+        self.config = config
+        self.augmentation = augmentation
+        self.levels = Sigma.parse(config.sigma)
+
+    def prepare(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """The arguments of `forward`, all but the images made on the host."""
+        seeds = derive_seeds(self.config.seed, Domain.FINETUNING, batch.ids, epoch)
+        draws = self.augmentation.draw(batch.ids, epoch)
+        inputs = {"images": batch.images, "labels": batch.labels}
+        inputs |= {"augment_seeds": draws.seeds, "boxes": draws.boxes, "weights": draws.weights}
+        if self.config.trained_on != "clean":
+            inputs |= {"sigma": self.levels.sample(seeds), "seeds": seeds}
+        return inputs
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        augment_seeds: Tensor,
+        boxes: Tensor,
+        weights: Tensor,
+        sigma: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy with soft targets, a scalar.
+
+        Args:
+            images: uint8 (B, H, W, C).
+            labels: int64 (B,).
+            augment_seeds: int64 (B,), see `Draws`, as for boxes and weights.
+            boxes: int32 (B, n, 4).
+            weights: float32 (B, 3).
+            sigma: (B,), in 0-255 pixel levels; None where the classifier sees clean images.
+            seeds: int64 (B,), of noise and mask; None likewise.
+        """
+        draws = Draws(augment_seeds, boxes, weights)
+        with torch.no_grad():
+            pixels = self.augmentation.images(images.permute(0, 3, 1, 2).float() / 255, draws)
+            if sigma is not None and seeds is not None:
+                pixels = self._degraded(pixels, sigma, seeds)
+        targets = self.augmentation.targets(labels, draws)
+        return F.cross_entropy(self.model(pixels, augment_seeds), targets)
+
+    def _degraded(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
+        config = self.config
         if config.trained_on == "noisy":
             return add_noise(pixels, sigma, seeds)
         return reconstruct(
-            autoencoder,
+            self.autoencoder,
             pixels,
             None if config.degrade == "mask" else sigma,
             seeds,
@@ -95,21 +102,69 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
             statistics=config.statistics,
         )
 
-    def loss(batch: Batch, epoch: int) -> Tensor:
-        seeds = derive_seeds(config.seed, Domain.FINETUNING, batch.ids, epoch)
-        draws = augmentation.draw(batch.ids, epoch).to(device)
-        pixels = to_device(batch.images, device).permute(0, 3, 1, 2).float() / 255
-        with torch.no_grad():
-            pixels = degrade(augmentation.images(pixels, draws), seeds)
-        targets = augmentation.targets(to_device(batch.labels, device), draws)
-        return F.cross_entropy(model(pixels, draws.seeds), targets)
 
-    groups = param_groups_layer_decay(
-        model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
-    )
-    title = f"fine-tuning on {config.trained_on} images"
-    train(config, model, groups, loader, loss, title=title, console=console, source=source)
-    return model
+def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifier:
+    """Fine-tune a classifier; its run folder is `config.out`, the finished model `config.out/model`.
+
+    What is learnt is a `FinetuneTask`. Under torchrun each process takes its share of every batch.
+
+    Returns:
+        The model, in evaluation mode, on the device of training.
+
+    Raises:
+        ValueError: settings or data that do not fit; CheckpointError: no such denoiser. Raised before any work.
+        FloatingPointError: the loss, a gradient or a weight is not finite.
+        RankError: another process of the training has failed.
+    """
+    device = pick_device(config.device)
+    resolve_precision(config.precision, device)  # raises where the device lacks it
+    autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False)
+    check_degradation(autoencoder, config.degrade, config.statistics)
+    body = autoencoder.config
+    config = config.for_denoiser(body)
+    with joined(device, config.stall_timeout, alone=config.fsdp) as ranks:
+        console = console or open_console(stderr=True, quiet=not ranks.is_first)
+        with ranks.in_turn():
+            source = training_source(config, body.channels, labelled=True)
+        trained_on = config.trained_on
+        if trained_on == "denoised":
+            trained_on = case_of(autoencoder, config.degrade, config.statistics)
+        architecture = ClassifierConfig.for_encoder(
+            body,
+            len(source.classes),
+            drop_path=config.drop_path,
+            classes=tuple(source.classes),
+            trained_on=trained_on,
+        )
+        augmentation = Augmentation(
+            config.seed,
+            body.img_size,
+            body.mean,
+            body.std,
+            len(source.classes),
+            erasing=config.erasing,
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            mixup_group=config.mixup_group,
+            smoothing=config.smoothing,
+        )
+        augmentation.check_count(config.passes(ranks.world)[0])
+        loader = training_loader(config, source, body.img_size[0], device, ranks, config.auto_augment)
+        with keyed_torch(config.seed, torch.device("cpu")):
+            model = Classifier(architecture)
+        try:
+            model.load_encoder(autoencoder.state_dict())
+        except ValueError as error:
+            raise CheckpointError(f"{config.denoiser} cannot start this classifier: {error}") from error
+        model.to(device)
+        task = FinetuneTask(model, autoencoder.to(device), config, augmentation)
+        groups = param_groups_layer_decay(
+            model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
+        )
+        title = f"fine-tuning on {config.trained_on} images"
+        train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=source)
+    # As it was saved: the trained one may be sharded, and its blocks compiled.
+    return Classifier.from_pretrained(config.out / "model").to(device)
 
 
 @torch.no_grad()

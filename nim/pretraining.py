@@ -9,15 +9,46 @@ from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
 from denim.nim.autoencoder import Autoencoder, preset
-from denim.nim.data import Batch, to_device
-from denim.nim.engine import keyed_torch, train, training_loader
+from denim.nim.data import Batch
+from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
 from denim.nim.precision import resolve_precision
+from denim.nim.ranks import joined
 from denim.nim.run import training_source
 from denim.nim.settings import PretrainConfig, pick_device
 from denim.nim.text import open_console
 
-__all__ = ["pretrain"]
+__all__ = ["PretrainTask", "pretrain"]
+
+
+class PretrainTask(Task):
+    """Reconstruction of degraded images. Noise, masks and levels are keyed by the seed, the epoch and the sample.
+
+    Args:
+        model: the autoencoder. What the objective does not use is frozen: DDP waits for the gradients of all else.
+        objective: how images are degraded.
+        seed: of the run.
+    """
+
+    model: Autoencoder
+
+    def __init__(self, model: Autoencoder, objective: Objective, seed: int) -> None:
+        super().__init__(model)
+        self.objective = objective
+        self.seed = seed
+        model.mask_token.requires_grad_(objective.name != "nim")
+
+    def prepare(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
+        """images, seeds and, but for MAE, sigma."""
+        seeds = derive_seeds(self.seed, Domain.TRAINING, batch.ids, epoch)
+        inputs = {"images": batch.images, "seeds": seeds}
+        if self.objective.sigma is not None:
+            inputs["sigma"] = self.objective.sigma.sample(seeds)
+        return inputs
+
+    def forward(self, images: Tensor, seeds: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """The objective's loss; see `Objective.loss`."""
+        return self.objective.loss(self.model, images, sigma, seeds)
 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoencoder:
@@ -30,31 +61,28 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         ValueError: settings or data that do not fit; raised before any work.
         FloatingPointError: the loss, a gradient or a weight is not finite.
     """
-    console = console or open_console(stderr=True)
     device = pick_device(config.device)
     resolve_precision(config.precision, device)  # raises where the device lacks it
     objective = Objective.published(config.objective, config.sigma, config.mask_ratio)
-    source = training_source(config, config.channels, labelled=False)
-    architecture = preset(
-        config.preset,
-        img_size=config.img_size,
-        patch_size=config.patch_size,
-        channels=source.channels,
-        target=config.target,
-        objective=config.objective,
-    )
-    loader = training_loader(config, source, architecture.img_size[0], device)
-    with keyed_torch(config.seed, torch.device("cpu")):
-        model = Autoencoder(architecture)
-    model.to(device)
-
-    def loss(batch: Batch, epoch: int) -> Tensor:
-        # Keyed by the epoch and the sample alone: the same noise on any number of ranks.
-        seeds = derive_seeds(config.seed, Domain.TRAINING, batch.ids, epoch)
-        sigma = None if objective.sigma is None else to_device(objective.sigma.sample(seeds), device)
-        return objective.loss(model, to_device(batch.images, device), sigma, to_device(seeds, device))
-
-    groups = param_groups_weight_decay(model, config.weight_decay)
-    title = f"pretraining {config.preset} ({config.objective})"
-    train(config, model, groups, loader, loss, title=title, console=console, source=source)
-    return model
+    with joined(device, config.stall_timeout, alone=config.fsdp) as ranks:
+        console = console or open_console(stderr=True, quiet=not ranks.is_first)
+        with ranks.in_turn():
+            source = training_source(config, config.channels, labelled=False)
+        architecture = preset(
+            config.preset,
+            img_size=config.img_size,
+            patch_size=config.patch_size,
+            channels=source.channels,
+            target=config.target,
+            objective=config.objective,
+        )
+        loader = training_loader(config, source, architecture.img_size[0], device, ranks)
+        with keyed_torch(config.seed, torch.device("cpu")):
+            model = Autoencoder(architecture)
+        model.to(device)
+        task = PretrainTask(model, objective, config.seed)
+        groups = param_groups_weight_decay(model, config.weight_decay)
+        title = f"pretraining {config.preset} ({config.objective})"
+        train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=source)
+    # As it was saved: the trained one may be sharded, and its blocks compiled.
+    return Autoencoder.from_pretrained(config.out / "model").to(device)

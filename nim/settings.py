@@ -7,6 +7,7 @@ models where values are checked, and not at the top.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,8 +29,9 @@ class TrainConfig:
         data: Training images: digits, cifar10, cifar100 or a folder.
         epochs: Passes over the training images.
         warmup_epochs: Epochs of linear warm-up at the start; a cosine to min_lr follows, set at every update.
-        batch_size: Images per update; learning rates scale linearly with it.
-        accumulate: Parts that a batch is cut into to save memory; their gradients are averaged.
+        batch_size: Images per update, on all devices together; learning rates scale linearly with it.
+        micro_batch: Images per forward pass on one device; the gradients of as many passes as an update needs are
+            averaged. None: the share of a device in one pass. It changes memory and speed, not the result.
         base_lr: Learning rate for a batch of 256 images.
         min_lr: Learning rate at the end, for this batch size.
         weight_decay: Weight decay of AdamW; biases and other 1-d parameters have none.
@@ -46,8 +48,16 @@ class TrainConfig:
         device: Device to train on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
         precision: Precision of the networks: fp32, tf32 (float32 whose products have TF32 inputs), bf16 (the forward
             pass under autocast; weights, loss and optimizer stay float32), or auto: bf16 where a GPU has it, else fp32.
+        compile: Compile each transformer block with torch.compile; None does so on CUDA.
+        grad_checkpointing: Compute the activations of each block again in the backward pass instead of keeping them.
+        fsdp: Shard weights, gradients and optimizer state over the devices (FSDP2) instead of copying them (DDP).
+        clip_grad: Largest norm of the gradients, above which they are scaled down to it; None clips nothing.
+        stall_timeout: Seconds that one process of a training waits for another before the run ends and names it.
         resume: Continue the run in `out`.
         checkpoint_every: Updates between checkpoints; None saves one after every epoch.
+        checkpoint_minutes: Minutes between checkpoints, beside those of checkpoint_every; None saves no others.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        keep_every: Updates between checkpoints that stay for good, in multiples of checkpoint_every.
         log_every: Updates between lines of metrics.
     """
 
@@ -56,7 +66,7 @@ class TrainConfig:
     epochs: int
     warmup_epochs: float
     batch_size: int
-    accumulate: int = 1
+    micro_batch: int | None = None
     base_lr: float
     min_lr: float = 0.0
     weight_decay: float = 0.05
@@ -72,21 +82,32 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    compile: bool | None = None
+    grad_checkpointing: bool = False
+    fsdp: bool = False
+    clip_grad: float | None = None
+    stall_timeout: float = 600.0
     resume: bool = False
     checkpoint_every: int | None = None
+    checkpoint_minutes: float | None = None
+    keep_checkpoints: int = 2
+    keep_every: int | None = None
     log_every: int = 10
 
     def __post_init__(self) -> None:
         from denim.nim.precision import check_precision
 
-        for name in ("epochs", "batch_size", "accumulate", "log_every"):
+        for name in ("epochs", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep_checkpoints",
+                     "keep_every"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:  # epochs may be left to the size of the denoiser
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        for name in ("clip_grad", "checkpoint_minutes", "stall_timeout"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.batch_size % (self.micro_batch or 1):
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
         if not 0 <= self.warmup_epochs <= (math.inf if self.epochs is None else self.epochs):
             raise ValueError(f"warmup_epochs must lie between 0 and epochs ({self.epochs}), got {self.warmup_epochs}")
         if not (math.isfinite(self.base_lr) and self.base_lr > 0):
@@ -98,10 +119,25 @@ class TrainConfig:
         """Learning rate for this batch: base_lr * batch_size / 256 (Goyal et al. 2017)."""
         return self.base_lr * self.batch_size / 256
 
-    @property
-    def part_size(self) -> int:
-        """Images per forward pass."""
-        return self.batch_size // self.accumulate
+    def passes(self, world: int) -> tuple[int, int]:
+        """Images per forward pass on one device, and forward passes of one update on each.
+
+        Args:
+            world: number of devices.
+
+        Raises:
+            ValueError: the batch cannot be cut so.
+        """
+        share, rest = divmod(self.batch_size, world)
+        if rest:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of the {world} devices that share it")
+        micro_batch = min(self.micro_batch or share, share)
+        if share % micro_batch:
+            raise ValueError(
+                f"batch_size {self.batch_size} on {world} devices is {share} images on each, no multiple of "
+                f"micro_batch {micro_batch}"
+            )
+        return micro_batch, share // micro_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +207,7 @@ class FinetuneConfig(TrainConfig):
         mixup: Parameter alpha of mixup; 0 turns it off.
         cutmix: Parameter alpha of cutmix; 0 turns it off.
         mixup_group: Images that are mixed among each other, with one lambda: the published batch of one GPU. A
-            micro-batch (batch_size / accumulate) holds whole groups.
+            forward pass holds whole groups.
         smoothing: Label smoothing.
     """
 
@@ -217,11 +253,12 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(
                 f"mixup_group must be an even number, for images are mixed in pairs, got {self.mixup_group}"
             )
-        if (self.mixup or self.cutmix) and self.part_size % self.mixup_group:
+        micro_batch = self.micro_batch or self.batch_size
+        if (self.mixup or self.cutmix) and micro_batch % self.mixup_group:
             raise ValueError(
                 f"mixup and cutmix need whole groups of {self.mixup_group} images, and a micro-batch has "
-                f"{self.part_size} (batch_size {self.batch_size} / accumulate {self.accumulate}): change these, set "
-                "mixup_group, or turn mixing off with mixup=0 and cutmix=0"
+                f"{micro_batch}: change batch_size or micro_batch, set mixup_group, or turn mixing off with mixup=0 "
+                "and cutmix=0"
             )
 
     def for_denoiser(self, denoiser: AutoencoderConfig) -> FinetuneConfig:
@@ -240,7 +277,7 @@ class FinetuneConfig(TrainConfig):
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for "auto" (CUDA where there is one) or a name.
+    """The torch device for "auto" (CUDA where there is one) or a name; under torchrun, the GPU of the local rank.
 
     Raises:
         ValueError: not a device, or CUDA where there is none.
@@ -248,7 +285,9 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

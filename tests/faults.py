@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import tyro  # noqa: F401 (the command imports it late)
 from PIL import Image
+from safetensors.torch import load_file
 
 import denim.cli.data
 import denim.cli.evaluate
@@ -149,11 +150,16 @@ def content(folder: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if "tensorboard" in path.parts or path.is_dir():
+        if "tensorboard" in path.parts or path.is_dir() or path.name == "SHA256SUMS":
             continue
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+        elif (
+            path.parent.name == "optimizer" and not path.parents[1].suffix
+        ):  # the order of entries in the header is that of a hash table
+            tensors = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
+            found[name] = hashlib.sha256(repr(sorted(tensors.items())).encode()).hexdigest()
         elif path.name == "run.json":
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "out"}
         else:
@@ -366,13 +372,14 @@ def tamper(folder: Path, chance: random.Random) -> str:
         file.write_bytes(chance.choice(sorted(path for path in folder.rglob("*") if path.is_file())).read_bytes())
     else:
         file.write_bytes(damaged(data, chance))
-    if kind == "forge" and (file.parent / "SHA256SUMS").exists():  # sums that agree with what is there
+    checkpoint = next((parent for parent in file.parents if (parent / "SHA256SUMS").exists()), None)
+    if kind == "forge" and checkpoint:  # sums that agree with what is there
         lines = [
-            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
-            for path in sorted(file.parent.iterdir())
-            if path.name != "SHA256SUMS"
+            f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}\n"
+            for path in sorted(checkpoint.rglob("*"))
+            if path.is_file() and path.name != "SHA256SUMS"
         ]
-        (file.parent / "SHA256SUMS").write_text("".join(lines))
+        (checkpoint / "SHA256SUMS").write_text("".join(lines))
     return f"{kind} {name}"
 
 

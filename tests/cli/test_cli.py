@@ -1,6 +1,7 @@
 """The `denim` command as a user meets it: every subcommand once, and what mistakes answer."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -193,3 +194,23 @@ def test_denoise_needs_a_photo_and_a_denoiser(runs, tmp_path, photo, capsys, mon
     monkeypatch.chdir(tmp_path)
     denim("denoise", photo, status=2)
     assert "denim demo" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_by_its_folder_alone(tmp_path, capsys):
+    words = ["--data", "digits", "--preset", "micro", *FAST, "--device", "cpu", "--base-lr", "1e-3"]
+    run = tmp_path / "run"
+    denim("pretrain", *words, "--out", run)
+    for path in ("model", "checkpoints"):
+        shutil.rmtree(run / path)
+    denim("pretrain", "--resume", run, "--log-every", "1")
+    assert (run / "model" / "config.json").exists()
+    assert json.loads((run / "run.json").read_text())["base_lr"] == 1e-3
+    for words, message in (
+        (["pretrain", "--resume", run, "--base-lr", "0.1"], "base_lr was 0.001, is 0.1"),
+        (["pretrain", "--resume", tmp_path], "there is no run.json in it"),
+        (["finetune", "--resume", run], "does not have the settings of a FinetuneConfig: channels is unknown"),
+    ):
+        capsys.readouterr()
+        denim(*words, status=2)
+        assert message in capsys.readouterr().err

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from denim.nim.run import latest_checkpoint
+from denim.nim.saving import latest_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib
 from dataclasses import replace
 
@@ -10,6 +11,12 @@ from rich.console import Console
 from denim.benchmarks.launches import ImaginedGPU
 from denim.nim import Autoencoder, Classifier
 from denim.nim.attention import Attention
+from denim.nim.prefetch import prefetched
+from denim.nim.ranks import Ranks
+
+
+class BegunError(Exception):
+    """Raised in place of the training, once everything for it is there."""
 
 
 @pytest.fixture
@@ -25,18 +32,31 @@ def step_on_gpu(monkeypatch):
         from denim.nim import engine
 
         module, begun = importlib.import_module(trainer.__module__), []
+
+        def stop(*arguments, **options):
+            begun.append(arguments)
+            raise BegunError
+
         monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
-        monkeypatch.setattr(module, "train", lambda *arguments, **options: begun.append(arguments))
+        monkeypatch.setattr(module, "train", stop)
         monkeypatch.setattr(Attention, "backend", "math")  # the others ask the driver for the GPU's generation
         calls = []
         for kind in (Autoencoder, Classifier):
             monkeypatch.setattr(kind, "forward", recorded(kind.forward, calls))
         with ImaginedGPU() as gpu:
-            trainer(config, Console(quiet=True))
-            ((config, model, groups, loader, loss),) = begun
-            state = engine._begin(config, model.train(), groups, loader, loss, updates_per_epoch=4)
-            # Without a driver torch's DataLoader pins nothing; that it is asked to is tested with the loaders.
-            parts = (replace(batch, images=gpu.pin(batch.images)) for batch in loader.epoch(0))
+            with contextlib.suppress(BegunError):
+                # Dynamo does not trace under the modes of an imagined GPU.
+                trainer(replace(config, compile=False), Console(quiet=True))
+            ((config, task, groups, loader),) = begun
+            task.model.train()
+            state = engine.begin(config, task, groups, loader, Ranks(), updates_per_epoch=4)
+
+            def prepare(batch, epoch):
+                # Without a driver torch's DataLoader pins nothing; that it is asked to is tested with the loaders.
+                return task.prepare(replace(batch, images=gpu.pin(batch.images)), epoch)
+
+            counts = {"first": 0, "per_epoch": 4 * state.passes, "stop": 4 * state.passes}
+            parts = prefetched(loader, prepare, torch.device("cuda"), **counts, threaded=False)
             for _ in range(2):
                 calls.clear()
                 with gpu.watch() as launches, torch.random.fork_rng(devices=[]):

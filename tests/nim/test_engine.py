@@ -1,5 +1,6 @@
 """The training loop: schedule, accumulation, resumption."""
 
+import errno
 import hashlib
 import io
 import json
@@ -10,21 +11,23 @@ import signal
 import subprocess
 import sys
 import textwrap
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from denim.nim.checkpoint import CheckpointError, Pretrained
 from denim.nim.data import Batch
-from denim.nim.engine import train
-from denim.nim.files import DamagedFileError
+from denim.nim.engine import Task, train
+from denim.nim.files import DamagedFileError, WriteError
 from denim.nim.owner import OwnedError, owned
-from denim.nim.run import _sums, latest_checkpoint
+from denim.nim.saving import CheckpointWriter, _sums, latest_checkpoint
 from denim.nim.settings import TrainConfig
 from denim.nim.stopping import Stopped
 
@@ -37,7 +40,7 @@ class Size:
 
 
 class Line(Pretrained):
-    """A linear model with dropout, so that a step depends on the random state as well."""
+    """A linear model."""
 
     config_class = Size
 
@@ -45,9 +48,22 @@ class Line(Pretrained):
         super().__init__()
         self.config = config
         self.layer = nn.Linear(config.width, 1)
-        self.dropout = nn.Dropout(0.5)
         nn.init.ones_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
+
+
+class Regression(Task):
+    """A loss of the ids and labels of a part, in its epoch."""
+
+    def __init__(self, model, loss):
+        super().__init__(model)
+        self.loss = loss
+
+    def prepare(self, batch, epoch):
+        return {"ids": batch.ids, "labels": batch.labels, "epoch": torch.tensor(epoch)}
+
+    def forward(self, ids, labels, epoch):
+        return self.loss(SimpleNamespace(ids=ids, labels=labels), int(epoch))
 
 
 class Numbers:
@@ -85,11 +101,16 @@ def run(config, *, stop_at=None, loader=None, loss=None, console=QUIET):
             raise KeyboardInterrupt
         seen.append(step)
         features = torch.stack([(batch.ids * k % 11).float() / 11 for k in (1, 2, 3)], dim=1)
-        return (model.layer(model.dropout(features)).squeeze(-1) - batch.labels / 7).square().mean()
+        return (model.layer(features).squeeze(-1) - batch.labels / 7).square().mean()
 
-    train(config, model, [{"params": list(model.parameters())}], loader or Numbers(), loss or default_loss,
-          title="", console=console)  # fmt: skip
+    learn(config, model, loss or default_loss, loader=loader, console=console)
     return model, seen
+
+
+def learn(config, model, loss, *, loader=None, console=QUIET):
+    """`train` on a loss(part, epoch)."""
+    groups = [{"params": list(model.parameters())}]
+    train(config, Regression(model, loss), groups, loader or Numbers(), title="", console=console)
 
 
 def metrics(out):
@@ -241,7 +262,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_stops_the_run(tmp_pat
     noticed = update if on_cpu else min(-(-update // every) * every, 20)
     message = f"norm of the gradients is nan near update {noticed}; there is no checkpoint"
     with pytest.raises(FloatingPointError, match=message):
-        train(config, model, [{"params": list(model.parameters())}], Numbers(), loss, title="", console=QUIET)
+        learn(config, model, loss)
     if on_cpu:
         assert len(calls) == update
         for name, value in model.state_dict().items():
@@ -262,7 +283,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
     config = configure(tmp_path / "run")
     with pytest.raises(FloatingPointError, match=r"not saved: layer\.weight; the last finite .*00000005;"):
-        train(config, model, [{"params": list(model.parameters())}], Numbers(), loss, title="", console=QUIET)
+        learn(config, model, loss)
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["00000005"]
 
 
@@ -276,7 +297,7 @@ def test_the_norm_of_the_gradients_is_in_the_metrics(tmp_path):
         return value
 
     config = configure(tmp_path / "run", epochs=1, log_every=2)
-    train(config, model, [{"params": list(model.parameters())}], Numbers(), loss, title="", console=QUIET)
+    learn(config, model, loss)
     expected = [sum(norms[:2]) / 2, sum(norms[2:4]) / 2, norms[4]]
     assert [record["grad_norm"] for record in metrics(config.out)] == pytest.approx(expected, rel=1e-5)
 
@@ -352,8 +373,8 @@ def test_accumulation_averages_the_parts(tmp_path):
     models = []
     for accumulate, loader in ((1, Numbers()), (2, Halves())):
         model = Line(Size())
-        config = configure(tmp_path / str(accumulate), accumulate=accumulate)
-        train(config, model, [{"params": list(model.parameters())}], loader, loss_of(model), title="", console=QUIET)
+        config = configure(tmp_path / str(accumulate), micro_batch=2 // accumulate)
+        learn(config, model, loss_of(model), loader=loader)
         models.append(model)
     # Sums in another order: float32 rounding, which AdamW's normalisation of tiny gradients magnifies a little.
     torch.testing.assert_close(models[0].layer.weight, models[1].layer.weight, rtol=1e-4, atol=1e-6)
@@ -363,14 +384,14 @@ def test_training_leaves_the_global_generator_alone(tmp_path):
     before = []
 
     def loss(batch, epoch):
-        return model.layer(model.dropout(torch.ones(2, 3))).sum()
+        return model.layer(torch.ones(2, 3)).sum()
 
     model = Line(Size())
     for seed in (1, 2):
         torch.manual_seed(seed)
         before.append(torch.get_rng_state())
         config = configure(tmp_path / str(seed), epochs=1)
-        train(config, model, [{"params": list(model.parameters())}], Numbers(), loss, title="", console=QUIET)
+        learn(config, model, loss)
         assert torch.equal(before[-1], torch.get_rng_state())
 
 
@@ -396,43 +417,40 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run(configure(tmp_path / "run"), loss=lambda batch, epoch: torch.tensor(math.nan, requires_grad=True))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    config = configure(tmp_path / "run")
-    run(config)
-    newest = latest_checkpoint(config.out)
-    file = newest / "training.pt"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"training\.pt"):
-        run(configure(tmp_path / "run", resume=True))
-
-
 def test_an_epoch_must_hold_one_update(tmp_path):
     with pytest.raises(ValueError, match="smaller batch_size"):
-        run(configure(tmp_path / "run", batch_size=12, accumulate=6))
+        run(configure(tmp_path / "run", batch_size=12, micro_batch=2))
 
 
 @pytest.mark.slow
-def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path):
-    """SIGKILL in the middle of the second checkpoint's training state, in a process of its own."""
+@pytest.mark.parametrize("at", ["optimizer", "training.json"])
+def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path, at):
+    """SIGKILL in the middle of the second checkpoint, in a process of its own."""
     script = textwrap.dedent(
         """
         import os, signal, sys
         sys.path.insert(0, sys.argv[1])
         from pathlib import Path
-        import torch
         import test_engine as here
-        real = torch.save
-        def save(content, file):
-            real(content, file)
-            if content["update"] == 10:
-                file.truncate(50)
-                os.kill(os.getpid(), signal.SIGKILL)
-        torch.save = save
+        from denim.nim import saving
+        def kill(*arguments, **options):
+            if sys.argv[3] == "optimizer":
+                real(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGKILL)
+        real = saving.save
+        class Killing(saving.CheckpointWriter):
+            def save(self, model, optimizer, progress):
+                if progress.update == 10:
+                    saving.save = kill if sys.argv[3] == "optimizer" else real
+                    saving._sums = kill if sys.argv[3] == "training.json" else saving._sums
+                super().save(model, optimizer, progress)
+        from denim.nim import engine
+        engine.CheckpointWriter = Killing
         here.run(here.configure(Path(sys.argv[2])))
         """
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "run")],
+        [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "run"), at],
         capture_output=True,
         text=True,
     )
@@ -446,12 +464,22 @@ def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path):
     assert torch.equal(whole.layer.weight, resumed.layer.weight)
 
 
-def tampered(folder: Path, change) -> None:
-    """Rewrite training.pt and the sums, as whoever forges a checkpoint would."""
-    state = torch.load(folder / "training.pt", weights_only=True)
-    change(state)
-    torch.save(state, folder / "training.pt")
-    (folder / "SHA256SUMS").unlink()
+OPTIMIZER = "optimizer/shard-00001-model-00001-of-00001.safetensors"
+
+
+def forged(folder: Path, *, training=None, optimizer=None) -> None:
+    """Rewrite training.json or the optimizer's state, and the sums, as whoever forges a checkpoint would."""
+    if training is not None:
+        state = json.loads((folder / "training.json").read_text())
+        training(state)
+        (folder / "training.json").write_text(json.dumps(state))
+    if optimizer is not None:
+        with safe_open(folder / OPTIMIZER, "pt") as file:
+            metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shards = json.loads(metadata["DCP_SHARDING_INFO"])
+        optimizer(state)
+        shards = {name: shards.get(name, {"saved_offsets": [0] * tensor.dim()}) for name, tensor in state.items()}
+        save_file(state, folder / OPTIMIZER, {**metadata, "DCP_SHARDING_INFO": json.dumps(shards)})
     sums = _sums(folder)
     (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
 
@@ -463,21 +491,32 @@ def whole_run(tmp_path_factory):
     return config.out
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training.pt", "SHA256SUMS"])
-@pytest.mark.parametrize("older_is_whole", [True, False])
-def test_one_flipped_bit_in_a_checkpoint_is_noticed(whole_run, tmp_path, name, older_is_whole):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "training.json", OPTIMIZER, "SHA256SUMS"])
+def test_one_flipped_bit_in_a_checkpoint_is_noticed(whole_run, tmp_path, name):
+    """The newest one that is whole is taken; the damaged one is kept under another name."""
     shutil.copytree(whole_run, tmp_path / "run")
     newest, older = (tmp_path / "run" / "checkpoints" / number for number in ("00000020", "00000015"))
-    for folder in (newest,) if older_is_whole else (newest, older):
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        (folder / name).write_bytes(content)
-    advice = f"00000015 is whole: remove {newest}, and the run goes on" if older_is_whole else "no other is whole"
-    with pytest.raises(CheckpointError, match=rf"00000020 is damaged: .*not as in SHA256SUMS; .*{advice}"):
+    flip_a_bit(newest / name)
+    with pytest.warns(UserWarning, match=r"20 is damaged: .* not as in SHA256SUMS; .*\.damaged, and .*15 is used"):
+        resumed, seen = run(configure(tmp_path / "run", resume=True))
+    assert seen == [15, 16, 17, 18, 19]
+    assert torch.equal(resumed.layer.weight, weight(whole_run))
+    assert sorted(path.name for path in older.parent.iterdir()) == ["00000015", "00000020", "00000020.damaged"]
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        flip_a_bit(folder / "training.json")
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole: .*20 is damaged: training\.json.*; .*15 is"):
         run(configure(tmp_path / "run", resume=True))
-    if older_is_whole:
-        shutil.rmtree(newest)
-        assert torch.equal(run(configure(tmp_path / "run", resume=True))[0].layer.weight, weight(whole_run))
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def weight(folder):
@@ -487,76 +526,63 @@ def weight(folder):
 def test_the_sums_are_those_of_sha256sum(whole_run):
     for checkpoint in (whole_run / "checkpoints").iterdir():
         lines = dict(reversed(line.split("  ")) for line in (checkpoint / "SHA256SUMS").read_text().splitlines())
-        assert sorted(lines) == ["config.json", "model.safetensors", "training.pt"]
+        assert sorted(lines) == ["config.json", "model.safetensors", OPTIMIZER, "training.json"]
         for name, digest in lines.items():
             assert digest == hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-
-
-def test_a_checkpoint_of_the_first_version_resumes_with_a_warning(whole_run, tmp_path):
-    shutil.copytree(whole_run, tmp_path / "run")
-    newest = latest_checkpoint(tmp_path / "run")
-    tampered(newest, lambda state: state.pop("norms"))
-    (newest / "SHA256SUMS").unlink()
-    with pytest.warns(UserWarning, match="00000020 has no SHA256SUMS"):
-        resumed, _ = run(configure(tmp_path / "run", resume=True))
-    assert torch.equal(resumed.layer.weight, weight(whole_run))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)), r"exp_avg of layer\.weight is \(1,\)"),
+        (lambda s: s.update({"layer.weight.exp_avg": torch.zeros(1)}), r"layer\.weight\.exp_avg is \(1,\)"),
         (
-            lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(1, 3).double()),
-            r"exp_avg of layer\.weight is \(1, 3\) torch\.float64, expected \(1, 3\) torch\.float32",
+            lambda s: s.update({"layer.weight.exp_avg": torch.zeros(1, 3).double()}),
+            r"layer\.weight\.exp_avg is \(1, 3\) torch\.float64, expected \(1, 3\) torch\.float32",
         ),
-        (lambda s: s["optimizer"]["state"][1].update(exp_avg_sq=3.0), r"exp_avg_sq of layer\.bias is float"),
-        (lambda s: s["optimizer"]["state"][1].pop("step"), r"the state of layer\.bias is not step, exp_avg, exp_avg_s"),
-        (lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), r"exp_avg of layer\.weight is not finite"),
-        (lambda s: s["optimizer"]["state"].update({7: {}}), "there is no parameter '7'"),
-        (lambda s: s["optimizer"].pop("state"), "the optimizer has no state"),
+        (lambda s: s.pop("layer.bias.step"), r"layer\.bias\.step is missing"),
+        (lambda s: s["layer.weight.exp_avg"].fill_(math.nan), r"layer\.weight\.exp_avg not finite"),
+        (lambda s: s.update({"other.exp_avg": torch.zeros(1)}), r"other\.exp_avg is unknown"),
+    ],
+)
+def test_an_optimizer_state_of_another_model_is_refused(whole_run, tmp_path, change, message):
+    """The fused step would read as many numbers as a parameter has, whatever the size of its state."""
+    shutil.copytree(whole_run, tmp_path / "run")
+    forged(latest_checkpoint(tmp_path / "run"), optimizer=change)
+    with pytest.raises(CheckpointError, match=rf"00000020/optimizer does not fit this run: .*{message}"):
+        run(configure(tmp_path / "run", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (lambda s: s.update(update=19), "update is 19 and logged 20"),
-        (lambda s: s.update(update=20.0), "update is '20.0'"),
+        (lambda s: s.update(update=20.0), r"update is '20\.0'"),
         (lambda s: s.update(update=True), "update is 'True'"),
         (lambda s: s.update(logged=21), "logged 21"),
         (lambda s: s.update(losses=math.nan), "losses is nan"),
-        (lambda s: s.pop("loader"), "loader is 'None'"),
+        (lambda s: s.pop("loaders"), "loaders is 'None'"),
+        (lambda s: s.update(loaders=[3]), "loaders holds something else"),
     ],
 )
 def test_a_forged_checkpoint_is_refused_before_anything_is_loaded(whole_run, tmp_path, change, message):
     shutil.copytree(whole_run, tmp_path / "run")
-    tampered(latest_checkpoint(tmp_path / "run"), change)
-    with pytest.raises(CheckpointError, match=rf"training\.pt does not fit this run: .*{message}.*00000015 is whole"):
+    forged(latest_checkpoint(tmp_path / "run"), training=change)
+    with pytest.raises(CheckpointError, match=rf"training\.json does not fit this run: .*{message}"):
         run(configure(tmp_path / "run", resume=True))
 
 
-def test_settings_in_the_optimizer_state_are_not_taken_over(whole_run, tmp_path):
-    """They are those of run.json; others in a checkpoint would change the weights."""
-    expected, _ = run(configure(tmp_path / "whole"))
-    shutil.copytree(whole_run, tmp_path / "run")
-    shutil.rmtree(latest_checkpoint(tmp_path / "run"))
-    tampered(
-        latest_checkpoint(tmp_path / "run"),
-        lambda s: s["optimizer"]["param_groups"][0].update(weight_decay=5.0, betas=(0.1, 0.2), maximize=True),
-    )
-    assert torch.equal(run(configure(tmp_path / "run", resume=True))[0].layer.weight, expected.layer.weight)
+def test_checkpoints_that_stay_for_good(tmp_path):
+    config = configure(tmp_path / "run", checkpoint_every=2, keep_checkpoints=1, keep_every=6)
+    run(config)
+    assert sorted(path.name for path in (config.out / "checkpoints").iterdir()) == [
+        "00000006", "00000012", "00000018", "00000020"
+    ]  # fmt: skip
 
 
-def test_a_training_state_that_unpacks_to_more_than_its_size_is_refused(whole_run, tmp_path):
-    shutil.copytree(whole_run, tmp_path / "run")
-    newest = latest_checkpoint(tmp_path / "run")
-    tampered(newest, lambda state: state.update(more=torch.zeros(100_000)))
-    with zipfile.ZipFile(newest / "training.pt") as archive:
-        entries = {entry: archive.read(entry) for entry in archive.infolist()}
-    with zipfile.ZipFile(newest / "training.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        for entry, content in entries.items():
-            archive.writestr(entry.filename, content)
-    (newest / "SHA256SUMS").unlink()
-    with (
-        pytest.warns(UserWarning, match="SHA256SUMS"),
-        pytest.raises(CheckpointError, match=r"training\.pt of \d+ bytes unpacks to 40\d{4}"),
-    ):
-        run(configure(tmp_path / "run", resume=True))
+def test_checkpoints_by_the_clock(tmp_path):
+    config = configure(tmp_path / "run", epochs=1, checkpoint_minutes=1e-9, keep_checkpoints=9)
+    run(config)
+    assert len(list((config.out / "checkpoints").iterdir())) == 5
 
 
 @pytest.mark.parametrize("line", ["{}", '{"update": "3"}', '{"update": true}'])
@@ -565,3 +591,64 @@ def test_lines_of_metrics_without_an_update_are_named(whole_run, tmp_path, line)
     (tmp_path / "run" / "metrics.jsonl").write_text(line + "\n")
     with pytest.raises(DamagedFileError, match=r"line 1 of .*metrics\.jsonl has .*'update'"):
         run(configure(tmp_path / "run", resume=True))
+
+
+def test_checkpoints_in_the_background_are_the_same(tmp_path, monkeypatch):
+    def in_background(*arguments, **options):
+        return CheckpointWriter(*arguments, **{**options, "in_background": True})
+
+    run(configure(tmp_path / "before"))
+    monkeypatch.setattr("denim.nim.engine.CheckpointWriter", in_background)
+    run(configure(tmp_path / "beside"))
+    files = [path.relative_to(tmp_path / "before") for path in (tmp_path / "before").rglob("*.safetensors")]
+    assert len(files) == 5
+    for file in files:
+        before, beside = load_file(tmp_path / "before" / file), load_file(tmp_path / "beside" / file)
+        assert before.keys() == beside.keys()
+        assert all(torch.equal(before[name], beside[name]) for name in before)
+
+
+def test_a_failure_in_the_background_reaches_the_run(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def in_background(*arguments, **options):
+        return CheckpointWriter(*arguments, **{**options, "in_background": True})
+
+    monkeypatch.setattr("denim.nim.engine.CheckpointWriter", in_background)
+    monkeypatch.setattr("denim.nim.saving.save", full)
+    with pytest.raises(WriteError, match="make room there"):
+        run(configure(tmp_path / "run"))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_settings_of_a_later_version_have_their_defaults_in_an_earlier_run(tmp_path):
+    run(configure(tmp_path / "run", epochs=1))
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())
+    for name in ("clip_grad", "fsdp", "precision"):
+        del settings[name]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(settings))
+    run(configure(tmp_path / "run", epochs=1, resume=True))
+    with pytest.raises(ValueError, match=r"clip_grad was None, is 1\.0"):
+        run(configure(tmp_path / "run", epochs=1, resume=True, clip_grad=1.0))
+
+
+def test_gradients_are_clipped_to_a_norm(tmp_path):
+    """As torch's clip_grad_norm_, in float64."""
+    norms = []
+
+    class Watching(torch.optim.AdamW):
+        def step(self, *arguments):
+            gradients = [each.grad.double() for group in self.param_groups for each in group["params"]]
+            norms.append(math.sqrt(sum(float(each.square().sum()) for each in gradients)))
+            return super().step(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Watching)
+        run(configure(tmp_path / "free", epochs=1))
+        free = list(norms)
+        norms.clear()
+        run(configure(tmp_path / "clipped", epochs=1, base_lr=1e-9, clip_grad=0.5))
+    assert max(free) > 0.5
+    assert max(norms) == pytest.approx(0.5, rel=1e-5)
+    assert metrics(tmp_path / "clipped")[0]["grad_norm"] == pytest.approx(free[0], rel=1e-6)

@@ -188,7 +188,7 @@ def test_micro_batches_do_not_change_the_weights(denoiser, tmp_path, make_folder
     weights = []
     for parts in (1, 2, 4):
         out = tmp_path / str(parts)
-        config = FinetuneConfig(out=out, denoiser=denoiser, accumulate=parts, **settings)
+        config = FinetuneConfig(out=out, denoiser=denoiser, micro_batch=settings["batch_size"] // parts, **settings)
         weights.append(finetune(config, QUIET).state_dict())
         assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 10
     for other in weights[1:]:
@@ -215,7 +215,7 @@ def test_the_denoiser_stays_frozen(denoiser, tmp_path):
         ({"degrade": "blur"}, "noise, mask, both"),
         ({"statistics": "none"}, '"input" or "noisy"'),
         ({"degrade": "mask", "statistics": "noisy"}, "needs noise"),
-        ({"accumulate": 32}, r"whole groups of 16 images, and a micro-batch has 8 \(batch_size 256 / accumulate 32\)"),
+        ({"micro_batch": 8}, "whole groups of 16 images, and a micro-batch has 8"),
         ({"mixup_group": 3}, "an even number, .* got 3"),
         ({"cutmix": -0.1}, "cutmix must be 0 or positive"),
         ({"mixup": math.nan}, "mixup must be 0 or positive"),
@@ -243,20 +243,20 @@ NO_MIXING = {"mixup": 0.0, "cutmix": 0.0}
 @pytest.mark.parametrize(
     ("recipe", "trained_on", "degrade", "sigma", "launches"),
     [
-        (PLAIN, "clean", "noise", "70", 27),
-        (NO_MIXING, "clean", "noise", "70", 27 + 9),  # pixels in boxes (5), their noise (3), the choice
-        ({"erasing": 0.0}, "clean", "noise", "70", 27 + 10),  # pixels in boxes, shares, partners, mixed, label (2)
-        ({"erasing": 0.0, "cutmix": 0.0}, "clean", "noise", "70", 27 + 4),  # no boxes
-        ({}, "clean", "noise", "70", 41),
-        ({}, "noisy", "noise", "uniform:0,30", 41 + 3),  # copies of levels and seeds, noise
-        ({}, "denoised", "noise", "uniform:0,30", 41 + 4),  # and pixels of the prediction
-        ({}, "denoised", "both", "gamma:25,3", 41 + 6),  # and words of the mask, their order
+        (PLAIN, "clean", "noise", "70", 28),
+        (NO_MIXING, "clean", "noise", "70", 28 + 9),  # pixels in boxes (5), their noise (3), the choice
+        ({"erasing": 0.0}, "clean", "noise", "70", 28 + 10),  # pixels in boxes, shares, partners, mixed, label (2)
+        ({"erasing": 0.0, "cutmix": 0.0}, "clean", "noise", "70", 28 + 4),  # no boxes
+        ({}, "clean", "noise", "70", 42),
+        ({}, "noisy", "noise", "uniform:0,30", 42 + 3),  # copies of levels and seeds, noise
+        ({}, "denoised", "noise", "uniform:0,30", 42 + 4),  # and pixels of the prediction
+        ({}, "denoised", "both", "gamma:25,3", 42 + 6),  # and words of the mask, their order
         (
             {},
             "denoised",
             "mask",
             "70",
-            41 + 17,
+            42 + 17,
         ),  # no noise; clean patches (9), what is hidden (2), its pixels, the choice
     ],
 )

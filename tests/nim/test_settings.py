@@ -16,7 +16,10 @@ SETTINGS = {
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"batch_size": 3, "accumulate": 2}, "multiple of accumulate"),
+        ({"batch_size": 3, "micro_batch": 2}, "multiple of micro_batch"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"clip_grad": 0.0}, "clip_grad must be positive"),
+        ({"stall_timeout": math.inf}, "stall_timeout must be positive"),
         ({"warmup_epochs": 5}, "warmup_epochs"),
         ({"base_lr": math.nan}, "base_lr"),
         ({"precision": "fp8"}, "auto, bf16, tf32 or fp32"),
@@ -27,6 +30,30 @@ def test_bad_settings_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(out=tmp_path / "run", **{**SETTINGS, **changes})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "world", "passes"),
+    [(12, None, 1, (12, 1)), (12, None, 3, (4, 1)), (12, 2, 1, (2, 6)), (12, 2, 3, (2, 2)), (12, 6, 3, (4, 1))],
+)
+def test_a_batch_is_cut_among_devices_and_passes(tmp_path, batch_size, micro_batch, world, passes):
+    settings = {**SETTINGS, "batch_size": batch_size, "micro_batch": micro_batch}
+    assert TrainConfig(out=tmp_path / "run", **settings).passes(world) == passes
+
+
+@pytest.mark.parametrize(("micro_batch", "world", "message"), [(None, 5, "of the 5 devices"), (4, 2, "is 6 images on")])
+def test_a_batch_that_cannot_be_cut_is_refused(tmp_path, micro_batch, world, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(out=tmp_path / "run", **{**SETTINGS, "batch_size": 12, "micro_batch": micro_batch}).passes(world)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("cuda", "cuda:3"), ("auto", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")]
+)
+def test_each_local_rank_has_a_gpu_of_its_own(monkeypatch, name, expected):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device(name) == torch.device(expected)
 
 
 def test_devices_are_checked():

@@ -1,0 +1,102 @@
+"""A model on many devices: DDP or FSDP2, blocks that are compiled, and blocks whose activations are computed again."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from denim.nim.ranks import Ranks
+from denim.nim.settings import TrainConfig
+
+__all__ = ["distribute", "transformer_blocks", "whole", "without_sync"]
+
+
+# The gradient of the patch embedding, one small tensor, is copied: its memory has the order of patches.
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+
+# The prediction is a view without the class token. Nothing changes it in place.
+warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a model, encoder first: what is compiled, sharded and recomputed one at a time."""
+    lists = (getattr(model, name, None) for name in ("blocks", "decoder_blocks"))
+    return [block for blocks in lists if blocks is not None for block in blocks]
+
+
+def distribute(task: nn.Module, config: TrainConfig, ranks: Ranks, device: torch.device, precision: str) -> nn.Module:
+    """The module to call in place of a task, so that gradients are those of all ranks. The task is changed in place.
+
+    The names in the model's state dict stay. Under `config.fsdp` its parameters become DTensors: see `whole`.
+
+    Args:
+        task: has the model as attribute `model`, and returns the loss.
+        config: the settings `fsdp`, `compile` and `grad_checkpointing`.
+        ranks: the processes of the training.
+        device: of the model.
+        precision: bf16, tf32 or fp32; with bf16, FSDP sends bfloat16 parameters and float32 gradients.
+
+    Raises:
+        ValueError: `grad_checkpointing` for a model that has none.
+    """
+    model: Any = task.model
+    if config.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise ValueError(f"{type(model).__name__} has no blocks whose activations could be computed again")
+        model.set_grad_checkpointing(True)
+    if config.compile if config.compile is not None else device.type == "cuda":
+        for block in transformer_blocks(model):
+            # The bound method, and not the module: the hooks of FSDP are called around the compiled code.
+            compiled: Callable[..., Any] = torch.compile(block.forward, fullgraph=True)
+            block.forward = compiled
+    if config.fsdp:
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        # Inputs keep their dtype: the residual stream is float32 under autocast, as it is without FSDP.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (ranks.world,))
+        for block in transformer_blocks(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        return task
+    if ranks.world > 1:
+        devices = [device] if device.type == "cuda" else None
+        # Buffers are constants. torch 2.14 has another word for it than torch 2.11.
+        words = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in words else "broadcast_buffers"
+        options: dict[str, Any] = {name: False, "device_ids": devices, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(task, **options)
+    return task
+
+
+def without_sync(module: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Inside, gradients are added up on each rank, and exchanged only in the last part of an update.
+
+    Args:
+        module: what `distribute` has returned.
+        model: the model in it.
+        last: whether this is the last part.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(module, DistributedDataParallel) and not last:
+        context: AbstractContextManager[None] = module.no_sync()
+        return context
+    return nullcontext()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that FSDP has sharded, all of it. All ranks must call this for the same tensor."""
+    if isinstance(tensor, DTensor):
+        full: Tensor = tensor.full_tensor()
+        return full
+    return tensor

@@ -1,0 +1,82 @@
+"""What a run says while it works: a bar in a terminal or a notebook, lines by the clock elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["ProgressReport"]
+
+# Seconds until the first line and between all others, where there is no bar.
+FIRST, BETWEEN = 3.0, 30.0
+
+
+class ProgressReport:
+    """Progress of a run that counts updates.
+
+    Args:
+        console: where it is shown.
+        title: of the run.
+        done: updates that were done before.
+        total: updates of the whole run.
+        batch_size: images of an update.
+    """
+
+    def __init__(self, console: Console, title: str, done: int, total: int, batch_size: int) -> None:
+        self.console = console
+        self.title = title
+        self.total = total
+        self.batch_size = batch_size
+        self._has_bar = console.is_terminal or console.is_jupyter
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._has_bar)
+        self._task = self._bar.add_task(title, total=total, completed=done, state="")
+        now = time.perf_counter()
+        self._began, self._first = now, done
+        self._measured, self._since = now, done
+        self._next_line = now + FIRST
+        self._state = ""
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a message of the run."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def rate(self, update: int) -> float:
+        """Images per second since the last call."""
+        now = time.perf_counter()
+        rate = (update - self._since) * self.batch_size / (now - self._measured)
+        self._measured, self._since = now, update
+        return rate
+
+    def show(self, loss: float, rate: float) -> None:
+        """Take the numbers of a line of metrics, which are shown from now on."""
+        self._state = f"loss {loss:.4f}  {rate:,.0f} images/s"
+
+    def tick(self, update: int) -> None:
+        """Note an update that is done. A line is due by the clock, and for the last update."""
+        self._bar.update(self._task, completed=update, state=self._state)
+        now = time.perf_counter()
+        if self._has_bar or (now < self._next_line and update < self.total):
+            return
+        self._next_line = now + BETWEEN
+        seconds = (now - self._began) / (update - self._first)
+        state = self._state or f"{self.batch_size / seconds:,.0f} images/s"
+        left = f"  {_clock(seconds * (self.total - update))} left" if update < self.total else ""
+        self.say(f"{self.title}: {update}/{self.total}  {state}{left}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,50 @@
+"""What a run says: a line within seconds, then by the clock."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from denim.nim import progress
+from denim.nim.progress import ProgressReport
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_lines_come_by_the_clock(clock):
+    console = Console(file=io.StringIO(), width=200)
+    with ProgressReport(console, "run", done=10, total=1000, batch_size=64) as report:
+        for update in range(11, 101):
+            clock[0] += 1.0
+            if update == 20:
+                report.show(0.25, report.rate(update))
+            report.tick(update)
+    lines = console.file.getvalue().splitlines()
+    assert lines == [
+        "run: 13/1000  64 images/s  0:16:27 left",
+        "run: 43/1000  loss 0.2500  64 images/s  0:15:57 left",
+        "run: 73/1000  loss 0.2500  64 images/s  0:15:27 left",
+    ]
+
+
+def test_the_last_update_has_a_line(clock):
+    console = Console(file=io.StringIO(), width=200)
+    with ProgressReport(console, "[run]", done=0, total=2, batch_size=64) as report:
+        for update in (1, 2):
+            clock[0] += 0.5
+            report.tick(update)
+    assert console.file.getvalue() == "[run]: 2/2  128 images/s\n"
+
+
+def test_a_terminal_has_a_bar_and_no_lines(clock):
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with ProgressReport(console, "run", done=0, total=100, batch_size=64) as report:
+        clock[0] += 60.0
+        report.tick(50)
+    assert "50/100" in console.file.getvalue()
+    assert "left" not in console.file.getvalue()
