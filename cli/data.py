@@ -115,6 +115,8 @@ def stats(
     """
     from denim.nim.data import ManifestSource, open_manifest, open_source
 
+    if num_images < 0:
+        raise ValueError(f"num_images must not be negative, and 0 takes all, got {num_images}")
     for name in ([split] if split else ["train", "test"]) if folder in NAMES else _splits(Path(folder), split):
         if folder in NAMES:
             _describe(open_source(folder, name, cache=cache), {}, num_images, seed)

@@ -67,6 +67,8 @@ def main(
     from denim.nim.settings import pick_device
     from denim.nim.text import open_console, printable
 
+    if num_images < 0:
+        raise ValueError(f"num_images must not be negative, and 0 takes all, got {num_images}")
     console = open_console()
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)

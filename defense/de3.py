@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
+from denim.kernels.seeds import check_seed
 from denim.nim import Autoencoder, Classifier, Mask, add_noise, reconstruct
 from denim.nim.classifier import PatchEmbed
 from denim.nim.reconstruction import case_of, check_degradation, same_patches
@@ -109,6 +110,7 @@ class De3(nn.Module):
         self._copies = self._replica = 0
         # Tensors, so that seeds are derived on the device and a compiled or captured call still draws afresh.
         key = _entropy() if seed is None else seed
+        check_seed(key)
         self.register_buffer("_key", torch.tensor(key, dtype=torch.int64), persistent=False)
         self.register_buffer("_calls", torch.tensor(0, dtype=torch.int64), persistent=False)
         self.sigma = sigma

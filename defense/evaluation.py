@@ -28,6 +28,7 @@ from denim.defense.attacks import Attack, radius_text
 from denim.defense.de3 import De3
 from denim.defense.scores import Interval, Scores, paired_difference, score
 from denim.kernels import Domain
+from denim.kernels.seeds import check_seed
 from denim.nim.checkpoint import first_words, with_todays_names
 from denim.nim.classifier import check_logits
 from denim.nim.data import Batch, Loader
@@ -77,6 +78,9 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
+        check_seed(self.seed)
+        if self.examples < 0:
+            raise ValueError(f"examples must not be negative, got {self.examples}")
         for name in ("score_draws", "max_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

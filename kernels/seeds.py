@@ -10,7 +10,7 @@ from torch import Tensor
 from denim.kernels.dispatch import register
 from denim.kernels.noise import WORD, Stream, check_seeds, philox, split
 
-__all__ = ["Domain", "derive_seeds", "draw_seeds"]
+__all__ = ["Domain", "check_seed", "derive_seeds", "draw_seeds"]
 
 
 class Domain(IntEnum):
@@ -70,6 +70,16 @@ def _fake(
 _derive_seeds = register("derive_seeds", _reference, _fake, triton="seeds_triton")
 
 
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Check that a number fits into int64.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not -(2**63) <= seed <= 2**63 - 1:
+        raise ValueError(f"{name} must be an int64, from -2^63 to 2^63 - 1, got {seed}")
+
+
 def derive_seeds(
     run_seed: int | Tensor, domain: Domain, samples: Tensor, step: int | Tensor = 0, draw: int | Tensor = 0
 ) -> Tensor:
@@ -90,13 +100,14 @@ def derive_seeds(
 
     Raises:
         TypeError: a tensor is not int64.
-        ValueError: tensors are on different devices. (Scalars on the CPU are copied.)
+        ValueError: tensors are on different devices (scalars on the CPU are copied), or a number is no int64.
     """
     check_seeds(samples, "samples")
     numbers: list[int] = []
     tensors: list[Tensor | None] = []
     for name, value in (("run_seed", run_seed), ("step", step), ("draw", draw)):
         if not isinstance(value, Tensor):
+            check_seed(value, name)
             numbers.append(value)
             tensors.append(None)
             continue

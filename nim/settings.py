@@ -95,6 +95,7 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        from denim.kernels.seeds import check_seed
         from denim.nim.precision import check_precision
 
         for name in ("epochs", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep_checkpoints",
@@ -112,6 +113,10 @@ class TrainConfig:
             raise ValueError(f"warmup_epochs must lie between 0 and epochs ({self.epochs}), got {self.warmup_epochs}")
         if not (math.isfinite(self.base_lr) and self.base_lr > 0):
             raise ValueError(f"base_lr must be positive, got {self.base_lr}")
+        _refuse_negative(self, "min_lr", "weight_decay", "workers")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        check_seed(self.seed)
         check_precision(self.precision)
 
     @property
@@ -246,9 +251,9 @@ class FinetuneConfig(TrainConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or positive, got {getattr(self, name)}")
+        _refuse_negative(self, "mixup", "cutmix")
+        if not (math.isfinite(self.layer_decay) and self.layer_decay > 0):
+            raise ValueError(f"layer_decay must be positive, got {self.layer_decay}")
         if self.mixup_group < 2 or self.mixup_group % 2:
             raise ValueError(
                 f"mixup_group must be an even number, for images are mixed in pairs, got {self.mixup_group}"
@@ -274,6 +279,13 @@ class FinetuneConfig(TrainConfig):
         epochs = (50 if width >= 1024 else 100) if self.epochs is None else self.epochs
         drop_path = (0.2 if width >= 1280 else 0.1) if self.drop_path is None else self.drop_path
         return replace(self, epochs=epochs, drop_path=drop_path)
+
+
+def _refuse_negative(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -136,6 +136,7 @@ def test_mistakes_in_preview(folder, tmp_path, capsys):
         (("--sigma", "-1"), "sigma takes a finite noise level"),
         (("--size", "0"), "size must be at least 1 pixel"),
         (("--split", "val"), "has no split 'val'"),
+        (("--seed", 10**19), "run_seed must be an int64"),
     ):
         denim("data", "preview", folder, "--out", out, *words, status=2)
         assert message in capsys.readouterr().err

@@ -319,6 +319,13 @@ def test_a_path_in_place_of_a_model_is_refused(path):
         De3(None, path, 70)
 
 
+def test_a_seed_that_is_no_int64_is_refused():
+    with pytest.raises(ValueError, match="seed must be an int64"):
+        De3(None, nn.Identity(), 70, seed=2**63)
+    with pytest.raises(ValueError, match="seed must be an int64"):
+        De3(None, nn.Identity(), 70).frozen(-(2**63) - 1)
+
+
 def test_a_level_as_if_of_images_in_0_to_1_is_warned_of():
     with pytest.warns(UserWarning, match=r"for 0\.25 of images in \[0, 1\] give 63\.75"):
         De3(None, nn.Identity(), 0.25)

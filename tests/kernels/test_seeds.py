@@ -73,6 +73,16 @@ def test_scalars_of_the_host_are_taken_and_other_devices_are_not():
             derive_seeds(domain=Domain.SCORE, samples=ids, **given)
 
 
+@pytest.mark.parametrize("name", ["run_seed", "step", "draw"])
+def test_a_number_that_is_no_int64_is_named(name):
+    given = {"run_seed": 0, "domain": Domain.SCORE, "samples": EDGES}
+    for number in (-(2**63), 2**63 - 1):
+        derive_seeds(**{**given, name: number})
+    for number in (-(2**63) - 1, 2**63):
+        with pytest.raises(ValueError, match=rf"^{name} must be an int64, from -2\^63 to 2\^63 - 1, got {number}$"):
+            derive_seeds(**{**given, name: number})
+
+
 def calls() -> dict[str, list[tuple]]:
     columns, rows = torch.arange(130), torch.tensor([[3], [-5], [2**40]])
     strided = torch.stack([EDGES, EDGES.flip(0)], dim=1)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from denim.nim.settings import TrainConfig, pick_device
+from denim.nim.settings import FinetuneConfig, TrainConfig, pick_device
 
 SETTINGS = {
     "epochs": 4, "warmup_epochs": 1, "batch_size": 2, "base_lr": 1.0, "betas": (0.9, 0.95), "crop_scale": None,
@@ -24,6 +24,11 @@ SETTINGS = {
         ({"base_lr": math.nan}, "base_lr"),
         ({"precision": "fp8"}, "auto, bf16, tf32 or fp32"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"min_lr": math.nan}, "min_lr must not be negative, got nan"),
+        ({"workers": -1}, "workers must not be negative, got -1"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"seed": 2**63}, "seed must be an int64"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, changes, message):
@@ -54,6 +59,21 @@ def test_each_local_rank_has_a_gpu_of_its_own(monkeypatch, name, expected):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixup": -1.0}, "mixup must not be negative, got -1.0"),
+        ({"cutmix": math.inf}, "cutmix must not be negative, got inf"),
+        ({"layer_decay": math.nan}, "layer_decay must be positive, got nan"),
+        ({"layer_decay": 0.0}, "layer_decay must be positive, got 0.0"),
+    ],
+)
+def test_bad_settings_of_fine_tuning_are_refused(tmp_path, changes, message):
+    FinetuneConfig(out=tmp_path, denoiser=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(out=tmp_path, denoiser=tmp_path, **changes)
 
 
 def test_devices_are_checked():
