@@ -298,10 +298,13 @@ class Autoencoder(Pretrained, nn.Module):
         expected = (self.config.num_patches, self.config.patch_dim)
         if patches.dim() != 3 or tuple(patches.shape[1:]) != expected:
             raise ValueError(f"patches must have shape (N, {expected[0]}, {expected[1]}), got {tuple(patches.shape)}")
-        tokens = self._embed(patches) + self.pos_embed[:, 1:]
+        positions = self.pos_embed[:, 1:]
         if mask is not None:
-            chosen = mask.order[:, : mask.visible, None].expand(-1, -1, tokens.shape[-1])
-            tokens = tokens.gather(1, chosen)
+            # Before the embedding: hidden patches need none.
+            chosen = mask.order[:, : mask.visible, None]
+            patches = patches.gather(1, chosen.expand(-1, -1, patches.shape[-1]))
+            positions = positions.expand(len(chosen), -1, -1).gather(1, chosen.expand(-1, -1, positions.shape[-1]))
+        tokens = self._embed(patches) + positions
         first = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat((first, tokens), dim=1)
         encoded: Tensor = self.norm(self._through(self.blocks, tokens))

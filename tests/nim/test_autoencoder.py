@@ -188,6 +188,21 @@ def test_masked_prediction_depends_on_visible_patches_alone():
     assert (difference[1:] == 0).all()
 
 
+def test_visible_patches_alone_are_embedded(monkeypatch):
+    model, patches = build().double(), patches_for(TINY, dtype=torch.float64)
+    mask = Mask.random(torch.arange(3), TINY.num_patches, 0.6)
+    embed, seen = model._embed, []
+    monkeypatch.setattr(model, "_embed", lambda given: seen.append(given) or embed(given))
+    encoded = model.encode(patches, mask)
+    assert [tuple(given.shape) for given in seen] == [(3, mask.visible, TINY.patch_dim)]
+    # All are embedded, and the hidden ones dropped.
+    tokens = embed(patches) + model.pos_embed[:, 1:]
+    tokens = tokens.gather(1, mask.order[:, : mask.visible, None].expand(-1, -1, TINY.embed_dim))
+    first = (model.cls_token + model.pos_embed[:, :1]).expand(3, -1, -1)
+    expected = model.norm(nn.Sequential(*model.blocks)(torch.cat((first, tokens), dim=1)))
+    torch.testing.assert_close(encoded, expected, rtol=0, atol=1e-12)
+
+
 def test_a_mask_that_hides_nothing_changes_nothing():
     # Attention does not care in which order tokens come, so any order must land where the positions say.
     model, patches = build().double(), patches_for(TINY, dtype=torch.float64)
