@@ -8,10 +8,13 @@ eager and through `torch.compile`. Denim's models never call it. Unlike the oper
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
     "decoded_pixels",
+    "linear_of_gelu",
+    "linear_of_norm",
     "linf_start",
     "linf_step",
     "noisy_patches",
@@ -205,3 +208,30 @@ def linf_start(pixels: Tensor, *, epsilon: Tensor, uniform: Tensor | None = None
         uniform = torch.rand_like(pixels)
     radius = epsilon.reshape(-1, *(1,) * (pixels.dim() - 1))
     return (pixels + radius * (2 * uniform - 1)).clamp(0, 1).to(pixels.dtype)
+
+
+def linear_of_norm(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float
+) -> Tensor:
+    """`norm_linear`: a linear layer of a layer norm.
+
+    Args:
+        x: (..., in_features).
+        norm_weight: (in_features,).
+        norm_bias: (in_features,).
+        weight: (out_features, in_features); x is cast to its dtype behind the norm, as by autocast.
+        bias: (out_features,).
+        eps: added to the variance.
+    """
+    return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps).to(weight.dtype), weight, bias)
+
+
+def linear_of_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`gelu_linear`: a linear layer of a GELU.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features); x is cast to its dtype behind the GELU, as by autocast.
+        bias: (out_features,).
+    """
+    return F.linear(F.gelu(x).to(weight.dtype), weight, bias)

@@ -22,6 +22,7 @@ __all__ = [
     "FORWARD",
     "Case",
     "ImageCase",
+    "LinearCase",
     "SampleCase",
     "expected",
     "passes",
@@ -158,6 +159,29 @@ class Case(abc.ABC):
     @abc.abstractmethod
     def resized(self, batch: int, side: int) -> Case:
         """The same kind of input in the size of real work: `batch` images of `side` x `side`."""
+
+    def launched(self, backward: bool) -> tuple[str, ...]:
+        """Names of the Triton kernels that a launcher starts, in its order."""
+        return tuple(name for part, name in self.triton_kernels.items() if (part == BACKWARD) == backward)
+
+    def counted_chain(self, **tensors: Tensor) -> Tensor:
+        """The part of the chain that the Triton kernels compute: all of it but products of matrices, which are torch's.
+
+        The report sets its kernels beside those of the operation.
+        """
+        return self.chain(**tensors)
+
+    def kernel_tensors(
+        self, part: str, given: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """What the Triton kernel of a pass reads and writes.
+
+        Args:
+            part: a pass, key of `triton_kernels`.
+            given: what the launcher reads.
+            outputs: what it returns.
+        """
+        return given, outputs
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -317,6 +341,108 @@ class SampleCase(Case):
             return torch.linspace(-largest / 3, largest, self.batch, dtype=torch.float64, device=device)
         sizes = torch.linspace(-largest / 3, largest, self.batch, device=device)
         return torch.stack([sizes, sizes], dim=-1)[:, 0] if kind == "strided" else sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCase(Case):
+    """A case on tokens: something cheap, and a linear layer of it.
+
+    Attributes:
+        tokens: of an image.
+        width: elements of a token, in_features of the layer.
+        outputs: out_features of the layer.
+        dtype: of the layer's parameters.
+        stream: dtype of the tokens, if another than `dtype`: under autocast they are float32.
+        bias: the layer has one.
+        strided: the tokens are not contiguous.
+    """
+
+    tokens: int = 5
+    width: int = 40
+    outputs: int = 24
+    dtype: torch.dtype = FP32
+    stream: torch.dtype | None = None
+    bias: bool = True
+    strided: bool = False
+
+    @property
+    def kind(self) -> str:
+        words = NAMES[self.dtype] + ("" if self.stream is None else f", {NAMES[self.stream]} tokens")
+        return words + ", no bias" * (not self.bias) + ", strided" * self.strided
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return (SIDE,)
+
+    def launched(self, backward: bool) -> tuple[str, ...]:
+        """The backward launcher computes the input of the layer again."""
+        return super().launched(False) + (super().launched(True) if backward else ())
+
+    def _layer(self, random: Random) -> dict[str, Tensor]:
+        layer = {"weight": random.normal(self.outputs, self.width) / math.sqrt(self.width)}
+        if self.bias:
+            layer["bias"] = random.normal(self.outputs)
+        return {name: value.to(self.dtype) for name, value in layer.items()}
+
+    def _tokens(self, random: Random) -> Tensor:
+        x = (0.5 + random.normal(self.batch, self.tokens, self.width)).to(self.stream or self.dtype)
+        return strided(x, -1, -2) if self.strided else x
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return tuple(self.inputs("meta"))
+
+    def backward_arguments(self, inputs: Mapping[str, Tensor], upstream: Tensor) -> tuple[Any, ...]:
+        arguments = self.arguments(inputs)
+        wanted = [name in inputs for name in self._names if name != "eps"]
+        return (
+            upstream,
+            *(value for name, value in zip(self._names, arguments, strict=True) if name != "bias"),
+            wanted,
+        )
+
+    @property
+    def _unit(self) -> float:
+        """Error of what is stored in `dtype` between two kernels, relative. The interpreter truncates bfloat16."""
+        return 0.0 if self.dtype == FP32 else torch.finfo(self.dtype).eps
+
+    def _product(self, a: Tensor, b: Tensor, a_error: Tensor | float = 0.0) -> Tensor:
+        """Largest error of the product a @ b in float32, whose factor `a` has an error; of two bytes with `_unit`.
+
+        Every addition rounds once. GPUs may add parts of a sum in the dtype of the result. (That also covers torch's
+        rounding of a product where it is compared with what the interpreter stores, which truncates.)
+        """
+        rounding = (a.shape[-1] + 1) * 2.0**-24 + self._unit
+        return (rounding * a.abs() + a_error) @ b.abs()
+
+    def _errors(
+        self, inputs: Mapping[str, Tensor], cheap: Tensor, error: Tensor, upstream: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor | float]]:
+        """Errors of the result, of the gradient of the layer's input, and of those of its parameters.
+
+        Args:
+            inputs: floating point ones in float64.
+            cheap: the layer's input, float64.
+            error: its largest error in float32.
+            upstream: gradient of the result.
+        """
+        weight, rows = inputs["weight"], cheap.flatten(0, -2)
+        error = error + self._unit * (cheap.abs() + error)
+        result = self._product(cheap, weight.mT, error)
+        if self.bias:
+            result = result + 2.0**-23 * inputs["bias"].abs()
+        if upstream is None:
+            return result, result, []
+        above = upstream.flatten(0, -2)
+        parameters: list[Tensor | float] = [self._product(rows.mT, above, error.flatten(0, -2).mT).mT]
+        if self.bias:
+            parameters.append((len(above) * 2.0**-24 + self._unit) * above.abs().sum(dim=0))
+        return result, self._product(upstream, weight), parameters
+
+    @property
+    @abc.abstractmethod
+    def _names(self) -> tuple[str, ...]:
+        """Names of the operator's arguments."""
 
 
 def double(value: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from denim import kernels
@@ -33,6 +34,7 @@ from denim.benchmarks.case import (
     NAMES,
     Case,
     ImageCase,
+    LinearCase,
     Random,
     SampleCase,
     double,
@@ -43,7 +45,17 @@ from denim.benchmarks.case import (
 from denim.benchmarks.exact_noise import CONTRACT, exact_noise
 from denim.kernels import Stream, noise_words
 
-__all__ = ["CASES", "OPERATIONS", "AttackStart", "AttackStep", "DecodePatches", "NoisePatchify", "PatchLoss"]
+__all__ = [
+    "CASES",
+    "OPERATIONS",
+    "AttackStart",
+    "AttackStep",
+    "DecodePatches",
+    "GeluLinear",
+    "NoisePatchify",
+    "NormLinear",
+    "PatchLoss",
+]
 
 # Of a classifier that takes normalised patches.
 CLASSIFIER_MEAN, CLASSIFIER_STD = (0.4, 0.5, 0.6, 0.2, 0.5), (0.25, 0.2, 0.3, 0.4, 0.5)
@@ -507,6 +519,169 @@ class AttackStart(SampleCase):
         return [5 * 2.0**-24]
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormLinear(LinearCase):
+    """`norm_linear`.
+
+    Attributes:
+        norm: dtype of the norm's parameters.
+    """
+
+    norm: torch.dtype = FP32
+
+    operation: ClassVar[str] = "norm_linear"
+    triton_kernels: ClassVar[Mapping[str, str]] = {FORWARD: "norm_kernel", BACKWARD: "norm_backward_kernel"}
+    EPS: ClassVar[float] = 1e-6
+
+    @property
+    def kind(self) -> str:
+        return super().kind + ("" if self.norm == FP32 else f", {NAMES[self.norm]} norm")
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return ("x", "norm_weight", "norm_bias", "weight", "bias", "eps")
+
+    def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
+        random = Random(device)
+        x = self._tokens(random)
+        if self.norm == FP32:
+            # A token that is nearly constant: the mean of its squares minus the square of its mean has no variance.
+            x[:1, :1] = 3 + 0.01 * x[:1, :1]
+        norm = {"norm_weight": 1 + 0.5 * random.normal(self.width), "norm_bias": random.normal(self.width)}
+        return {"x": x, **{name: value.to(self.norm) for name, value in norm.items()}, **self._layer(random)}
+
+    def arguments(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        return (*(inputs.get(name) for name in self._names[:-1]), self.EPS)
+
+    def fused(self, **inputs: Tensor) -> Tensor:
+        if self.stream is None:
+            return kernels.norm_linear(**inputs, eps=self.EPS)
+        return cast(Tensor, torch.ops.denim.norm_linear(*self.arguments(inputs)))
+
+    def chain(self, **tensors: Tensor) -> Tensor:
+        return baselines.linear_of_norm(**tensors, eps=self.EPS)
+
+    def counted_chain(self, **tensors: Tensor) -> Tensor:
+        normal = F.layer_norm(tensors["x"], (self.width,), tensors["norm_weight"], tensors["norm_bias"], self.EPS)
+        return normal.to(self.dtype)
+
+    def kernel_tensors(
+        self, part: str, given: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if part == FORWARD:
+            x, *norm, _, _ = given
+            return (x, *norm), (x.new_empty(x.shape, dtype=self.dtype),)
+        _, x, norm_weight, *_ = given
+        programs = -(-x.shape[:-1].numel() // self.loops(part)[0])
+        partials = x.new_empty((programs, 2, self.width), dtype=FP32)
+        return (x.new_empty(x.shape, dtype=self.dtype), x, norm_weight), (outputs[0], partials)
+
+    def loops(self, part: str) -> tuple[int, ...]:
+        from denim.kernels import norm_linear_triton
+
+        return (norm_linear_triton.ROWS if part == FORWARD else norm_linear_triton.BACKWARD_ROWS,)
+
+    def resized(self, batch: int, side: int) -> NormLinear:
+        """The projection to queries, keys and values of ViT-B/16, without the class token."""
+        return dataclasses.replace(self, batch=batch, tokens=(side // 16) ** 2, width=768, outputs=2304)
+
+    def errors(
+        self, inputs: Mapping[str, Tensor], exact: Sequence[Tensor], upstream: Tensor | None
+    ) -> list[Tensor | float]:
+        x, gain, shift = inputs["x"], inputs["norm_weight"], inputs["norm_bias"]
+
+        def mean(values: Tensor) -> Tensor:
+            return values.mean(dim=-1, keepdim=True)
+
+        inverse_std = (mean((x - mean(x)).square()) + self.EPS).rsqrt()
+        normal = (x - mean(x)) * inverse_std
+        # float32: some twenty roundings of a sum (a thread's run, and a tree), of numbers as large as x; and the root,
+        # approximate to 2^-22.
+        unit = 20 * 2.0**-24
+        centre = unit * (x.abs() + mean(x.abs()))
+        relative = 2 * unit + inverse_std * mean(centre)
+        normal_error = inverse_std * centre + relative * normal.abs()
+        cheap = normal * gain + shift
+        cheap_error = normal_error * gain.abs() + unit * (normal * gain).abs() + unit * shift.abs()
+        result, error, parameters = self._errors(inputs, cheap, cheap_error, upstream)
+        if upstream is None:
+            return [result]
+        grad = upstream @ inputs["weight"]
+        scaled, scaled_error = grad * gain, error * gain.abs() + unit * (grad * gain).abs()
+        # torch's kernel on the CPU has sums of products with x, of which it takes the mean off afterwards.
+        apart = unit * inverse_std * (mean((scaled * x).abs()) + mean(x).abs() * mean(scaled.abs()))
+        if self.norm != FP32:
+            # There it also keeps mean and deviation in the dtype of the norm's parameters.
+            kept = torch.finfo(self.norm).eps / 2
+            normal_error = normal_error + kept * (inverse_std * mean(x).abs() + normal.abs())
+            relative = relative + kept
+        along = mean(scaled * normal)
+        along_error = mean(scaled_error * normal.abs() + scaled.abs() * normal_error)
+        to_x = scaled_error + mean(scaled_error) + normal.abs() * (along_error + apart) + normal_error * along.abs()
+        to_x = to_x * inverse_std + relative * (exact[1].abs() + inverse_std * (scaled.abs() + mean(scaled.abs())))
+        rows = (x.shape[:-1].numel() + 20) * 2.0**-24
+        to_gain = error * normal.abs() + grad.abs() * normal_error + rows * (grad * normal).abs()
+        to_shift = error + rows * grad.abs()
+        return [result, to_x, to_gain.sum(dim=(0, 1)), to_shift.sum(dim=(0, 1)), *parameters]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeluLinear(LinearCase):
+    """`gelu_linear`."""
+
+    operation: ClassVar[str] = "gelu_linear"
+    triton_kernels: ClassVar[Mapping[str, str]] = {FORWARD: "gelu_kernel", BACKWARD: "gelu_backward_kernel"}
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return ("x", "weight", "bias")
+
+    def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
+        random = Random(device)
+        # Up to some six deviations: where the GELU is 0 and where it is x.
+        return {"x": 2 * self._tokens(random), **self._layer(random)}
+
+    def arguments(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        return tuple(inputs.get(name) for name in self._names)
+
+    def fused(self, **inputs: Tensor) -> Tensor:
+        if self.stream is None:
+            return kernels.gelu_linear(**inputs)
+        return cast(Tensor, torch.ops.denim.gelu_linear(*self.arguments(inputs)))
+
+    def chain(self, **tensors: Tensor) -> Tensor:
+        return baselines.linear_of_gelu(**tensors)
+
+    def counted_chain(self, **tensors: Tensor) -> Tensor:
+        return F.gelu(tensors["x"]).to(self.dtype)
+
+    def kernel_tensors(
+        self, part: str, given: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        x = given[1] if part == BACKWARD else given[0]
+        other = x.new_empty(x.shape, dtype=self.dtype)
+        return ((other, x), outputs[:1]) if part == BACKWARD else ((x,), (other,))
+
+    def resized(self, batch: int, side: int) -> GeluLinear:
+        """The second layer of an MLP of ViT-Ti/16, without the class token."""
+        return dataclasses.replace(self, batch=batch, tokens=(side // 16) ** 2, width=768, outputs=192)
+
+    def errors(
+        self, inputs: Mapping[str, Tensor], exact: Sequence[Tensor], upstream: Tensor | None
+    ) -> list[Tensor | float]:
+        # erf is exact to two units in the last place of 1, and four operations follow.
+        x, unit = inputs["x"], 8 * 2.0**-24
+        result, error, parameters = self._errors(inputs, F.gelu(x), unit * x.abs(), upstream)
+        if upstream is None:
+            return [result]
+        grad = upstream @ inputs["weight"]
+        density = (-x.square() / 2).exp() / math.sqrt(2 * math.pi)
+        slope = (1 + torch.erf(x / math.sqrt(2))) / 2 + x * density
+        # The exponential's argument has a relative error of two roundings.
+        slope_error = unit * (1 + (1 + x.square()) * (x * density).abs())
+        return [result, error * slope.abs() + grad.abs() * slope_error + unit * exact[1].abs(), *parameters]
+
+
 NOISE_PATCHIFY = (
     NoisePatchify(dtype=BF16, built=(FORWARD,), timed=(FORWARD,), compared=True),
     *(NoisePatchify(dtype=BF16, threads=threads, built=(FORWARD,)) for threads in (64, 256)),
@@ -772,7 +947,41 @@ ATTACK_START = (
     # Enough words for every way in which they are rounded to float32.
     AttackStart(batch=1, shape=(400_000,), epsilon="one", what="many words"),
 )
-CASES: tuple[Case, ...] = (*NOISE_PATCHIFY, *PATCH_LOSS, *DECODE_PATCHES, *ATTACK_STEP, *ATTACK_START)
+NORM_LINEAR = (
+    # bf16 under autocast, whose tokens are float32; and all in float32.
+    NormLinear(dtype=BF16, stream=FP32, built=(FORWARD, BACKWARD), timed=(FORWARD, BOTH), compared=True),
+    NormLinear(built=(FORWARD, BACKWARD), timed=(FORWARD, BOTH)),
+    NormLinear(dtype=BF16, norm=BF16, built=(FORWARD, BACKWARD)),
+    NormLinear(dtype=FP16, stream=FP32, bias=False),
+    NormLinear(dtype=FP16, norm=FP16, width=65, outputs=7),
+    # More rows than a program has, and rows that do not fill its last tile.
+    NormLinear(batch=3, tokens=43, width=24, outputs=5, what="several programs"),
+    NormLinear(batch=1, tokens=67, width=1025, outputs=3, what="a row of more than eight warps"),
+    NormLinear(batch=1, tokens=1, width=192, what="one token"),
+    NormLinear(width=1, outputs=3, what="tokens of one element"),
+    NormLinear(strided=True, width=33),
+    NormLinear(batch=0, what="no image"),
+)
+GELU_LINEAR = (
+    GeluLinear(dtype=BF16, built=(FORWARD, BACKWARD), timed=(FORWARD, BOTH), compared=True),
+    GeluLinear(built=(FORWARD, BACKWARD), timed=(FORWARD, BOTH)),
+    GeluLinear(dtype=BF16, stream=FP32, built=(FORWARD, BACKWARD)),
+    GeluLinear(dtype=FP16, bias=False),
+    GeluLinear(batch=3, tokens=43, width=24, what="several programs"),
+    GeluLinear(batch=1, tokens=2, width=512, what="one program exactly"),
+    GeluLinear(width=33, strided=True),
+    GeluLinear(width=1, outputs=3, what="tokens of one element"),
+    GeluLinear(batch=0, what="no image"),
+)
+CASES: tuple[Case, ...] = (
+    *NOISE_PATCHIFY,
+    *PATCH_LOSS,
+    *DECODE_PATCHES,
+    *ATTACK_STEP,
+    *ATTACK_START,
+    *NORM_LINEAR,
+    *GELU_LINEAR,
+)
 OPERATIONS: dict[str, tuple[Case, ...]] = {
     name: tuple(cases) for name, cases in itertools.groupby(CASES, key=lambda case: case.operation)
 }

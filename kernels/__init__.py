@@ -1,4 +1,4 @@
-"""Fused operations on tensors: noise, patches, losses, attack steps, attention.
+"""Fused operations on tensors: noise, patches, losses, attack steps, attention, lean linear layers.
 
 Importing this package registers the operators `torch.ops.denim.*`. It loads nothing but torch: Triton and xformers are
 imported at the first call that needs them.
@@ -7,8 +7,10 @@ imported at the first call that needs them.
 from denim.kernels.attack_step import attack_start, attack_step
 from denim.kernels.attention import attention, attention_backends, attention_kernel
 from denim.kernels.decode_patches import decode_patches
+from denim.kernels.gelu_linear import gelu_linear
 from denim.kernels.noise import Stream, noise_words, normal_noise, uniform_noise
 from denim.kernels.noise_patchify import noise_patchify
+from denim.kernels.norm_linear import norm_linear
 from denim.kernels.patch_loss import patch_loss
 from denim.kernels.patches import check_pixels, normalized_patches
 from denim.kernels.seeds import Domain, derive_seeds, draw_seeds
@@ -25,8 +27,10 @@ __all__ = [
     "decode_patches",
     "derive_seeds",
     "draw_seeds",
+    "gelu_linear",
     "noise_patchify",
     "noise_words",
+    "norm_linear",
     "normal_noise",
     "normalized_patches",
     "patch_loss",

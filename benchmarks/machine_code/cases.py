@@ -90,9 +90,7 @@ class Build:
     @property
     def kernels(self) -> list[Any]:
         """All kernels that the launcher starts, in its order."""
-        backward = self.part == BACKWARD
-        names = [name for part, name in self.case.triton_kernels.items() if (part == BACKWARD) == backward]
-        return [getattr(self.module, name) for name in names]
+        return [getattr(self.module, name) for name in self.case.launched(self.part == BACKWARD)]
 
     def arguments(self) -> tuple[Case, tuple[Any, ...]]:
         """The case in the sizes of real work, and the launcher's arguments without memory."""
@@ -121,6 +119,7 @@ class Build:
             programs: of every kernel that it starts.
         """
         case = self.case.resized(BATCH, SIDE)
+        given, outputs = case.kernel_tensors(self.part, given, outputs)
         written, elements = sum(output.nbytes for output in outputs), sum(output.numel() for output in outputs)
         trips, read = case.loops(self.part), sum(tensor.nbytes for tensor in given)
         again = 0

@@ -74,7 +74,7 @@ def _chain(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
     tensors = {name: value for name, value in inputs.items() if name != "seeds"} | case.constants("meta")
 
     def chain(*values: Tensor) -> Tensor:
-        return case.chain(**dict(zip(tensors, values, strict=True)))
+        return case.counted_chain(**dict(zip(tensors, values, strict=True)))
 
     return chain, list(tensors.values())
 
@@ -479,7 +479,9 @@ def baselines(workers: int | None = None) -> dict[str, dict[str, dict[str, Any]]
     for name, several in builds.items():
         table[name] = {}
         for part, others in chains[name].items():
-            kernels = [fused[one.name][TARGET] for one in several if (one.part == BACKWARD) == (part == BACKWARD)]
+            # A backward pass may begin with the kernel of the forward pass.
+            started = several[0].case.launched(part == BACKWARD)
+            kernels = [fused[one.name][TARGET] for one in several if one.case.triton_kernels[one.part] in started]
             table[name][part] = {
                 "fused": _sum(kernels, elements),
                 **{

@@ -17,7 +17,7 @@ from denim.benchmarks.case import FORWARD
 from denim.kernels.noise import noise_backend
 
 CPU = torch.device("cpu")
-OPERATIONS = ["attack_step", "decode_patches", "noise_patchify", "patch_loss"]
+OPERATIONS = ["attack_step", "decode_patches", "gelu_linear", "noise_patchify", "norm_linear", "patch_loss"]
 
 
 @pytest.mark.parametrize("benchmark_", bench.BENCHMARKS, ids=lambda benchmark: benchmark.name)

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from denim.benchmarks.case import BACKWARD, FORWARD, expected, share_of_error
-from denim.benchmarks.cases import CASES, AttackStart, AttackStep, DecodePatches, NoisePatchify, PatchLoss
+from denim.benchmarks.cases import (
+    CASES,
+    AttackStart,
+    AttackStep,
+    DecodePatches,
+    GeluLinear,
+    NoisePatchify,
+    NormLinear,
+    PatchLoss,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +87,11 @@ DISPATCH = {
     "attack_step, float64 gradient": (AttackStep(shape=(3, 4, 4), gradient=F64), False),
     "attack_start": (AttackStart(shape=(3, 4, 4), epsilon="one"), True),
     "attack_start, float64 pixels": (AttackStart(dtype=F64, shape=(3, 4, 4)), False),
+    "norm_linear": (NormLinear(dtype=torch.bfloat16, stream=torch.float32, batch=1), True),
+    "norm_linear, float64": (NormLinear(dtype=F64, norm=F64, batch=1), False),
+    "norm_linear, 8193 wide": (NormLinear(width=8193, tokens=2, batch=1), False),
+    "gelu_linear": (GeluLinear(dtype=torch.bfloat16, batch=1), True),
+    "gelu_linear, float64": (GeluLinear(dtype=F64, batch=1), False),
 }
 
 
