@@ -17,6 +17,7 @@ from denim.kernels.patches import unpatchify
 from denim.kernels.seeds import check_seed
 from denim.nim import Autoencoder, Classifier, Mask, add_noise, reconstruct
 from denim.nim.classifier import PatchEmbed
+from denim.nim.lean import is_plain
 from denim.nim.reconstruction import case_of, check_degradation, same_patches
 from denim.nim.sigma import MAX_SIGMA, is_level, warn_of_unit_sigma
 
@@ -30,13 +31,6 @@ def _entropy() -> int:
 def _single(logits: Tensor) -> Tensor:
     """Logits in float32 where they are half precision, in which classes would tie and means would round."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module is its class's `forward` and nothing else."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return type(module) is kind and not changed and not any(hooks)
 
 
 class De3(nn.Module):
@@ -282,10 +276,10 @@ class De3(nn.Module):
     def _takes_patches(self) -> Classifier | None:
         """The classifier, if it can take the denoiser's patches and none of its code expects pixels; else None."""
         model = self.classifier
-        if self.denoiser is None or not isinstance(model, Classifier) or not _is_plain(model, Classifier):
+        if self.denoiser is None or not isinstance(model, Classifier) or not is_plain(model, Classifier):
             return None
         embedding = model.patch_embed
-        if not _is_plain(embedding, PatchEmbed) or not _is_plain(embedding.proj, nn.Conv2d):
+        if not is_plain(embedding, PatchEmbed) or not is_plain(embedding.proj, nn.Conv2d):
             return None
         return model if same_patches(self.denoiser, model) else None
 

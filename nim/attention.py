@@ -6,6 +6,7 @@ from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
 
 from denim.kernels.attention import attention, check_backend
+from denim.nim.lean import apply_norm_linear
 
 __all__ = ["Attention", "set_attention"]
 
@@ -22,7 +23,9 @@ class Attention(TimmAttention):
 
     backend: str = "auto"
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, norm: nn.Module | None = None
+    ) -> Tensor:
         """Tokens (B, N, dim) to tokens (B, N, dim_out).
 
         Args:
@@ -30,6 +33,7 @@ class Attention(TimmAttention):
             attn_mask: see timm. With a mask, `is_causal`, dropout of the attention weights or a gate, timm's own
                 forward runs, which is torch's SDPA.
             is_causal: see timm.
+            norm: a norm of x before the projection, which is computed together with it (`denim.nim.lean`).
 
         Raises:
             ValueError: the chosen backend cannot serve this call; the message has its reasons.
@@ -40,10 +44,11 @@ class Attention(TimmAttention):
                 raise ValueError(
                     f"attention backend {self.backend!r} has no masks, attention dropout or gates; choose auto or sdpa"
                 )
-            own: Tensor = super().forward(x, attn_mask, is_causal)
+            own: Tensor = super().forward(x if norm is None else norm(x), attn_mask, is_causal)
             return own
         batch, length, _ = x.shape
-        packed = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim)
+        projected = self.qkv(x) if norm is None else apply_norm_linear(norm, self.qkv, x)
+        packed = projected.view(batch, length, 3, self.num_heads, self.head_dim)
         query, key, value = (part.transpose(1, 2) for part in packed.unbind(2))
         # Under autocast a norm returns float32. SDPA alone would cast it back by itself.
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed, build_sincos2d_pos_embed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from denim.kernels import Stream, noise_words
+from denim.kernels.linear import computing_dtype
 from denim.nim.attention import Attention
+from denim.nim.block import Block, Mlp
 from denim.nim.checkpoint import Pretrained, check_entries
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PRESETS", "Autoencoder", "AutoencoderConfig", "Mask", "preset"]
@@ -175,14 +176,6 @@ def preset(
     return replace(config, **changes)
 
 
-def computing_dtype(weight: Tensor) -> torch.dtype:
-    """dtype in which a matrix product with a weight is computed: that of the weight, or autocast's where it is on."""
-    # Autocast leaves float64 alone.
-    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(weight.device.type):
-        return weight.dtype
-    return torch.get_autocast_dtype(weight.device.type)
-
-
 class Mask(NamedTuple):
     """Which patches the encoder sees.
 
@@ -239,7 +232,7 @@ class Autoencoder(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
-        block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm, attn_layer=Attention)
+        block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm, attn_layer=Attention, mlp_layer=Mlp)
         # timm's module holds the projection under the published name; `_embed` applies it to patches.
         self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.channels, config.embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))

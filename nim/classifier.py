@@ -13,8 +13,10 @@ from timm.layers import PatchEmbed as TimmPatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from denim.kernels.linear import computing_dtype
 from denim.nim.attention import Attention
-from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, AutoencoderConfig, check_architecture, computing_dtype
+from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, AutoencoderConfig, check_architecture
+from denim.nim.block import Block, Mlp
 from denim.nim.checkpoint import Pretrained, as_numbers, first_words
 from denim.nim.drop_path import draw_drop_path, key_drop_path
 
@@ -113,6 +115,8 @@ class Classifier(Pretrained, VisionTransformer):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             embed_layer=PatchEmbed,
             attn_layer=Attention,
+            block_fn=Block,
+            mlp_layer=Mlp,
         )
         self.config = config
         nn.init.trunc_normal_(self.head.weight, std=2e-5)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from denim.nim.block import set_lean
 from denim.nim.ranks import Ranks
 from denim.nim.settings import TrainConfig
 
@@ -41,15 +42,17 @@ def distribute(task: nn.Module, config: TrainConfig, ranks: Ranks, device: torch
 
     Args:
         task: has the model as attribute `model`, and returns the loss.
-        config: the settings `fsdp`, `compile` and `grad_checkpointing`.
+        config: the settings `lean`, `grad_checkpointing`, `compile` and `fsdp`.
         ranks: the processes of the training.
         device: of the model.
         precision: bf16, tf32 or fp32; with bf16, FSDP sends bfloat16 parameters and float32 gradients.
 
     Raises:
-        ValueError: `grad_checkpointing` for a model that has none.
+        ValueError: `grad_checkpointing`, or no `lean`, for a model without such blocks.
     """
     model: Any = task.model
+    if not config.lean:
+        set_lean(model, False)
     if config.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise ValueError(f"{type(model).__name__} has no blocks whose activations could be computed again")

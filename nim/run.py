@@ -26,7 +26,7 @@ MANIFEST_FILE = "manifest.safetensors"
 # Settings that may differ between a run and its resumption, since they do not change its weights.
 FREE_SETTINGS = (
     "out", "resume", "workers", "loader", "max_bad", "log_every",
-    "micro_batch", "accumulate", "compile", "grad_checkpointing", "fsdp", "stall_timeout",
+    "micro_batch", "accumulate", "lean", "compile", "grad_checkpointing", "fsdp", "stall_timeout",
     "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
 )  # fmt: skip
 

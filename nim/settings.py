@@ -48,6 +48,7 @@ class TrainConfig:
         device: Device to train on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
         precision: Precision of the networks: fp32, tf32 (float32 whose products have TF32 inputs), bf16 (the forward
             pass under autocast; weights, loss and optimizer stay float32), or auto: bf16 where a GPU has it, else fp32.
+        lean: Compute layer norms and GELUs again in the backward pass instead of keeping them, which saves memory.
         compile: Compile each transformer block with torch.compile; None does so on CUDA.
         grad_checkpointing: Compute the activations of each block again in the backward pass instead of keeping them.
         fsdp: Shard weights, gradients and optimizer state over the devices (FSDP2) instead of copying them (DDP).
@@ -82,6 +83,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    lean: bool = True
     compile: bool | None = None
     grad_checkpointing: bool = False
     fsdp: bool = False

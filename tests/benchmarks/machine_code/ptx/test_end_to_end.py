@@ -85,6 +85,10 @@ def test_pretraining_has_the_same_losses(pretrained):
     assert values.unique().numel() == 3
     assert not none
     assert kernels == {
+        "norm_kernel",
+        "norm_backward_kernel",
+        "gelu_kernel",
+        "gelu_backward_kernel",
         "noise_patchify_kernel",
         "partials_kernel",
         "loss_kernel",
@@ -101,6 +105,7 @@ def test_finetuning_has_the_same_losses(finetuned):
     assert values.unique().numel() == 3
     assert not none
     assert {"noise_patchify_kernel", "decode_kernel", "seeds_kernel", "words_kernel"} <= kernels
+    assert {"norm_kernel", "norm_backward_kernel", "gelu_kernel", "gelu_backward_kernel"} <= kernels
 
 
 @pytest.fixture(scope="module")
