@@ -140,5 +140,5 @@ def to_integer(x: Array, dtype: np.dtype[np.generic], integral: Callable[[Array]
     # The largest 64-bit integers are not float64 numbers: what reaches beyond the last one that is, saturates.
     rounded = np.nan_to_num(integral(x.astype(F64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
     inside = (rounded > float(info.min)) & (rounded < float(info.max))
-    saturated = np.where(rounded > 0, info.max, info.min).astype(dtype)
+    saturated = np.where(rounded > 0, *np.array([info.max, info.min], dtype))
     return np.where(inside, np.where(inside, rounded, 0).astype(dtype), saturated)
