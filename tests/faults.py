@@ -155,9 +155,8 @@ def content(folder: Path) -> dict[str, object]:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
-        elif (
-            path.parent.name == "optimizer" and not path.parents[1].suffix
-        ):  # the order of entries in the header is that of a hash table
+        elif path.parent.name == "optimizer" and not path.parents[1].suffix:
+            # The order of entries in the header is that of a hash table.
             tensors = {key: tensor.numpy().tobytes() for key, tensor in load_file(path).items()}
             found[name] = hashlib.sha256(repr(sorted(tensors.items())).encode()).hexdigest()
         elif path.name == "run.json":

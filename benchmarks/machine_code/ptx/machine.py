@@ -203,6 +203,7 @@ class _Paths:
                     if active is not None and not active.any():
                         continue
                 do(programs, active)
+                programs.tainted = None
             instruction = block.end
             if instruction is not None:
                 going = here if instruction.guard is None else here & self._guarded(instruction, here)

@@ -101,8 +101,10 @@ class Programs:
         self.registers: list[Array | None] = [None] * (len(kernel.registers) + 1)
         for place, value in _never_written(kernel).items():
             self.registers[place] = value
-        # Registers that some lanes have written and others have not: those that have.
-        self.partly: dict[int, Array] = {}
+        # Lanes in which a register has no value, for registers that have one in some lanes.
+        self.undefined: dict[int, Array] = {}
+        # Lanes in which the instruction that is executed has read a register without a value.
+        self.tainted: Mask = None
         self.shared = SharedMemory(len(index), kernel.threads, launch.shared, launch.unordered)
         self.local = LocalMemory(self.lanes, kernel.local_size)
         self.barriers = np.zeros(len(index), np.int64)
@@ -130,28 +132,59 @@ class Programs:
 
     # Registers.
 
+    def _without(self, register: Register, active: Mask) -> Mask:
+        """Executing lanes in which a register has no value; None if there are none."""
+        if self.registers[register.number] is None:
+            return np.ones(self.lanes, bool) if active is None else active
+        missing = self.undefined.get(register.number) if self.undefined else None
+        if missing is not None and active is not None:
+            missing = missing & active
+        return missing if missing is not None and missing.any() else None
+
     def read(self, register: Register, active: Mask) -> Array:
+        """What an instruction acts on: an address, a predicate, a value that memory gets.
+
+        Raises:
+            Undefined: an executing lane has no value there.
+        """
+        missing = self._without(register, active)
+        if missing is not None:
+            raise Undefined(
+                f"{register.name}, or what it was computed from, is read before it is written", np.flatnonzero(missing)
+            )
         value = self.registers[register.number]
-        if value is None:
-            raise Undefined(f"{register.name} is read before it is written")
-        if self.partly and (have := self.partly.get(register.number)) is not None:
-            missing = ~have if active is None else active & ~have
-            if missing.any():
-                raise Undefined(f"{register.name} is read before it is written", np.flatnonzero(missing))
+        assert value is not None
         return value
 
+    def compute(self, register: Register, active: Mask) -> Array:
+        """An operand of which an instruction makes a value: `write` leaves that undefined in the lanes where this is.
+
+        Compilers compute in all lanes where they need the results of some. Triton 3.6 loads the sums of warps in as
+        many lanes as there are warps, adds them up in all lanes, and stores the sum of the first.
+        """
+        missing = self._without(register, active)
+        if missing is not None:
+            self.tainted = missing if self.tainted is None else self.tainted | missing
+        value = self.registers[register.number]
+        return np.zeros(1, BITS[register.width]) if value is None else value
+
     def write(self, register: Register, value: Array, active: Mask) -> None:
-        index = register.number
+        index, tainted = register.number, self.tainted
         value = _extended(value, register.width)
         if active is None:
-            self.partly.pop(index, None)
+            missing = tainted
         else:
             old = self.registers[index]
-            if old is None:
-                self.partly[index] = active
-            elif index in self.partly:
-                self.partly[index] = self.partly[index] | active
+            missing = ~active if old is None else self.undefined.get(index) if self.undefined else None
+            if old is not None and missing is not None:
+                missing = missing & ~active
+            if tainted is not None:
+                missing = tainted & active if missing is None else missing | (tainted & active)
             value = np.where(active, value, value.dtype.type(0) if old is None else old)
+        if missing is not None:
+            self.undefined[index] = missing
+        elif self.undefined:
+            self.undefined.pop(index, None)
         self.registers[index] = value
 
     def named(self, name: str) -> Array:

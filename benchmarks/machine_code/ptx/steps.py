@@ -36,8 +36,14 @@ _SHUFFLE = re.compile(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
 # --- operands ---------------------------------------------------------------------------------------------------------
 
 
-def _reader(operand: Operand, dtype: np.dtype[Any]) -> _Read:
-    """Reads a source operand as `dtype`: its low bits, where the register is wider."""
+def _reader(
+    operand: Operand, dtype: np.dtype[Any], of: Callable[[Programs, Register, Mask], Array] = Programs.read
+) -> _Read:
+    """Reads a source operand as `dtype`: its low bits, where the register is wider.
+
+    Args:
+        of: `Programs.compute` for operands of which the instruction makes nothing but a value.
+    """
     if isinstance(operand, int):
         if dtype.kind == "b":
             constant = np.array([operand != 0])
@@ -51,8 +57,8 @@ def _reader(operand: Operand, dtype: np.dtype[Any]) -> _Read:
             raise UnknownInstruction(f"register {register.name} read as {dtype}")
         if register.width > dtype.itemsize:
             narrow = BITS[dtype.itemsize]
-            return lambda programs, active: programs.read(register, active).astype(narrow).view(dtype)
-        return lambda programs, active: programs.read(register, active).view(dtype)
+            return lambda programs, active: of(programs, register, active).astype(narrow).view(dtype)
+        return lambda programs, active: of(programs, register, active).view(dtype)
     if isinstance(operand, str) and dtype.itemsize in (4, 8):
         name, unsigned = operand, BITS[dtype.itemsize]
         return lambda programs, active: programs.named(name).astype(unsigned).view(dtype)
@@ -113,7 +119,12 @@ def _arithmetic(instruction: Instruction, form: Form) -> Step:
     for target, dtype in zip(targets, form.results, strict=False):
         if target is not None and ((target.width == 0) != (dtype.kind == "b") or target.width < dtype.itemsize > 1):
             raise UnknownInstruction(f"register {target.name} for a result of {dtype}")
-    reads = [_reader(operand, dtype) for operand, dtype in zip(sources, form.sources, strict=True)]
+    # Divisions act on their divisor.
+    acts = {1} if form.divides else set()
+    reads = [
+        _reader(operand, dtype, Programs.read if k in acts else Programs.compute)
+        for k, (operand, dtype) in enumerate(zip(sources, form.sources, strict=True))
+    ]
 
     def step(programs: Programs, active: Mask) -> None:
         values = [read(programs, active) for read in reads]
@@ -190,7 +201,7 @@ def _move(instruction: Instruction) -> Step:
     if len(parts) > 1:  # unpack
         bits = BITS[_width(source)]
         piece = BITS[bits.itemsize // len(parts)]
-        whole = _reader(source, bits)
+        whole = _reader(source, bits, Programs.compute)
         destinations = [_destination(part) for part in parts]
 
         def unpack(programs: Programs, active: Mask) -> None:
@@ -204,10 +215,10 @@ def _move(instruction: Instruction) -> Step:
     assert register is not None
     bits = BITS[register.width]
     if len(pieces) == 1:
-        read = _reader(source, bits)
+        read = _reader(source, bits, Programs.compute)
         return lambda programs, active: programs.write(register, read(programs, active), active)
     piece = BITS[bits.itemsize // len(pieces)]
-    reads = [_reader(operand, piece) for operand in pieces]
+    reads = [_reader(operand, piece, Programs.compute) for operand in pieces]
 
     def pack(programs: Programs, active: Mask) -> None:
         value = bits.type(0)
@@ -344,7 +355,9 @@ def _shuffle(instruction: Instruction, mode: str) -> Step:
     """`shfl.sync`, as the pseudocode of the PTX ISA has it."""
     target, *sources = instruction.operands
     targets = [_destination(operand) for operand in as_tuple(target)]
-    reads = [_reader(operand, TYPES["b32"]) for operand in sources]
+    word = TYPES["b32"]
+    # The value first: no other operand may be undefined.
+    reads = [_reader(sources[0], word, Programs.compute), *(_reader(operand, word) for operand in sources[1:])]
 
     def step(programs: Programs, active: Mask) -> None:
         value, by, control, members = (
@@ -367,8 +380,11 @@ def _shuffle(instruction: Instruction, mode: str) -> Step:
         if wrong.any():
             raise PartialWarp("a shuffle from a lane that its mask does not name", np.flatnonzero(wrong))
         results = (np.take_along_axis(value, other, 1).reshape(-1), inside.reshape(-1))
+        if programs.tainted is not None:
+            programs.tainted = np.take_along_axis(programs.tainted.reshape(-1, WARP), other, 1).reshape(-1)
         for register, result in zip(targets, results, strict=False):
             if register is not None:
                 programs.write(register, result, active)
+            programs.tainted = None  # whether there was a partner does not depend on the value
 
     return step

@@ -58,7 +58,8 @@ class BarrierNotReached(Trap):
 
 
 class Undefined(Trap):
-    """A thread reads a register that it has not written."""
+    """A thread acts on a value (stores it, branches, takes it as an address) that it has not written, or has computed
+    from one that it has not written."""
 
 
 class DivisionByZero(Trap):

@@ -293,7 +293,7 @@ def test_carries_go_from_one_instruction_to_the_next(execute):
 
 
 def test_a_carry_that_nothing_has_written_is_undefined(execute):
-    with pytest.raises(Undefined, match="the carry is read before it is written"):
+    with pytest.raises(Undefined, match=r"the carry, .* is read before it is written"):
         execute("\taddc.u32 %r5, %r1, 0;\n" + STORE)
 
 
@@ -415,6 +415,74 @@ def test_registers_are_written_before_they_are_read(execute):
         execute(EVEN + "\tbra.uni $L_end;\n\tmov.b32 %r5, 1;\n$L_end:\n" + STORE)
     execute(EVEN + written + "\t@%p1 st.global.b32 [%rd5], %r5;\n")
     execute(EVEN + written + "\t@!%p1 mov.b32 %r5, 4;\n" + STORE)
+
+
+# %p3 in the first two threads of a warp; %r5 is loaded in these alone.
+FIRST_TWO = "\tand.b32 %r7, %r1, 31;\n\tsetp.lt.u32 %p3, %r7, 2;\n\t@%p3 ld.global.b32 %r5, [%rd4];\n"
+
+
+def test_a_value_computed_where_it_is_undefined_does_no_harm_until_it_is_used(execute):
+    """The sum of two of a warp's threads, computed by all, as compilers write it; the others have nothing to add."""
+    add = FIRST_TWO + "\tshfl.sync.bfly.b32 %r6, %r5, 1, 31, -1;\n\tadd.s32 %r5, %r5, %r6;\n"
+    assert execute(add + "\t@%p3 st.global.b32 [%rd5], %r5;\n")[:64].tolist() == [
+        2 * (t // 32 * 32) + 1 if t % 32 < 2 else 0 for t in range(64)
+    ]
+    with pytest.raises(Undefined, match=r"%r5.*thread 2 of program 0, the first of 60"):
+        execute(add + STORE)
+    # What a thread gets of another is as undefined as the other's value.
+    swapped = FIRST_TWO + "\tshfl.sync.bfly.b32 %r5, %r5, 2, 31, -1;\n\t{guard}st.global.b32 [%rd5], %r5;\n"
+    with pytest.raises(Undefined, match=r"%r5.*thread 0 of program 0, the first of 4"):
+        execute(swapped.format(guard="@%p3 "))
+    execute(
+        swapped.format(guard="@%p4 ").replace("\tshfl", "\tshr.u32 %r8, %r7, 1;\n\tsetp.eq.b32 %p4, %r8, 1;\n\tshfl")
+    )
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        "mov.b32 %r6, %r5;",
+        "add.s32 %r6, %r1, %r5;",
+        "cvt.rn.f32.u32 %r6, %r5;",
+        "selp.b32 %r6, %r5, %r1, %p1;",
+        "mov.b64 %rd6, {%r1, %r5};\n\tmov.b64 {_, %r6}, %rd6;",
+        "shfl.sync.idx.b32 %r6, %r5, 31, 31, -1;",
+        "mov.b32 %r6, 1;\n\t@%p1 mov.b32 %r6, %r5;",
+        "sub.f32 %r8, %r5, %r1;\n\trcp.approx.f32 %r6, %r8;",
+    ],
+)
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        ("st.global.b32 [%rd5], %r6;", "%r6"),
+        ("st.shared.b8 [%r1], %r6;", "%r6"),
+        ("mul.wide.u32 %rd7, %r6, 0;\n\tadd.s64 %rd8, %rd4, %rd7;\n\tld.global.b32 %r9, [%rd8];", "%rd8"),
+        ("setp.eq.b32 %p5, %r6, 0;\n\t@%p5 mov.b32 %r9, 1;", "%p5"),
+        ("setp.eq.b32 %p5, %r6, 0;\n\t@%p5 bra $L_end;\n$L_end:", "%p5"),
+        ("div.u32 %r9, %r1, %r6;", "%r6"),
+        ("redux.sync.add.u32 %r9, %r6, -1;", "%r6"),
+        ("shfl.sync.idx.b32 %r9, %r1, %r6, 31, -1;", "%r6"),
+    ],
+)
+def test_what_is_computed_from_an_undefined_value_must_not_be_used(execute, compute, use, name):
+    body = f"\t{compute}\n\t{use}\n"
+    with pytest.raises(Undefined, match=name + r", or what it was computed from.*thread \d+ of program 0"):
+        execute(EVEN + FIRST_TWO + body, shared=256)
+    execute(EVEN + "\tadd.s32 %r5, %r1, 1;\n" + body, shared=256)
+
+
+def test_a_register_is_defined_again_where_it_is_written(execute):
+    y = execute(EVEN + FIRST_TWO + "\tmov.b32 %r6, %r5;\n\tmov.b32 %r6, %r1;\n" + STORE.replace("%r5", "%r6"))
+    assert y[:64].tolist() == THREAD.tolist()
+    half = "\tadd.s32 %r6, %r5, 1;\n\t@%p1 mov.b32 %r6, 7;\n\t{guard}st.global.b32 [%rd5], %r6;\n"
+    assert execute(EVEN + FIRST_TWO + half.format(guard="@%p1 "))[2] == 7
+    with pytest.raises(Undefined, match=r"%r6.*thread 3 of program 0, the first of 30"):
+        execute(EVEN + FIRST_TWO + half.format(guard="@!%p1 "))
+
+
+def test_whether_a_shuffle_had_a_partner_does_not_depend_on_the_value(execute):
+    body = FIRST_TWO + "\tshfl.sync.down.b32 %r6|%p4, %r5, 1, 31, -1;\n\tselp.b32 %r5, 1, 0, %p4;\n"
+    assert execute(body + STORE)[:64].tolist() == ([1] * 31 + [0]) * 2
 
 
 def test_a_register_that_nothing_writes_is_nan(execute):
