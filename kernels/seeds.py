@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from denim.kernels.dispatch import register
-from denim.kernels.noise import WORD, Stream, check_seeds, philox, split
+from denim.kernels.noise import FEW, WORD, Array, Stream, check_seeds, philox, split
 
 __all__ = ["Domain", "check_seed", "derive_seeds", "draw_seeds"]
 
@@ -40,17 +41,32 @@ def _reference(
     steps: Tensor | None,
     draws: Tensor | None,
 ) -> Tensor:
-    """Reference in torch; also the CPU kernel. A tensor takes the place of the number before it."""
+    """Reference in torch or NumPy, with the same bits; also the CPU kernel.
 
-    def tensor(number: int, values: Tensor | None) -> Tensor:
-        # torch.full runs on the device. A copy from the host would synchronise, and CUDA graphs cannot capture it.
-        return torch.full((), number, dtype=torch.int64, device=samples.device) if values is None else values
+    A tensor takes the place of the number before it.
+    """
+    # torch.full runs on the device. A copy from the host would synchronise, and CUDA graphs cannot capture it.
+    parts = [samples] + [
+        torch.full((), number, dtype=torch.int64, device=samples.device) if values is None else values
+        for number, values in ((run_seed, run_seeds), (step, steps), (draw, draws))
+    ]
+    shape = torch.broadcast_shapes(*(part.shape for part in parts))
+    if samples.device.type == "cpu" and shape.numel() <= FEW:
+        # Of one dimension at least: NumPy warns where a single number overflows.
+        seeds = torch.from_numpy(_hash(*(np.atleast_1d(part.numpy()) for part in parts), domain=domain))
+    else:
+        seeds = _hash(*parts, domain=domain)
+    return seeds.reshape(shape).contiguous()
 
+
+def _hash(samples: Array, run_seeds: Array, steps: Array, draws: Array, *, domain: int) -> Array:
+    """Seeds int64, of tensors or arrays that broadcast."""
     low, high = split(samples)
-    stream = torch.full_like(low, Stream.SEED)
-    key = philox((low, high, stream, torch.full_like(low, domain)), split(tensor(run_seed, run_seeds)))[:2]
-    seed = philox((*split(tensor(step, steps)), stream, tensor(draw, draws) & WORD), key)
-    return (seed[0] | (seed[1] << 32)).contiguous()
+    stream = (low & 0) + int(Stream.SEED)
+    k0, k1, _, _ = philox((low, high, stream, (low & 0) + domain), split(run_seeds))
+    step_low, step_high = split(steps)
+    first, second, _, _ = philox((step_low, step_high, stream, draws & WORD), (k0, k1))
+    return first | (second << 32)
 
 
 def _fake(

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from denim.kernels import Domain, Stream, derive_seeds, draw_seeds, noise_words
 
 EDGES = torch.tensor([0, 1, -1, 2**32, 2**32 - 1, -(2**63), 2**63 - 1])
+EDGE_STEPS = ((0, 0), (-1, 2**32 - 1), (2**63 - 1, 5))
 
 
 class Count(TorchDispatchMode):
@@ -62,6 +63,29 @@ def test_parts_broadcast(samples, run, step, draw):
         for r, i, s, d in zip(*(tensor.flatten().tolist() for tensor in full), strict=True)
     ]
     assert seeds.flatten().tolist() == expected
+
+
+def test_few_words_are_those_of_many(monkeypatch):
+    """On a CPU NumPy draws few words and torch draws many: the same bits, at either end of int64 too."""
+
+    def draw():
+        rows = EDGES[:, None]
+        seeds = [
+            derive_seeds(run, Domain.SCORE, EDGES, step, draw) for run in (-(2**63), 3) for step, draw in EDGE_STEPS
+        ]
+        seeds += [
+            derive_seeds(EDGES, Domain.ATTACK, rows, EDGES[2], EDGES.abs() & 0xFFFFFFFF),
+            derive_seeds(1, 2, rows[0, 0]),
+        ]
+        return [*seeds, *(noise_words(rows, count, stream) for count in (0, 1, 7) for stream in Stream)]
+
+    few = draw()
+    for module in ("noise", "seeds"):
+        monkeypatch.setattr(f"denim.kernels.{module}.FEW", -1)
+    for left, right in zip(few, draw(), strict=True):
+        assert left.shape == right.shape
+        assert torch.equal(left, right)
+        assert left.is_contiguous()
 
 
 def test_scalars_of_the_host_are_taken_and_other_devices_are_not():
