@@ -176,6 +176,7 @@ def test_the_full_recipe_is_keyed(denoiser, tmp_path):
             finetune(FinetuneConfig(out=out, denoiser=denoiser, **FAST), QUIET)
         results.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert results[0] == results[1]
+    assert json.loads((out / "run.json").read_text())["drop_path"] == 0.1, "what was resolved for the denoiser's size"
 
 
 @pytest.mark.slow
