@@ -129,7 +129,8 @@ def test_a_sweep_has_the_same_logits(defense, images):
             curves[name] = defense.sweep(pixels, sigmas=[0, 70], draws=2, seeds=seeds)
     assert curves["compiled"].shape == (2, 2, 2, 2)
     torch.testing.assert_close(curves["compiled"], curves["reference"], rtol=0, atol=1e-5)
-    assert (curves["reference"][0] - curves["reference"][1]).abs().max() > 0.01
+    # The levels differ by far more than the tolerance; how far depends on three updates of a classifier.
+    assert (curves["reference"][0] - curves["reference"][1]).abs().max() > 1e-3
     assert kernels >= {"noise_patchify_kernel", "decode_kernel"}
 
 
