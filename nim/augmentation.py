@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from denim.kernels import Domain, Stream, derive_seeds, noise_patchify, noise_words
-from denim.nim.data import to_device
 
 __all__ = ["Augmentation", "Draws"]
 
@@ -38,10 +37,6 @@ class Draws:
     seeds: Tensor
     boxes: Tensor
     weights: Tensor
-
-    def to(self, device: torch.device | str) -> Draws:
-        """The same on a device (see `to_device`)."""
-        return Draws(*(to_device(tensor, device) for tensor in (self.seeds, self.boxes, self.weights)))
 
 
 @dataclass(frozen=True)
