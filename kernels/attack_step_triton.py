@@ -103,21 +103,26 @@ def attack_start_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program: ROWS runs of COLS consecutive elements of one sample, which has `elements` in `tiles` programs."""
+    """One program: ROWS * COLS consecutive elements of one sample, which has `elements` in `tiles` programs.
+
+    A row is what one thread handles: COLS elements in chunks of 16 bytes. The chunks of neighbouring threads follow one
+    another, so that a warp stores whole sectors of memory.
+    """
     CHUNK: tl.constexpr = min(COLS, 128 // pixels.dtype.element_ty.primitive_bitwidth)
+    GROUPS: tl.constexpr = CHUNK // 4
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
     first = (program % tiles).to(tl.int64) * (ROWS * COLS)
     start = sample * elements + first
-    offset = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    place = chunks(offset, CHUNK)
+    place = tl.reshape(tl.arange(0, ROWS * COLS), (COLS // CHUNK, ROWS, CHUNK))
     inside = place < tl.minimum(elements - first, ROWS * COLS).to(tl.int32)
     radius = tl.load(epsilon + sample * epsilon_stride).to(tl.float32)
     seed = tl.load(seeds + sample * seed_stride)
     values = tl.load(pixels + start + place, mask=inside)
     x = tl.reshape(tl.permute(values, (1, 0, 2)), (ROWS, COLS)).to(tl.float32)
     # Indices of groups of four positions. `first` is a multiple of the tile, so the sum of low words does not overflow.
-    local = tl.arange(0, COLS // 4)[:, None] + tl.arange(0, ROWS)[None, :] * (COLS // 4)
+    group = tl.arange(0, COLS // 4)[:, None]
+    local = (group // GROUPS * ROWS + tl.arange(0, ROWS)[None, :]) * GROUPS + group % GROUPS
     low = (first // 4).to(tl.uint32) + local.to(tl.uint32)
     high = tl.full(local.shape, 0, tl.uint32) + (first // 4 >> 32).to(tl.uint32)
     zero = tl.full(local.shape, 0, tl.uint32)
