@@ -87,8 +87,6 @@ class Case(abc.ABC):
     """Name in `denim.kernels` and in `torch.ops.denim`."""
     triton_kernels: ClassVar[Mapping[str, str]]
     """Names of the Triton kernels by pass. Those of the forward launcher stand in the order in which they run."""
-    draws_numbers: ClassVar[str] = ""
-    """"normal" or "uniform", if the forward pass draws random numbers."""
     bitwise: ClassVar[bool] = False
     """Whether every implementation gives the bits of the reference on the CPU."""
 
@@ -109,6 +107,11 @@ class Case(abc.ABC):
 
         They are the same in every call on a device.
         """
+
+    @property
+    def draws_numbers(self) -> str:
+        """ "normal" or "uniform", if the forward pass draws random numbers."""
+        return ""
 
     @property
     def leaves(self) -> tuple[str, ...]:

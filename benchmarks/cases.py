@@ -63,23 +63,35 @@ CLASSIFIER_MEAN, CLASSIFIER_STD = (0.4, 0.5, 0.6, 0.2, 0.5), (0.25, 0.2, 0.3, 0.
 
 @dataclass(frozen=True, kw_only=True)
 class NoisePatchify(ImageCase):
-    """`noise_patchify`; `dtype` is that of the patches."""
+    """`noise_patchify`, or `normalized_patches`; `dtype` is that of the patches.
+
+    Attributes:
+        clean: without noise, which is `normalized_patches`.
+    """
+
+    clean: bool = False
 
     operation: ClassVar[str] = "noise_patchify"
     triton_kernels: ClassVar[Mapping[str, str]] = {
         FORWARD: "noise_patchify_kernel",
         BACKWARD: "noise_patchify_backward_kernel",
     }
-    draws_numbers: ClassVar[str] = "normal"
 
     @property
     def kind(self) -> str:
-        return f"{self.pixels}, patch {self.patch}, {NAMES[self.dtype]}{self._suffix}"
+        return "clean, " * self.clean + f"{self.pixels}, patch {self.patch}, {NAMES[self.dtype]}{self._suffix}"
+
+    @property
+    def draws_numbers(self) -> str:
+        return "" if self.clean else "normal"
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         random = Random(device)
+        images = self._images(random)
+        if self.clean:
+            return {"images": images}
         return {
-            "images": self._images(random),
+            "images": images,
             "sigma": 255 * random.uniform(*self.levels, self.batch),
             "seeds": random.integers(-(2**63), 2**63 - 1, *self.draws, self.batch),
         }
@@ -89,20 +101,26 @@ class NoisePatchify(ImageCase):
         return ("images",) if self._float_pixels else ()
 
     def arguments(self, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        images, sigma, seeds = (inputs[name] for name in ("images", "sigma", "seeds"))
+        images, sigma, seeds = (inputs.get(name) for name in ("images", "sigma", "seeds"))
         return (images, sigma, seeds, self.patch, self.mean, self.std, self.dtype)
 
     def backward_arguments(self, inputs: Mapping[str, Tensor], upstream: Tensor) -> tuple[Any, ...]:
         return (upstream, self.height, self.width, self.patch, self.std, inputs["images"].dtype)
 
     def fused(self, **inputs: Tensor) -> Tensor:
-        return kernels.noise_patchify(**inputs, patch_size=self.patch, mean=self.mean, std=self.std, dtype=self.dtype)
+        operation = kernels.normalized_patches if self.clean else kernels.noise_patchify
+        return operation(**inputs, patch_size=self.patch, mean=self.mean, std=self.std, dtype=self.dtype)
 
     def chain(self, **tensors: Tensor) -> Tensor:
+        if self.clean:
+            return baselines.patch_target(**tensors, patch_size=self.patch, norm_pix=False).to(self.dtype)
         given = {name: value for name, value in tensors.items() if name != "seeds"}
         return baselines.noisy_patches(**given, patch_size=self.patch, draws=self.draws, dtype=self.dtype)
 
     def definition(self, **inputs: Tensor) -> Tensor:
+        if self.clean:
+            constants = self.constants(inputs["images"].device, torch.float64)
+            return baselines.patch_target(**inputs, **constants, patch_size=self.patch, norm_pix=False)
         seeds, shape = inputs["seeds"], (self.height, self.width, self.channels)
         noise = exact_noise(seeds.flatten(), math.prod(shape)).reshape(*seeds.shape, *shape)
         return baselines.noisy_patches(
@@ -123,10 +141,10 @@ class NoisePatchify(ImageCase):
     def errors(
         self, inputs: Mapping[str, Tensor], exact: Sequence[Tensor], upstream: Tensor | None
     ) -> list[Tensor | float]:
-        sigma, least = inputs["sigma"], min(self.std)
+        sigma, least = inputs.get("sigma"), min(self.std)
         # The contract's error; and float32: half a dozen roundings of numbers as large as the value, or as pixel / std
         # and mean / std, of which it is the difference.
-        noise = CONTRACT * float(sigma.max()) / (255 * least) if sigma.numel() else 0.0
+        noise = CONTRACT * float(sigma.max()) / (255 * least) if sigma is not None and sigma.numel() else 0.0
         errors: list[Tensor | float] = [noise + 6 * 2.0**-24 * (exact[0].abs() + 2 / least)]
         if upstream is not None:
             # A float32 sum over levels and draws, one after the other, and two roundings more.
@@ -138,7 +156,7 @@ class NoisePatchify(ImageCase):
         return tuple(n for n in ((draws, levels) if part == FORWARD else (self.outer,)) if n > 1)
 
     def naive(self, **inputs: Tensor) -> Callable[[], object] | None:
-        if self.threads is not None:
+        if self.threads is not None or self.clean:
             return None
         images, sigma = inputs["images"], inputs["sigma"]
         mean, std = self.constants(images.device).values()
@@ -480,8 +498,11 @@ class AttackStart(SampleCase):
 
     operation: ClassVar[str] = "attack_start"
     triton_kernels: ClassVar[Mapping[str, str]] = {FORWARD: "attack_start_kernel"}
-    draws_numbers: ClassVar[str] = "uniform"
     bitwise: ClassVar[bool] = True
+
+    @property
+    def draws_numbers(self) -> str:
+        return "uniform"
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         random = Random(device)
@@ -754,6 +775,17 @@ NOISE_PATCHIFY = (
     NoisePatchify(pixels="fp32 channels_last", dtype=FP16, patch=14, batch=1, threads=16),
     NoisePatchify(pixels="uint8 strided", patch=8, levels=(2,), draws=(2,), grid=(3, 1), threads=16),
     NoisePatchify(pixels="fp32 strided", patch=8, levels=(2,), draws=(3,), grid=(3, 1), threads=16),
+    # Without noise.
+    NoisePatchify(clean=True, dtype=BF16, built=(FORWARD,), compared=True),
+    NoisePatchify(clean=True, pixels="fp32 planes", dtype=BF16, built=(FORWARD,)),
+    NoisePatchify(clean=True, patch=4, grid=(5, 3), threads=32),
+    NoisePatchify(clean=True, dtype=FP16, patch=14, channels=5, batch=1, threads=32),
+    NoisePatchify(clean=True, pixels="fp32 planes", patch=4, grid=(3, 5), threads=32),
+    NoisePatchify(clean=True, pixels="bf16 planes", patch=2, channels=5, grid=(3, 1), threads=16),
+    NoisePatchify(clean=True, pixels="fp32 channels_last", patch=7, grid=(3, 1), threads=16),
+    NoisePatchify(clean=True, pixels="uint8 strided", dtype=BF16, patch=8, grid=(3, 1), threads=16),
+    NoisePatchify(clean=True, pixels="fp32 strided", patch=8, batch=1, threads=16),
+    NoisePatchify(clean=True, patch=8, batch=0, what="no image", threads=16),
     # Nothing to do.
     *(
         NoisePatchify(pixels=pixels, patch=8, batch=batch, levels=(levels,), draws=(draws,), what=what, threads=16)

@@ -326,7 +326,7 @@ def main(
                 shown.add_row(name, *(row[place] for place in kept))
         console.print(shown)
     if table is not None:
-        shown = Table(*BASELINE_COLUMNS, title="baselines, H100, static", box=None)
+        shown = Table(*BASELINE_COLUMNS, title="baselines, H100", box=None)
         for row in _baseline_rows(table):
             shown.add_row(*row)
         console.print(shown)

@@ -9,10 +9,10 @@ from denim.kernels.attention import attention, attention_backends, attention_ker
 from denim.kernels.decode_patches import decode_patches
 from denim.kernels.gelu_linear import gelu_linear
 from denim.kernels.noise import Stream, noise_words, normal_noise, uniform_noise
-from denim.kernels.noise_patchify import noise_patchify
+from denim.kernels.noise_patchify import noise_patchify, normalized_patches
 from denim.kernels.norm_linear import norm_linear
 from denim.kernels.patch_loss import patch_loss
-from denim.kernels.patches import check_pixels, normalized_patches
+from denim.kernels.patches import check_pixels
 from denim.kernels.seeds import Domain, derive_seeds, draw_seeds
 
 __all__ = [

@@ -13,8 +13,8 @@ from denim.kernels.patches import (
     VARIANCE_EPS,
     channel_vector,
     check_images,
+    clean_patches,
     compute_dtype,
-    normalized_patches,
     patch_moments,
     patchify,
     sample_chunks,
@@ -64,7 +64,7 @@ def _source_statistics(
     if source is None or statistics == "raw":
         return None
     if statistics == "input":
-        patches = normalized_patches(source, patch_size=patch_size, mean=mean, std=std)
+        patches = clean_patches(source, patch_size=patch_size, mean=mean, std=std)
         return _patch_statistics(patches, None, std, dtype)
     assert sigma is not None
     return _patch_statistics(source, sigma, std, dtype)

@@ -1,4 +1,7 @@
-"""`noise_patchify`: pixels -> normalise + sigma * noise -> patches, for many levels and draws at once."""
+"""`noise_patchify`: pixels -> normalise + sigma * noise -> patches, for many levels and draws at once.
+
+`normalized_patches` is the same without noise.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +16,30 @@ from denim.kernels.noise import check_seeds, normal_noise
 from denim.kernels.patches import (
     channel_vector,
     check_images,
+    clean_patches,
     compute_dtype,
-    normalized_patches,
     patchify,
     sample_chunks,
     unpatchify,
 )
 
-__all__ = ["noise_patchify"]
+__all__ = ["noise_patchify", "normalized_patches"]
 
 OUTPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _reference(
     images: Tensor,
-    sigma: Tensor,
-    seeds: Tensor,
+    sigma: Tensor | None,
+    seeds: Tensor | None,
     patch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
     """Reference in torch; also the CPU kernel."""
+    if sigma is None or seeds is None:
+        return clean_patches(images, patch_size=patch_size, mean=mean, std=std).to(dtype)
     height, width = check_images(images, patch_size=patch_size, mean=mean, std=std)
     batch, image_size = len(images), (height, width, len(mean))
     levels = sigma.reshape(sigma.shape[:-1].numel(), 1, batch, 1, 1).to(compute_dtype(images)) / 255
@@ -45,7 +50,7 @@ def _reference(
     out = images.new_empty((len(levels), len(draws), batch, *shape), dtype=dtype)
     # At least two samples at a time: the generator computes two rows even if one is asked for.
     for chunk in sample_chunks(batch, math.prod(image_size) * len(draws), images.device, least=2):
-        clean = normalized_patches(images[chunk], patch_size=patch_size, mean=mean, std=std)
+        clean = clean_patches(images[chunk], patch_size=patch_size, mean=mean, std=std)
         noise = patchify(normal_noise(draws[:, chunk].flatten(), image_size), patch_size)
         noise = (noise * scale).view(len(draws), *clean.shape)
         out[:, :, chunk] = torch.addcmul(clean, levels[:, :, chunk], noise)
@@ -54,8 +59,8 @@ def _reference(
 
 def _fake(
     images: Tensor,
-    sigma: Tensor,
-    seeds: Tensor,
+    sigma: Tensor | None,
+    seeds: Tensor | None,
     patch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -63,7 +68,8 @@ def _fake(
 ) -> Tensor:
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
     length = (height // patch_size) * (width // patch_size)
-    shape = (*sigma.shape[:-1], *seeds.shape[:-1], images.shape[0], length, patch_size * patch_size * len(mean))
+    outer = () if sigma is None or seeds is None else (*sigma.shape[:-1], *seeds.shape[:-1])
+    shape = (*outer, images.shape[0], length, patch_size * patch_size * len(mean))
     return images.new_empty(shape, dtype=dtype)
 
 
@@ -114,6 +120,11 @@ _noise_patchify = register(
     backward=_backward,
     setup_context=_setup_context,
 )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in OUTPUT_DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, OUTPUT_DTYPES))}, got {dtype}")
 
 
 def noise_patchify(
@@ -173,7 +184,37 @@ def noise_patchify(
         raise TypeError(f"sigma must be floating point (0-255 pixel levels), got {sigma.dtype}")
     if sigma.requires_grad:
         raise ValueError("noise_patchify is not differentiable in sigma; detach it")
-    if dtype not in OUTPUT_DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, OUTPUT_DTYPES))}, got {dtype}")
+    _check_dtype(dtype)
     patches: Tensor = _noise_patchify(images, sigma, seeds, patch_size, list(mean), list(std), dtype)
+    return patches
+
+
+def normalized_patches(
+    images: Tensor,
+    *,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Clean patches in normalised space: (x - mean) / std, patchified. The kernel of `noise_patchify`, without noise.
+
+    Args:
+        images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1].
+        patch_size: side P of a square patch.
+        mean: per-channel mean in [0, 1] units.
+        std: per-channel standard deviation in [0, 1] units.
+        dtype: of the patches: float32, bfloat16, float16 or float64. By default float32, float64 for float64 images.
+
+    Returns:
+        (B, L, D). Differentiable in float pixels. No double backward.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: see `check_images`.
+    """
+    check_images(images, patch_size=patch_size, mean=mean, std=std)
+    dtype = compute_dtype(images) if dtype is None else dtype
+    _check_dtype(dtype)
+    patches: Tensor = _noise_patchify(images, None, None, patch_size, list(mean), list(std), dtype)
     return patches

@@ -91,7 +91,8 @@ def noise_patchify_kernel(
 
     A run is what one thread handles: SEGMENTS segments of COLS consecutive positions. `count` is the number of
     elements of an image, below 2^30; SWEEP says whether there is more than one level or draw; `noise_scale` is
-    1 / (255 std) and `shift` is -mean / std.
+    1 / (255 std) and `shift` is -mean / std. Without noise `sigma` and `seeds` are None, and `noise_scale` is what
+    pixels are multiplied by.
     """
     # Consecutive positions lie in patch rows of WIDTH elements, which are contiguous in NHWC memory and in patches.
     WIDTH: tl.constexpr = PATCH * CHANNELS
@@ -122,8 +123,9 @@ def noise_patchify_kernel(
     column = tl.arange(0, COLS)
     image = images + sample * size
     # Without a sweep, seed and level are loaded here, once, instead of once per segment.
-    only_seed = tl.load(seeds + sample)
-    only_amount = tl.load(sigma + sample).to(tl.float32)
+    if sigma is not None:
+        only_seed = tl.load(seeds + sample)
+        only_amount = tl.load(sigma + sample).to(tl.float32)
 
     # The loop over segments is outermost, so only one segment's pixels take registers during the loops inside.
     for segment in tl.static_range(SEGMENTS):
@@ -148,7 +150,7 @@ def noise_patchify_kernel(
         pixel = tl.load(image + chunks(source, LOAD), mask=chunks(inside, LOAD))
         pixel = tl.reshape(tl.permute(pixel, (1, 0, 2)), (ROWS, COLS)).to(tl.float32)
         scale = per_channel(noise_scale, channel, CHANNELS)
-        pixel_scale = scale if images.dtype.element_ty == tl.uint8 else scale * 255
+        pixel_scale = scale if images.dtype.element_ty == tl.uint8 or sigma is None else scale * 255
         clean = pixel * pixel_scale + per_channel(shift, channel, CHANNELS)
         if ALIGNED:
             places = chunks(target[:, None] + (segment * COLS + column)[None, :], STORE)
@@ -157,20 +159,23 @@ def noise_patchify_kernel(
             places = _target(piece // WIDTH, wide_columns, PATCH, WIDTH) + piece % WIDTH
             places = places[:, :, None] + tl.arange(0, STORE)[None, None, :]
         kept = chunks(inside, STORE)
-        group = (start // 4).to(tl.uint32)[None, :] + tl.arange(0, COLS // 4).to(tl.uint32)[:, None]
-        zero = tl.zeros_like(group)
-        for draw in range(draws):
-            seed = tl.load(seeds + draw * samples + sample) if SWEEP else only_seed
-            w0, w1, w2, w3 = philox(group, zero, zero, zero, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
-            n0, n1 = normals(w0, w1, INSTRUCTIONS)
-            n2, n3 = normals(w2, w3, INSTRUCTIONS)
-            noise = tl.reshape(tl.permute(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (1, 0, 2, 3)), (ROWS, COLS))
-            destination = out + (draw * samples + sample) * size
-            for level in range(levels):
-                amount = tl.load(sigma + level * samples + sample).to(tl.float32) if SWEEP else only_amount
-                noisy = (clean + noise * (scale * amount)).to(out.dtype.element_ty)
-                tl.store(destination + places, chunks(noisy, STORE), mask=kept)
-                destination += draws * samples * size
+        if sigma is None:
+            tl.store(out + sample * size + places, chunks(clean.to(out.dtype.element_ty), STORE), mask=kept)
+        else:
+            group = (start // 4).to(tl.uint32)[None, :] + tl.arange(0, COLS // 4).to(tl.uint32)[:, None]
+            zero = tl.zeros_like(group)
+            for draw in range(draws):
+                seed = tl.load(seeds + draw * samples + sample) if SWEEP else only_seed
+                w0, w1, w2, w3 = philox(group, zero, zero, zero, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+                n0, n1 = normals(w0, w1, INSTRUCTIONS)
+                n2, n3 = normals(w2, w3, INSTRUCTIONS)
+                noise = tl.reshape(tl.permute(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (1, 0, 2, 3)), (ROWS, COLS))
+                destination = out + (draw * samples + sample) * size
+                for level in range(levels):
+                    amount = tl.load(sigma + level * samples + sample).to(tl.float32) if SWEEP else only_amount
+                    noisy = (clean + noise * (scale * amount)).to(out.dtype.element_ty)
+                    tl.store(destination + places, chunks(noisy, STORE), mask=kept)
+                    destination += draws * samples * size
 
 
 # `outer` == 1 (one level with one draw) is compiled separately, without a loop.
@@ -251,8 +256,8 @@ def _programs(batch: int, elements: int, patch_size: int, channels: int, threads
 
 def serves(
     images: Tensor,
-    sigma: Tensor,
-    seeds: Tensor,
+    sigma: Tensor | None,
+    seeds: Tensor | None,
     patch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -271,8 +276,8 @@ def serves(
 
 def launch(
     images: Tensor,
-    sigma: Tensor,
-    seeds: Tensor,
+    sigma: Tensor | None,
+    seeds: Tensor | None,
     patch_size: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -285,8 +290,8 @@ def launch(
 
     Args:
         images: uint8 (B, H, W, C), or pixels (B, C, H, W) of one of `DTYPES`, any strides.
-        sigma: (B,) or (S, B), floating.
-        seeds: int64 (B,) or (R, B).
+        sigma: (B,) or (S, B), floating; None for clean patches.
+        seeds: int64 (B,) or (R, B); without effect if `sigma` is None.
         patch_size: side P of a square patch.
         mean: per channel.
         std: per channel.
@@ -303,13 +308,20 @@ def launch(
     nhwc = images if images.dtype == torch.uint8 else images.permute(0, 2, 3, 1)
     # Pixels in channels_last memory are read like bytes; only true planes need their own addresses.
     planar = images.dtype != torch.uint8 and not nhwc.is_contiguous()
-    images, sigma, seeds = (images if planar else nhwc).contiguous(), sigma.contiguous(), seeds.contiguous()
+    images = (images if planar else nhwc).contiguous()
     shape = (batch, height // patch_size * columns, patch_size * patch_size * channels)
-    out = torch.empty((*sigma.shape[:-1], *seeds.shape[:-1], *shape), dtype=dtype, device=images.device)
+    full = 255
+    if sigma is not None and seeds is not None:
+        sigma, seeds = sigma.contiguous(), seeds.contiguous()
+        shape = (*sigma.shape[:-1], *seeds.shape[:-1], *shape)
+    elif images.dtype != torch.uint8:
+        # The factors of the reference. With noise, pixels are multiplied by 255 times the factor of the noise.
+        full = 1
+    out = torch.empty(shape, dtype=dtype, device=images.device)
     if out.numel() == 0:
         return out
     elements = height * width * channels
-    levels, draws = sigma.numel() // batch, seeds.numel() // batch
+    levels, draws = (1 if given is None else given.numel() // batch for given in (sigma, seeds))
 
     def run(threads: int) -> None:
         noise_patchify_kernel[(_programs(batch, elements, patch_size, channels, threads),)](
@@ -317,7 +329,7 @@ def launch(
             sigma,
             seeds,
             out,
-            tuple(1 / (255 * value) for value in std),
+            tuple(1 / (full * value) for value in std),
             tuple(-centre / value for centre, value in zip(mean, std, strict=True)),
             batch,
             elements,
@@ -334,7 +346,7 @@ def launch(
             num_warps=max(1, threads // gpu.warp_size),
         )
 
-    key = ("noise_patchify", patch_size, channels, planar, images.dtype, dtype, levels > 1, draws > 1)
+    key = ("noise_patchify", patch_size, channels, planar, images.dtype, dtype, sigma is None, levels > 1, draws > 1)
     with on_device(images.device):
         run_tuned(key, out.numel(), configurations, run, images.device)
     return out

@@ -11,8 +11,8 @@ from denim.kernels.dispatch import register
 from denim.kernels.patches import (
     VARIANCE_EPS,
     check_images,
+    clean_patches,
     compute_dtype,
-    normalized_patches,
     patch_moments,
     sample_chunks,
 )
@@ -28,7 +28,7 @@ def patch_target(
     With `norm_pix` each patch is normalised by its own mean and unbiased variance, (t - mean) / sqrt(var + 1e-6)
     (He et al. 2022, section 4.1). float32, float64 for float64 images. Raises what `check_images` raises.
     """
-    target = normalized_patches(images, patch_size=patch_size, mean=mean, std=std)
+    target = clean_patches(images, patch_size=patch_size, mean=mean, std=std)
     if norm_pix:
         centred, _, variance = patch_moments(target)
         target = centred * torch.rsqrt(variance + VARIANCE_EPS)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_images", "check_pixels", "normalized_patches", "patchify", "unpatchify"]
+__all__ = ["check_images", "check_pixels", "clean_patches", "patchify", "unpatchify"]
 
 # Elements that a CPU processes at a time: few enough that intermediate results stay in a core's cache, and enough that
 # the overhead of PyTorch's operations is small.
@@ -129,22 +129,8 @@ def channel_vector(values: Sequence[float], like: Tensor, repeat: int = 1) -> Te
     return vector.repeat(repeat) if repeat > 1 else vector
 
 
-def normalized_patches(images: Tensor, *, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Clean patches in normalised space: (x - mean) / std, patchified.
-
-    Args:
-        images: uint8 (B, H, W, C), or float pixels (B, C, H, W) in [0, 1].
-        patch_size: side P of a square patch.
-        mean: per-channel mean in [0, 1] units.
-        std: per-channel standard deviation in [0, 1] units.
-
-    Returns:
-        (B, L, D) in float32, float64 for float64 images.
-
-    Raises:
-        TypeError, ValueError: see `check_images`.
-    """
-    check_images(images, patch_size=patch_size, mean=mean, std=std)
+def clean_patches(images: Tensor, *, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The reference of `normalized_patches`, with its arguments: (B, L, D) in float32, float64 for float64 images."""
     full, nhwc = (255, images) if images.dtype == torch.uint8 else (1, images.permute(0, 2, 3, 1))
     patches = patchify(nhwc, patch_size).to(compute_dtype(images))
     shift = channel_vector([-centre / value for centre, value in zip(mean, std, strict=True)], images, patch_size**2)

@@ -63,7 +63,7 @@ class Objective:
         pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
         # In the dtype in which the model multiplies them; the target and the loss are float32.
         if sigma is None:
-            patches = normalized_patches(images, **pixel).to(autoencoder.patch_dtype)
+            patches = normalized_patches(images, dtype=autoencoder.patch_dtype, **pixel)
         else:
             patches = noise_patchify(images, sigma, seeds, dtype=autoencoder.patch_dtype, **pixel)
         mask = None if self.name == "nim" else Mask.random(seeds, config.num_patches, self.mask_ratio)

@@ -132,7 +132,7 @@ def reconstruct(
                 f"seeds must have shape ({images.shape[0]},) or (R, {images.shape[0]}) for {images.shape[0]} images, "
                 f"got {tuple(seeds.shape)}"
             )
-        clean = normalized_patches(images, **pixel).to(dtype)
+        clean = normalized_patches(images, dtype=dtype, **pixel)
         patches = clean.expand(*seeds.shape[:-1], *clean.shape)
     else:
         patches = noise_patchify(images, sigma, seeds, dtype=dtype, **pixel)
@@ -164,7 +164,8 @@ def reconstruct(
         assert mask is not None
         hidden = mask.hidden.view(*lead, config.num_patches, 1)
         if normalize is not None:
-            kept = normalized_patches(images, patch_size=config.patch_size, mean=normalize[0], std=normalize[1])
+            geometry = {"patch_size": config.patch_size, "mean": normalize[0], "std": normalize[1]}
+            kept = normalized_patches(images, dtype=decoded.dtype, **geometry)
         else:
             hidden = unpatchify(hidden.expand(*patches.shape), config.img_size, config.patch_size).movedim(-1, -3)
             kept = images.permute(0, 3, 1, 2) / 255 if images.dtype == torch.uint8 else images

@@ -645,7 +645,7 @@ def test_patches_under_autocast_are_in_its_dtype(handed):
         ("noise", "raw", 1, 8),
         ("noise", "norm", 20, 8),
         ("both", "raw", 1, 10),
-        ("mask", "raw", 1, 34),  # no noise; clean patches for both networks (11 each, for two channels), the choice
+        ("mask", "raw", 1, 14),  # clean patches for both networks; what is hidden (2), the choice
     ],
 )
 def test_launches_of_a_call_outside_of_the_networks(monkeypatch, degrade, target, draws, launches):

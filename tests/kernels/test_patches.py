@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from denim.kernels import check_pixels, normalized_patches, patches
-from denim.kernels.patches import patch_moments, patchify, sample_chunks, unpatchify
+from denim.kernels.patches import clean_patches, patch_moments, patchify, sample_chunks, unpatchify
 
 GEOMETRY = {"patch_size": 2, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
 
@@ -46,6 +46,24 @@ def test_normalized_patches(dtype):
     tolerance = 1e-15 if dtype == torch.float64 else 1e-6
     expected = torch.from_numpy(np.stack([normal[:, r : r + 2, c : c + 2] for r in (0, 2) for c in (0, 2, 4)], axis=1))
     torch.testing.assert_close(patches.double(), expected.flatten(2), rtol=0, atol=tolerance)
+
+    assert torch.equal(patches, clean_patches(images, **GEOMETRY))
+    for narrow in (torch.bfloat16, torch.float16):
+        assert torch.equal(normalized_patches(images, dtype=narrow, **GEOMETRY), patches.to(narrow))
+    with pytest.raises(TypeError, match=r"dtype must be one of .*, got torch\.int32"):
+        normalized_patches(images, dtype=torch.int32, **GEOMETRY)
+
+
+def test_gradient_of_normalized_patches():
+    images = random_images((2, 3, 4, 6), torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: normalized_patches(x, **GEOMETRY), (images,))
+    images = images.detach().float().requires_grad_()
+    upstream = torch.randn((2, 6, 12), generator=torch.Generator().manual_seed(0)).bfloat16()
+    normalized_patches(images, dtype=torch.bfloat16, **GEOMETRY).backward(upstream)
+    exact = unpatchify(upstream.double(), (4, 6), 2).permute(0, 3, 1, 2)
+    exact = exact / torch.tensor(GEOMETRY["std"], dtype=torch.float64)[:, None, None]
+    # One float32 rounding of 1 / std and one of the product.
+    torch.testing.assert_close(images.grad.double(), exact, rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("size", [2, 48, 768, 3072])

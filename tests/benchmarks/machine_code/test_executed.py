@@ -16,6 +16,7 @@ inductor = pytest.importorskip("denim.benchmarks.machine_code.inductor", reason=
 counts = pytest.importorskip("denim.benchmarks.machine_code.ptx.counts", reason=WHERE)
 
 PIXELS = 3 * 224 * 224
+TITLES = ("Baselines", "Executed")
 PAGE = Path(__file__).parents[3] / "docs" / "kernels-tables.md"
 
 
@@ -94,6 +95,9 @@ def test_noise_and_the_naive_kernel(run_in_process):
 
 
 def test_the_page_has_a_row_of_every_case():
-    rows = PAGE.read_text().split("### Executed, H100")[1].split("###")[0]
+    baselines, rows = (PAGE.read_text().split(f"### {title}, H100")[1].split("###")[0] for title in TITLES)
     for case in executed.CASES_EXECUTED:
         assert f"| {case.operation}, {case.name} | forward | fused | " in rows
+    bounds = [line.split(" | ") for line in baselines.splitlines() if " | fused | " in line]
+    assert len(bounds) >= len(inductor.COMPARED)
+    assert {cells[-2] for cells in bounds} == {"execution"}

@@ -7,6 +7,9 @@ import torch
 
 from denim.benchmarks.case import FORWARD
 from denim.benchmarks.cases import CASES, AttackStep, NoisePatchify
+from denim.benchmarks.machine_code import run_on_cpu
+from denim.kernels.dispatch import GPU, triton_on_cpu
+from denim.kernels.patches import patchify
 
 WHERE = "Triton is a dependency on Linux x86-64 alone"
 pytest.importorskip("triton", reason=WHERE)
@@ -53,6 +56,26 @@ def test_bfloat16_is_compared_bit_for_bit(outcomes, name):
     patches = outcomes[check.Job(name, 90, as_built=True)].agreements[0]
     assert patches.result == "result"
     assert patches.exact > 0.9
+
+
+@pytest.mark.parametrize("pixels", ["uint8", "bf16 planes"])
+def test_clean_patches_are_rounded_once(pixels):
+    """pixel * factor + shift with the factors of the reference: exact in float64 for pixels of so few bits."""
+    case = NoisePatchify(clean=True, pixels=pixels, patch=4, batch=2, grid=(1, 2))
+    images = case.inputs("cpu")["images"]
+    with run_on_cpu(90) as launches, triton_on_cpu(GPU("ptx", 32)):
+        got = case.fused(images=images)
+    assert len(launches) == 1
+    full = 255 if pixels == "uint8" else 1
+    factor, shift = (
+        torch.tensor(values, dtype=torch.float32).double()
+        for values in (
+            [1 / (full * std) for std in case.std],
+            [-mean / std for mean, std in zip(case.mean, case.std, strict=True)],
+        )
+    )
+    nhwc = images if pixels == "uint8" else images.permute(0, 2, 3, 1)
+    assert torch.equal(got, patchify((nhwc.double() * factor + shift).float(), 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
