@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -466,7 +467,7 @@ def _evaluate_cell(
 
 def _examples_file(out: Path, name: str, attack: Attack | None) -> Path:
     text = f"{name} {CLEAN if attack is None else attack}"
-    return out / "examples" / f"{quote(text, safe=' ,=')}.safetensors"
+    return out / "examples" / f"{quote(os.fsencode(text), safe=' ,=')}.safetensors"
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from torch import Tensor
 from denim.defense.evaluation import CLEAN, WORST, Cell, Evaluation, Examples
 from denim.defense.scores import Interval
 from denim.nim.files import atomic_write
+from denim.nim.text import printable
 
 __all__ = ["Curve", "curves", "print_table", "tradeoff", "write_report"]
 
@@ -157,7 +158,7 @@ def _looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _tick(name: str, cell: Cell) -> str:
-    lines = textwrap.wrap(name, 13, max_lines=4) or [""]
+    lines = textwrap.wrap(printable(name), 13, max_lines=4) or [""]
     if cell.sigma is not None:
         lines.append(f"(\u03c3 {cell.sigma:g}{', frozen' if cell.frozen else ''})")
     # matplotlib reads a pair of dollar signs as mathematics.
@@ -179,7 +180,10 @@ def write_report(evaluation: Evaluation, out: Path, *, title: str) -> Path:
     Returns:
         The path of report.html.
     """
-    with atomic_write(out / "results.csv") as staged, staged.open("w", newline="", encoding="utf-8") as handle:
+    with (
+        atomic_write(out / "results.csv") as staged,
+        staged.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
+    ):
         rows = [_csv_row(cell) for cell in evaluation.cells]
         writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -221,9 +225,9 @@ def print_table(evaluation: Evaluation, console: Console) -> None:
     for case in dict.fromkeys(cell.case for cell in evaluation.cells):
         members = [name for name, cell in _defenses(evaluation).items() if cell.case == case]
         lines.append(f"{case}{_leak(case)}: {', '.join(members)}")
-    console.print(Text("\n".join(lines), style="dim"))
+    console.print(Text(printable("\n".join(lines), keep="\n"), style="dim"))
     for warning in evaluation.warnings:
-        console.print(Text(f"warning: {warning}", style="bold yellow"))
+        console.print(Text(f"warning: {printable(warning)}", style="bold yellow"))
 
 
 def _by_place(evaluation: Evaluation) -> dict[tuple[str, str], Cell]:
@@ -300,7 +304,7 @@ def _console_table(evaluation: Evaluation, attacks: Sequence[str], form: Callabl
         table.add_column(Text(names[attack].replace(" ", "\n")), justify="right", no_wrap=True, overflow="fold")
     for name, cell in _defenses(evaluation).items():
         means = (Text(form(cells[name, attack].scores.mean)) for attack in attacks)
-        table.add_row(Text(name), Text(_sigma(cell)), *means)
+        table.add_row(Text(printable(name)), Text(_sigma(cell)), *means)
     return table
 
 
@@ -388,35 +392,39 @@ the difference. Doubt the numbers that a warning names before you believe them. 
 """
 
 
+def _escaped(text: str) -> str:
+    """Foreign text on the page. Names of classes may hold bytes that are not UTF-8, which no page can."""
+    return html.escape(printable(text))
+
+
 def _page(evaluation: Evaluation, title: str, picture: bytes) -> str:
     strips = _Strips()
     gallery = "".join(_gallery(evaluation, strips))
     attacks = [attack for attack in _attacks(evaluation) if not _is_derived(attack)]
     versions = ", ".join(f"{package} {version}" for package, version in evaluation.versions.items())
-    against = f"against {', '.join(f'<code>{html.escape(a)}</code>' for a in attacks)}" if attacks else "clean"
+    against = f"against {', '.join(f'<code>{_escaped(a)}</code>' for a in attacks)}" if attacks else "clean"
     tables = [
         ("Majority vote of the draws", lambda cell: str(cell.scores.vote)),
         ("Images that every draw gets right (worst of R)", lambda cell: str(cell.scores.worst)),
         (f"Difference of the mean to {next(iter(_defenses(evaluation)))}, paired over images", _difference),
     ]
     others = "".join(
-        f"<details><summary>{html.escape(head)}</summary>{_numbers(evaluation, head, of)}</details>"
-        for head, of in tables
+        f"<details><summary>{_escaped(head)}</summary>{_numbers(evaluation, head, of)}</details>" for head, of in tables
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{_escaped(title)}</title>
 <style>{STYLE}{strips.css()}</style>
 </head>
 <body>
-<h1>{html.escape(title)}</h1>
+<h1>{_escaped(title)}</h1>
 <p>{_counted({len(_defenses(evaluation))}, "defense")} on {_images(evaluation)}, {against}. Accuracies are means over
 {_draws(evaluation)} of noise for each image, which neither the attack nor the choice among attacks has seen; in
 brackets the 95&nbsp;% interval over images. Seed {evaluation.settings.seed}; precision
-{evaluation.settings.precision}; {html.escape(versions)}.
+{evaluation.settings.precision}; {_escaped(versions)}.
 <a href="#reading">How to read the numbers</a>.</p>
 {_warnings(evaluation)}
 <h2>Accuracy</h2>
@@ -436,7 +444,7 @@ def _warnings(evaluation: Evaluation) -> str:
         return "<p>No health check of the attacks gave a warning.</p>"
     # A link into the documentation would not work from a folder of results, so the page has an explanation of its own.
     items = (
-        re.sub(r"docs/[\w./-]+\.md(, [\w ]+)?", r'<a href="#health">\g<0></a>', html.escape(warning))
+        re.sub(r"docs/[\w./-]+\.md(, [\w ]+)?", r'<a href="#health">\g<0></a>', _escaped(warning))
         for warning in evaluation.warnings
     )
     entries = "".join(f"<li>{item}</li>" for item in items)
@@ -447,9 +455,7 @@ def _numbers(evaluation: Evaluation, caption: str, of: Callable[[Cell], str]) ->
     """A table, defenses by attacks; `of` gives a value and, after a space, its interval."""
     attacks, cells = _attacks(evaluation), _by_place(evaluation)
     names = _short(attacks)
-    heads = "".join(
-        f'<th scope="col" title="{html.escape(attack)}">{html.escape(names[attack])}</th>' for attack in attacks
-    )
+    heads = "".join(f'<th scope="col" title="{_escaped(attack)}">{_escaped(names[attack])}</th>' for attack in attacks)
     rows = []
     for name, cell in _defenses(evaluation).items():
         values = []
@@ -457,11 +463,11 @@ def _numbers(evaluation: Evaluation, caption: str, of: Callable[[Cell], str]) ->
             value, _, interval = of(cells[name, attack]).partition(" ")
             values.append(f"<td>{value}<small>{interval}</small></td>")
         rows.append(
-            f'<tr><th scope="row">{html.escape(name)}</th><td class="text">{_sigma(cell)}</td>'
+            f'<tr><th scope="row">{_escaped(name)}</th><td class="text">{_sigma(cell)}</td>'
             f'<td class="text">{_case(cell.case)}</td>{"".join(values)}</tr>'
         )
     return (
-        f'<div class="wide"><table class="numbers"><caption>{html.escape(caption)}</caption><thead><tr>'
+        f'<div class="wide"><table class="numbers"><caption>{_escaped(caption)}</caption><thead><tr>'
         f'<th scope="col">defense</th><th scope="col" class="text">sigma</th>'
         f'<th scope="col" class="text">case</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -470,7 +476,7 @@ def _numbers(evaluation: Evaluation, caption: str, of: Callable[[Cell], str]) ->
 
 def _case(case: str) -> str:
     leak = '<small class="leak">statistics leak</small>' if _leak(case) else ""
-    return html.escape(case) + leak
+    return _escaped(case) + leak
 
 
 def _difference(cell: Cell) -> str:
@@ -528,10 +534,10 @@ def _gallery(evaluation: Evaluation, strips: _Strips) -> Iterator[str]:
         attacks = [attack for attack in names if (name, attack) in kept]
         strongest = min(attacks, key=lambda attack: (attack == CLEAN, cells[name, attack].scores.mean.value))
         sigma = f"sigma {_sigma(cell)}" if cell.sigma is not None else "off"
-        yield f"<details{' open' if name == opened else ''}><summary><strong>{html.escape(name)}</strong> "
-        yield f"({sigma}; {html.escape(cell.case)})</summary>"
+        yield f"<details{' open' if name == opened else ''}><summary><strong>{_escaped(name)}</strong> "
+        yield f"({sigma}; {_escaped(cell.case)})</summary>"
         for attack in attacks:
-            yield f"<details{' open' if attack == strongest else ''}><summary>{html.escape(names[attack])}: "
+            yield f"<details{' open' if attack == strongest else ''}><summary>{_escaped(names[attack])}: "
             yield f"{cells[name, attack].scores.mean} %</summary>"
             yield _pictures(kept[name, attack], count, evaluation.classes, strips, f"{name}, {attack}")
             yield "</details>"
@@ -558,7 +564,7 @@ def _pictures(examples: Examples, count: int, classes: Sequence[str], strips: _S
         marks = []
         for value, label in zip(values[:count].tolist(), labels, strict=True):
             mark, kind, word = ("✓", "right", "right") if value == label else ("✗", "wrong", "wrong")
-            name = html.escape(_class_name(classes, value))
+            name = _escaped(_class_name(classes, value))
             marks.append(f'<td class="{kind}"><span role="img" aria-label="{word}">{mark}</span> {name}</td>')
         return f'<tr><th scope="row">{head}</th>{"".join(marks)}</tr>'
 
@@ -569,7 +575,7 @@ def _pictures(examples: Examples, count: int, classes: Sequence[str], strips: _S
         if name in shown:
             continue
         shown.add(name)
-        alt = f"{stage}: {html.escape(where)}"
+        alt = f"{stage}: {_escaped(where)}"
         rows.append(
             f'<tr><th scope="row">{stage}</th><td colspan="{len(labels)}"><div role="img" aria-label="{alt}" '
             f'class="strip {name}{sharp}" style="width:{width * len(labels):g}px;height:{height:g}px"></div></td></tr>'
@@ -577,7 +583,7 @@ def _pictures(examples: Examples, count: int, classes: Sequence[str], strips: _S
         if stage == "clean" and attacked:
             rows.append(predictions("clean taken for", examples.clean_predictions))
     rows.append(predictions("attacked taken for" if attacked else "taken for", examples.predictions))
-    truth = "".join(f'<th scope="col">{html.escape(_class_name(classes, label))}</th>' for label in labels)
+    truth = "".join(f'<th scope="col">{_escaped(_class_name(classes, label))}</th>' for label in labels)
     sizes = f'<col style="width:10rem"><col span="{len(labels)}" style="width:{width:g}px">'
     return (
         f'<div class="wide"><table class="gallery" style="width:calc(10rem + {width * len(labels):g}px)">'

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from denim.nim.files import DamagedFileError, atomic_write, read_json
+from denim.nim.files import DamagedFileError, atomic_write, check_path, read_json
 
 __all__ = [
     "CheckpointError",
@@ -328,6 +328,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 def _safetensors_errors(file: Path) -> Iterator[None]:
     if not file.is_file():
         raise CheckpointError(f"{file} is missing")
+    check_path(file)
     try:
         yield
     except (SafetensorError, OSError) as error:

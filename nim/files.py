@@ -19,6 +19,7 @@ __all__ = [
     "append_text",
     "atomic_folder",
     "atomic_write",
+    "check_path",
     "json_lines",
     "parse_json",
     "read_json",
@@ -104,6 +105,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             staged.rename(path)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def check_path(path: Path) -> None:
+    """Check that the libraries that write a run or an evaluation take its path: Linux allows any bytes, they UTF-8.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8, and safetensors and TensorBoard take no other paths: choose a folder with another "
+            "name"
+        ) from error
 
 
 def append_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from denim.nim.files import DamagedFileError, WriteError, parse_json, sweep
+from denim.nim.files import DamagedFileError, WriteError, check_path, parse_json, sweep
 
 __all__ = ["LOCK_FILE", "OwnedError", "owned"]
 
@@ -36,9 +36,11 @@ def owned(folder: Path) -> Iterator[None]:
         folder: made where absent, and removed at the end if it was and is empty.
 
     Raises:
+        ValueError: its path is not UTF-8 (see `check_path`).
         OwnedError: another process has the folder; the message says which, on which machine, and since when.
         WriteError: the folder cannot be made or written to.
     """
+    check_path(folder)
     is_new = not folder.exists()
     file = folder / LOCK_FILE
     try:

@@ -98,8 +98,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         from denim.kernels.seeds import check_seed
+        from denim.nim.files import check_path
         from denim.nim.precision import check_precision
 
+        check_path(self.out)
         for name in ("epochs", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep_checkpoints",
                      "keep_every"):  # fmt: skip
             value = getattr(self, name)

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -250,6 +251,24 @@ def test_page_escapes_every_name(tmp_path):
     assert {tag for tag, _ in page.elements}.isdisjoint({"b", "i", "u", "script"})
     for text in ("A <u>title</u> & more", "<b>one</b>", DEFENSES[3][0], "torch 2.x<y", WARNINGS[1]):
         assert text in page.text
+
+
+def test_names_that_cannot_be_printed_cost_no_report(tmp_path):
+    """Bytes of a folder's name that are not UTF-8, and characters that act on a terminal."""
+    name, shown = "caf\udce9 \x1b[31m", r"caf\xe9 \x1b[31m"
+    odd = replace(
+        evaluation([(name, None, False, "undefended"), *DEFENSES[1:]], warnings=(f"{name}: lost",)),
+        classes=(name, "\u732b"),
+    )
+    page = write_report(odd, tmp_path, title=name).read_text(encoding="utf-8")
+    assert page.count(shown) > 5
+    assert "\u732b" in page
+    assert "\x1b" not in page
+    assert r"caf\udce9 " in (tmp_path / "results.csv").read_text(encoding="utf-8")
+    text = io.StringIO()
+    print_table(odd, Console(file=text, width=200))
+    assert text.getvalue().count(shown) >= 3
+    assert "\x1b" not in text.getvalue()
 
 
 def test_page_holds_warnings_settings_and_every_number(tmp_path):

@@ -9,15 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from denim.nim import PretrainConfig
 from denim.nim.files import (
     DamagedFileError,
     WriteError,
     append_text,
     atomic_folder,
     atomic_write,
+    check_path,
     read_json,
     read_json_lines,
 )
+from denim.nim.owner import owned
 
 
 class InterruptedSavingError(Exception):
@@ -129,6 +132,18 @@ def test_errors_that_are_not_about_writing_stay_what_they_are(tmp_path):
         with pytest.raises(type(error)) as raised, atomic_write(tmp_path / "file"):
             raise error
         assert raised.value is error
+
+
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    check_path(tmp_path / "café")
+    with pytest.raises(ValueError, match="is not UTF-8, and safetensors and TensorBoard take no other paths"):
+        check_path(folder / "run")
+    with pytest.raises(ValueError, match="is not UTF-8"), owned(folder):
+        pass
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        PretrainConfig(out=folder)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_is_no_folder_is_named(tmp_path):
