@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "sweep",
+    "translated",
 ]
 
 PREFIX, SUFFIX = ".denim-", ".part"  # of names before they are final
@@ -70,7 +71,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the system refuses, also within the block: errors of safetensors and torch.save are translated.
     """
-    with _translated(path):
+    with translated(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = _new_name(path.parent)
         try:
@@ -93,7 +94,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the system refuses, also within the block: errors of safetensors and torch.save are translated.
     """
-    with _translated(path):
+    with translated(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = _new_name(path.parent)
         try:
@@ -103,6 +104,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     _sync(file)
             staged.rename(path)
+        except WriteError as error:  # of a file in it, by a name that nobody knows
+            raise WriteError(error.errno or 0, path) from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
@@ -130,7 +133,7 @@ def append_text(path: Path, text: str) -> None:
     """
     # Where a link leads, a folder that came from elsewhere decides.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with _translated(path), os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as handle:
+    with translated(path), os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as handle:
         handle.write(text)
 
 
@@ -241,8 +244,12 @@ def _sync(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Whatever says that the system refuses to write `path`, as a `WriteError`; other errors pass."""
+def translated(path: Path) -> Iterator[None]:
+    """Inside, whatever says that the system refuses to write `path` becomes a `WriteError`; other errors pass.
+
+    Raises:
+        WriteError: see above.
+    """
     try:
         yield
     except WriteError:

@@ -21,7 +21,7 @@ from denim.nim.data.decode import LARGE, MachineError, Verdict, judge_all
 from denim.nim.data.listing import Listing
 from denim.nim.data.manifest import VERSION, Manifest, ManifestError
 from denim.nim.data.processes import CHUNK, ask_processes
-from denim.nim.files import DamagedFileError, json_lines
+from denim.nim.files import DamagedFileError, json_lines, translated
 
 __all__ = [
     "cache_folder",
@@ -172,7 +172,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise OSError(f"{path} is not a regular file: remove it")
-        with os.fdopen(handle, "a+b") as file:
+        with translated(path), os.fdopen(handle, "a+b") as file:
             with contextlib.suppress(OSError):  # a file system without locks: two processes may do the work twice
                 fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink:

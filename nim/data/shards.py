@@ -38,7 +38,7 @@ from denim.nim.data.decode import EXTENSIONS
 from denim.nim.data.indexing import index
 from denim.nim.data.listing import Listing, sample_id
 from denim.nim.data.manifest import Manifest
-from denim.nim.files import atomic_write, read_json
+from denim.nim.files import atomic_write, read_json, translated
 from denim.nim.text import open_console
 
 __all__ = ["Packed", "ShardManifest", "list_members", "list_shards", "open_shards", "pack"]
@@ -445,9 +445,8 @@ def pack(manifest: Manifest, folder: Path, name: str, shard_bytes: int = 256_000
         if lost is None:
             raise ValueError(f"{folder} exists already: name another folder, or delete it")
     else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         staging = folder.parent / f".{folder.name}.packing"
-        with _sole(staging, plan) as lost:
+        with translated(folder), _sole(staging, plan) as lost:
             missing = np.bincount(shard_of, costs)[[not (staging / name).exists() for name in names]].sum()
             if missing > (free := shutil.disk_usage(staging).free):
                 raise OSError(f"{folder} needs {missing / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
@@ -476,7 +475,7 @@ def _sole(staging: Path, plan: str) -> Iterator[list[str]]:
     Yields:
         What earlier calls could not read.
     """
-    staging.mkdir(exist_ok=True)
+    staging.mkdir(parents=True, exist_ok=True)
     # Not through a link: what is in the folder is removed.
     handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

@@ -118,6 +118,12 @@ def test_every_writer_says_what_the_system_refused(tmp_path, write, as_folder):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_in_a_folder_is_not_named_by_what_is_only_for_a_moment(tmp_path):
+    with pytest.raises(WriteError) as raised, atomic_folder(tmp_path / "new") as staged, atomic_write(staged / "file"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(raised.value).startswith(f"cannot write {tmp_path}/new: No space left on device; make room")
+
+
 def test_a_full_disk_comes_with_advice(tmp_path):
     for number, advice in ((errno.ENOSPC, "make room"), (errno.EROFS, "choose a folder"), (errno.EACCES, "choose a")):
         said = f"cannot write .*file: {os.strerror(number)}; {advice}"

@@ -26,6 +26,7 @@ from denim.nim.data.dali_loader import dali_version, problem
 from denim.nim.data.decode import MachineError, Place, Verdict, decode, judge, judge_all
 from denim.nim.data.indexing import cache_folder, index, try_with_dali
 from denim.nim.data.listing import list_images, sample_id
+from denim.nim.files import WriteError
 
 pytestmark = pytest.mark.slow
 
@@ -540,6 +541,18 @@ def test_a_full_disk_leaves_nothing_half_written(folder, monkeypatch):
     assert kept == {file_of(folder).name, file_of(folder).with_suffix(".journal").name}
     assert rows(Manifest(file_of(folder), folder)) == before
     assert rows(opened(folder)) == {path: row for path, row in before.items() if path != "cat/0000.png"}
+
+
+def test_a_journal_that_cannot_be_written_is_named(folder, monkeypatch):
+    """The file has a buffer: it fails again as it is closed."""
+
+    class Full(io.FileIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdopen", lambda handle, mode: io.BufferedRandom(Full(handle, "a+")))
+    with pytest.raises(WriteError, match=rf"^cannot write {file_of(folder).with_suffix('.journal')}: No space left on"):
+        opened(folder)
 
 
 # --- interruption

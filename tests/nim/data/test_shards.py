@@ -16,7 +16,7 @@ import torch
 from denim.nim.data import EncodedSource, ImageFolder, TorchLoader, TrainView, open_manifest, open_source, shards
 from denim.nim.data.listing import sample_id
 from denim.nim.data.shards import ShardManifest, pack
-from denim.nim.files import DamagedFileError, atomic_write
+from denim.nim.files import DamagedFileError, WriteError, atomic_write
 
 
 def source(root, split="train", **options):
@@ -231,6 +231,12 @@ def test_a_full_disk_leaves_nothing_half_written(folder, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"needs 0.00 GB, and 0.00 GB are free"):
         packed(folder, out, 10**6)
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=rf"^cannot write {tmp_path}/file/out: Not a directory"):
+        packed(folder, tmp_path / "file" / "out")
 
 
 def test_two_at_once_and_other_mistakes(folder, tmp_path, monkeypatch):
