@@ -173,6 +173,7 @@ def run() -> None:
         SystemExit: with status 2 for a mistake in settings or files, or a failure of the machine; 130 after Ctrl-C and
             143 after SIGTERM; 141 where the reader of the output has gone; else see `main`.
     """
+    _open_closed_streams()
     before = warnings.formatwarning, signal.getsignal(signal.SIGTERM)
     warnings.formatwarning = _warning_line
     if before[1] is signal.SIG_DFL:
@@ -243,6 +244,19 @@ def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
     from denim.nim.text import printable
 
     return f"denim: warning: {printable(message)}\n"
+
+
+def _open_closed_streams() -> None:
+    """Let what is printed go nowhere where this process was started without stdout or stderr, as some schedulers do.
+
+    The next file that is opened would get the number of a closed stream, and what libraries print would get into it.
+    """
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (for the whole process)
 
 
 def _drop_output() -> None:

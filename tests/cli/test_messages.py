@@ -129,6 +129,19 @@ def test_output_that_cannot_be_written_is_a_message():
     assert (done.returncode, done.stderr) == (2, "denim: No space left on device\n(DENIM_TRACEBACK=1 shows where)\n")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_failure(tmp_path, closed):
+    """Nor does a file get the number of one: what a library prints would be written into it."""
+    body = f"print('line'); print('line', file=sys.stderr); open({str(tmp_path / 'file')!r}, 'w').write('kept'); "
+    body += "os.system('echo line; echo line >&2')"
+    command, environment = alone(body)
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (b"" if closed != "2>&-" else b"line\n" * 2)
+    assert done.stderr == (b"" if closed != ">&-" else b"line\n" * 2)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.fixture
 def odd(tmp_path):
     """A data set whose classes are named in Latin 1, like markup, and with control characters."""
