@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import io
 import os
 import re
@@ -60,8 +61,9 @@ def commands_of(name: str) -> dict[str, Command]:
     parts = {part: part for part in getattr(module, "COMMANDS", ())} or {"": "main"}
     commands = {part: getattr(module, function) for part, function in parts.items()}
     for command in commands.values():
-        # In the docstring of a function, tyro takes the end of a line for a line break of the help text.
-        command.__doc__ = re.sub(r"\n {12}(?=\S)", " ", command.__doc__ or "")
+        # In the docstring of a function, tyro takes the end of a line for a line break of the help text. From Python
+        # 3.13 on docstrings have no common indentation; `getdoc` takes it away on any version.
+        command.__doc__ = re.sub(r"\n {8}(?=\S)", " ", inspect.getdoc(command) or "")
     return commands
 
 
