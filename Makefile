@@ -54,7 +54,7 @@ $(DOCS_STAMP): $(STAMP)
 	touch $@
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python -m pytest benchmarks/suites --benchmark-only
 
 # Installs nothing: a machine with a GPU may have torch, triton and timm, and no network.
 gpu-check:

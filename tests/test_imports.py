@@ -54,7 +54,7 @@ def modules() -> list[str]:
         names = []
         for path in (REPOSITORY / layer).rglob("*.py"):
             parts = path.relative_to(REPOSITORY).with_suffix("").parts
-            if parts[-1] not in ("__main__", "conftest") and not parts[-1].startswith("test_"):
+            if parts[-1] != "__main__" and "suites" not in parts:
                 names.append(".".join(["denim", *(part for part in parts if part != "__init__")]))
         # What may load Triton comes last.
         found += sorted(names, key=lambda name: (of_triton(name), name))

@@ -19,6 +19,13 @@ def test_links_for_type_checkers_are_the_packages():
     assert all(path.is_dir() for path in links.values())
 
 
+def test_packages_hold_no_tests():
+    """Each Python file in the folder of a package is a module of the wheel, whether or not the sdist leaves it out."""
+    folders = [ROOT / folder for folder in PROJECT["tool"]["setuptools"]["package-dir"].values()]
+    assert folders
+    assert [path for folder in folders for name in ("test_*.py", "conftest.py") for path in folder.glob(name)] == []
+
+
 def test_versions_agree():
     version = PROJECT["project"]["version"]
     assert re.search(rf"^version: {re.escape(version)}$", (ROOT / "CITATION.cff").read_text(), re.M)

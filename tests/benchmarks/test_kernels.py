@@ -174,7 +174,7 @@ def test_names_tell_benchmarks_apart():
 def test_pytest_benchmark_ranks_the_providers_of_one_case(tmp_path):
     words = ["-p", "no:cacheprovider", "-q", "--benchmark-only", f"--benchmark-json={tmp_path / 'records.json'}"]
     chosen = "attack_step and 32 and not compiled and not naive"
-    suite = Path(__file__).parents[2] / "benchmarks" / "test_kernels.py"
+    suite = Path(__file__).parents[2] / "benchmarks" / "suites" / "test_kernels.py"
     # In a worker of pytest-xdist the suite would measure nothing.
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
     command = [sys.executable, "-m", "pytest", suite, *words, "-k", chosen]
