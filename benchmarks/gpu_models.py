@@ -172,12 +172,16 @@ def model_flops(model: Any, loss: Callable[[], Tensor]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     from denim.nim.attention import set_attention
+    from denim.nim.block import set_lean
 
-    # Plain products, since the backward of fused attention computes products again, and some kernels are not counted.
+    # Plain products, since the backward of fused attention computes products again, and some kernels are not counted:
+    # the counter does not see into operators of Denim's.
     set_attention(model, "math")
+    set_lean(model, False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss().backward()
     set_attention(model, "auto")
+    set_lean(model, True)
     model.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
 

@@ -73,7 +73,8 @@ def set_lean(model: nn.Module, on: bool) -> None:
     They do from the start. The inputs of linear layers that are layer norms and GELUs are computed twice, and a block
     keeps about 0.6 times as much for its backward pass. On the CPU result and gradients have the same bits. Nothing
     changes in evaluation mode, without gradients, and with frozen weights. Double backward, forward-mode derivatives
-    and `torch.func` on a model in training mode need `set_lean(model, False)`.
+    and `torch.func` on a model in training mode need `set_lean(model, False)`; torch's counter of operations
+    (`FlopCounterMode`) does too, for it does not see into operators.
 
     Args:
         model: holds `Block` modules, as every `Autoencoder` and `Classifier` does.
