@@ -14,7 +14,9 @@ SETTINGS = PretrainConfig  # what `--resume RUN` takes from the run
 def main(config: Annotated[PretrainConfig, tyro.conf.arg(name="")]) -> None:
     """Pretrain a denoiser. The defaults are the published recipe for ViT-B."""
     from denim.nim import pretrain
+    from denim.nim.ranks import is_first_process
     from denim.nim.text import printable
 
     pretrain(config)
-    print(f"the denoiser is in {printable(config.out / 'model')}")
+    if is_first_process():
+        print(f"the denoiser is in {printable(config.out / 'model')}")

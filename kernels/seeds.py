@@ -29,6 +29,7 @@ class Domain(IntEnum):
     AUGMENT = 9
     FINETUNING = 10
     SUBSET = 11
+    HELD_OUT = 12
 
 
 def _reference(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -13,17 +16,21 @@ from denim.nim.augmentation import Augmentation, Draws
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
-from denim.nim.data import Batch, EvalView, Source, open_loader
+from denim.nim.data import Batch, EvalView, Source, hold_out, open_loader, open_source
+from denim.nim.data.sources import splits
 from denim.nim.engine import Task, keyed_torch, train, training_loader
+from denim.nim.files import atomic_write
 from denim.nim.precision import resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
-from denim.nim.run import training_source
+from denim.nim.run import RESULT_FILE, training_source
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
-from denim.nim.text import open_console
+from denim.nim.text import open_console, printable
 
 __all__ = ["FinetuneTask", "accuracy", "finetune"]
+
+TEST_SPLITS = ("test", "testing", "val", "validation", "valid")  # that accuracy is stated on, the first that there is
 
 
 class FinetuneTask(Task):
@@ -106,7 +113,10 @@ class FinetuneTask(Task):
 def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifier:
     """Fine-tune a classifier; its run folder is `config.out`, the finished model `config.out/model`.
 
-    What is learnt is a `FinetuneTask`. Under torchrun each process takes its share of every batch.
+    What is learnt is a `FinetuneTask`. Under torchrun each process takes its share of every batch. At the end rank 0
+    writes the accuracy on images that were not trained on to `config.out/result.json`, if there are any (see
+    `FinetuneConfig.val_split`): "source" (their name), "images" (how many) and "accuracy" (the share that is right,
+    without noise and without a defense).
 
     Returns:
         The model, in evaluation mode, on the device of training.
@@ -125,7 +135,15 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     with joined(device, config.stall_timeout, alone=config.fsdp) as ranks:
         console = console or open_console(stderr=True, quiet=not ranks.is_first)
         with ranks.in_turn():
-            source = training_source(config, body.channels, labelled=True)
+            whole = training_source(config, body.channels, labelled=True)
+            source, validation = _divided(config, whole)
+        if validation is None:
+            console.print(
+                f"{printable(whole.name)} has no images beside those that are trained on, so that no accuracy will be "
+                "stated: --val-split 0.1 holds out a tenth of them",
+                markup=False,
+                soft_wrap=True,
+            )
         trained_on = config.trained_on
         if trained_on == "denoised":
             trained_on = case_of(autoencoder, config.degrade, config.statistics)
@@ -162,12 +180,39 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
             model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
         )
         title = f"fine-tuning on {config.trained_on} images"
-        train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=source)
+        train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=whole)
     # As it was saved: the trained one may be sharded, and its blocks compiled.
-    return Classifier.from_pretrained(config.out / "model").to(device)
+    model = Classifier.from_pretrained(config.out / "model").to(device)
+    if validation is not None and ranks.is_first:
+        right, count = _count_right(model, validation, 256, config.loader, config.workers, config.max_bad)
+        result = {"source": validation.name, "images": count, "accuracy": right / count}
+        with atomic_write(config.out / RESULT_FILE) as staged:
+            staged.write_text(json.dumps(result, indent=2) + "\n")
+    return model
 
 
-@torch.no_grad()
+def _divided(config: FinetuneConfig, whole: Source) -> tuple[Source, Source | None]:
+    """The images to train on, and those that are not trained on, if there are any; see `FinetuneConfig.val_split`.
+
+    Raises:
+        ValueError: there is no such split, it is trained on, or its classes are not those of the training.
+    """
+    if (share := config.held_out) is not None:
+        return hold_out(whole, share, config.seed)
+    folder = Path(config.data).expanduser()
+    found = splits(folder) if folder.is_dir() else ["test", "train"]  # those of digits and CIFAR
+    split = config.val_split or next((name for name in TEST_SPLITS if name in found), None)
+    if split is None:
+        return whole, None
+    if split == "train" or not found:
+        reason = "its images are trained on" if found else f"{config.data} has no folders or shards of splits"
+        raise ValueError(
+            f"val_split {split!r} cannot be used: {reason}. Expected the name of another split, or a share such as 0.1 "
+            "that is held out of the training images"
+        )
+    return whole, open_source(config.data, split, whole.channels, classes=whole.classes, max_bad=config.max_bad)
+
+
 def accuracy(
     model: Classifier,
     source: Source,
@@ -192,6 +237,15 @@ def accuracy(
     Raises:
         FloatingPointError: logits are not finite.
     """
+    right, count = _count_right(model, source, batch_size, backend, workers, max_bad)
+    return right / count
+
+
+@torch.no_grad()
+def _count_right(
+    model: Classifier, source: Source, batch_size: int, backend: str, workers: int, max_bad: float
+) -> tuple[int, int]:
+    """How many images a classifier gets right, of how many that can be read; see `accuracy`."""
     device = next(model.parameters()).device
     view = EvalView(model.config.img_size[0])
     loader = open_loader(
@@ -213,4 +267,4 @@ def accuracy(
         check_logits(logits, counted.ids)
         correct += int((logits.argmax(dim=-1) == counted.labels).sum())
         total += len(counted.ids)
-    return correct / total
+    return correct, total

@@ -16,9 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["RankError", "Ranks", "joined"]
+__all__ = ["RankError", "Ranks", "is_first_process", "joined"]
 
 NAMING_SECONDS = 10  # in which the ranks that wait for another agree on which one it is
+
+
+def is_first_process() -> bool:
+    """Whether this process was started alone, or by torchrun as rank 0: the one that prints for all."""
+    return int(os.environ.get("RANK") or 0) == 0
 
 
 class RankError(RuntimeError):

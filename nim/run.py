@@ -1,5 +1,7 @@
 """A run is a folder: run.json (settings), metrics.jsonl, tensorboard/, checkpoints/UPDATE/ and, at the end, model/.
 
+A fine-tuned classifier has result.json beside it: its accuracy on images that were not trained on.
+
 The checkpoints are those of `denim.nim.saving`.
 """
 
@@ -22,6 +24,7 @@ __all__ = ["Metrics", "prepare_folder", "settings_of_run", "training_source"]
 Config = TypeVar("Config", bound=TrainConfig)
 
 SETTINGS_FILE = "run.json"
+RESULT_FILE = "result.json"
 MANIFEST_FILE = "manifest.safetensors"
 # Settings that may differ between a run and its resumption, since they do not change its weights.
 FREE_SETTINGS = (

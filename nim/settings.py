@@ -218,6 +218,9 @@ class FinetuneConfig(TrainConfig):
         mixup_group: Images that are mixed among each other, with one lambda: the published batch of one GPU. A
             forward pass holds whole groups.
         smoothing: Label smoothing.
+        val_split: Images for the accuracy at the end: the name of a split, such as val, or a share such as 0.1 of the
+            training images, which is held out of the training, by sample id and seed; without it, the split test,
+            val, validation or valid that the data has.
     """
 
     denoiser: Path
@@ -241,6 +244,7 @@ class FinetuneConfig(TrainConfig):
     cutmix: float = 1.0
     mixup_group: int = 16
     smoothing: float = 0.1
+    val_split: str | None = None
 
     def __post_init__(self) -> None:
         from denim.nim.reconstruction import check_degradation
@@ -255,6 +259,8 @@ class FinetuneConfig(TrainConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if self.held_out is not None and not 0 < self.held_out < 1:
+            raise ValueError(f"val_split must be the name of a split or a share between 0 and 1, got {self.val_split}")
         _refuse_negative(self, "mixup", "cutmix")
         if not (math.isfinite(self.layer_decay) and self.layer_decay > 0):
             raise ValueError(f"layer_decay must be positive, got {self.layer_decay}")
@@ -269,6 +275,14 @@ class FinetuneConfig(TrainConfig):
                 f"{micro_batch}: change batch_size or micro_batch, set mixup_group, or turn mixing off with mixup=0 "
                 "and cutmix=0"
             )
+
+    @property
+    def held_out(self) -> float | None:
+        """The share of the training images that is held out of the training, where `val_split` is a number."""
+        try:
+            return None if self.val_split is None else float(self.val_split)
+        except ValueError:
+            return None
 
     def for_denoiser(self, denoiser: AutoencoderConfig) -> FinetuneConfig:
         """The same settings, with the published epochs and drop path of the denoiser's size where they are None.

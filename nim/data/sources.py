@@ -40,6 +40,7 @@ __all__ = [
     "ManifestSource",
     "Source",
     "Subset",
+    "hold_out",
     "match_classes",
     "open_manifest",
     "open_source",
@@ -372,27 +373,19 @@ class ImageFolder(ManifestSource):
         super().__init__(manifest, name, channels, max_bad, every_class=labelled and classes is None)
 
 
-class Subset:
-    """A fixed random part of a source, in random order: its beginning is random too, as a gallery wants it.
-
-    The choice is a function of the seed and the ids.
+class _Part:
+    """Some images of a source, in a given order.
 
     Args:
         source: the whole.
-        count: number of images, at most those of the source.
-        seed: any int64.
-
-    Raises:
-        ValueError: more images than there are, or none.
+        chosen: int64 (M,), indices in it.
+        name: for logs and reports.
     """
 
-    def __init__(self, source: Source, count: int, seed: int = 0) -> None:
-        if not 0 < count <= len(source):
-            raise ValueError(f"a subset of {source.name} has 1 to {len(source)} images, got {count}")
-        words = noise_words(derive_seeds(seed, Domain.SUBSET, source.ids), 1).squeeze(-1)
-        self._chosen = words.argsort(stable=True)[:count]
+    def __init__(self, source: Source, chosen: Tensor, name: str) -> None:
+        self._chosen = chosen
         self._source = source
-        self.name, self.classes, self.channels = source.name, source.classes, source.channels
+        self.name, self.classes, self.channels = name, source.classes, source.channels
         self.labels, self.ids = source.labels[self._chosen], source.ids[self._chosen]
         self.sizes = source.sizes[self._chosen]
         self.skipped: tuple[str, ...] = ()  # the whole has counted them against its limit
@@ -405,7 +398,7 @@ class Subset:
         return len(self.ids)
 
     def read(self, index: int) -> Image.Image:
-        """Image number `index` of the subset."""
+        """Image number `index` of the part."""
         return self._source.read(int(self._chosen[index]))
 
     def where(self, index: int) -> str:
@@ -423,6 +416,61 @@ class Subset:
     def _plain_length(self, index: int) -> int:
         assert isinstance(self._source, EncodedSource)
         return self._source.plain_length(int(self._chosen[index]))
+
+
+class Subset(_Part):
+    """A fixed random part of a source, in random order: its beginning is random too, as a gallery wants it.
+
+    The choice is a function of the seed and the ids.
+
+    Args:
+        source: the whole.
+        count: number of images, at most those of the source.
+        seed: any int64.
+
+    Raises:
+        ValueError: more images than there are, or none.
+    """
+
+    def __init__(self, source: Source, count: int, seed: int = 0) -> None:
+        if not 0 < count <= len(source):
+            raise ValueError(f"a subset of {source.name} has 1 to {len(source)} images, got {count}")
+        super().__init__(source, _words(source, Domain.SUBSET, seed).argsort(stable=True)[:count], source.name)
+
+
+def hold_out(source: Source, share: float, seed: int = 0) -> tuple[Source, Source]:
+    """Two parts of a source: the images to train on, and about a share of all that is held out for validation.
+
+    An image is held out if a word that its id and the seed key, divided by 2^32, is below the share. So no other image
+    has a say in it: images that are added later move none from one part to the other.
+
+    Args:
+        source: the whole.
+        share: 0 < share < 1.
+        seed: any int64.
+
+    Raises:
+        ValueError: the share is outside its range, no image is held out, or a class has no image left to train on.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share of images that are held out must be between 0 and 1, got {share}")
+    held = _words(source, Domain.HELD_OUT, seed) < share * 2**32
+    chosen = [torch.nonzero(which).squeeze(-1) for which in (~held, held)]
+    if not len(chosen[1]):
+        raise ValueError(f"a share of {share:g} of the {len(source)} images of {source.name} holds out none")
+    counts = [source.labels[part].bincount(minlength=len(source.classes)) for part in chosen]
+    if lost := torch.nonzero((counts[0] == 0) & (counts[1] > 0)).flatten().tolist():
+        raise ValueError(
+            f"with a share of {share:g} of {source.name} held out, {len(lost)} of {len(source.classes)} classes have "
+            f"no image left to train on: {_shorten([repr(source.classes[label]) for label in lost], ', ')}. Take a "
+            "smaller share, or another seed"
+        )
+    return _Part(source, chosen[0], source.name), _Part(source, chosen[1], f"{source.name}, held out")
+
+
+def _words(source: Source, domain: Domain, seed: int) -> Tensor:
+    """A word for each image, keyed by its id: int64 (N,) that holds uint32 values."""
+    return noise_words(derive_seeds(seed, domain, source.ids), 1).squeeze(-1)
 
 
 def open_source(
@@ -551,9 +599,9 @@ def open_manifest(
         if kept is not None:
             return ShardManifest(kept, base), name
         others = sorted({entry.name for entry in base.iterdir()} - {*shards}) + _beside(root, base)
-        part = [shard for shard in shards if split in _words(shard)] if base == root else []
+        part = [shard for shard in shards if split in _name_parts(shard)] if base == root else []
         if part:
-            others += [shard for shard in shards if not {split, *SPLIT_NAMES} & {*_words(shard.lower())}]
+            others += [shard for shard in shards if not {split, *SPLIT_NAMES} & {*_name_parts(shard.lower())}]
             shards, name = part, f"{name}/{split}"
         manifest = open_shards(
             base, shards, others=others, labelled=labelled, check=check, cache=cache, part=split if part else ""
@@ -588,11 +636,11 @@ def splits(root: Path) -> list[str]:
     ("imagenet-train-000000.tar") that are names of splits.
     """
     folders = [folder.name for folder in _subfolders(root)]
-    names = folders or {word for shard in list_shards(root) for word in _words(shard)}
+    names = folders or {word for shard in list_shards(root) for word in _name_parts(shard)}
     return sorted(name for name in names if name.lower() in SPLIT_NAMES)
 
 
-def _words(shard: str) -> list[str]:
+def _name_parts(shard: str) -> list[str]:
     return re.findall("[A-Za-z]+", shard)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from denim.cli import evaluate as evaluate_command
 from denim.cli import finetune as finetune_command
-from denim.nim import Classifier, FinetuneConfig
+from denim.nim import Autoencoder, Classifier, FinetuneConfig
 from denim.nim.autoencoder import preset
 from denim.nim.classifier import ClassifierConfig
 
@@ -67,7 +67,8 @@ def test_two_models(says_cow, tmp_path):
 def test_training_and_test_images(tmp_path, fill, monkeypatch):
     fill(tmp_path / "set/train", {"ant": 1, "cow": 1})
     fill(tmp_path / "set/val", {"ant": 1, "dog": 1})
-    monkeypatch.setattr("denim.nim.finetuning.finetune", lambda _: pytest.fail("trained"))
+    monkeypatch.setattr("denim.nim.finetuning.train", lambda *_, **__: pytest.fail("trained"))
+    Autoencoder(preset("micro", channels=3)).save_pretrained(tmp_path / "denoiser")
     config = FinetuneConfig(out=tmp_path / "out", denoiser=tmp_path / "denoiser", data=str(tmp_path / "set"))
     with pytest.raises(ValueError, match="val has 1 of 2 classes that are not among the 2 expected ones: 'dog'"):
         finetune_command.main(config)

@@ -103,6 +103,19 @@ def test_evaluate_by_masking(runs, tmp_path):
     assert {cell["defense"] for cell in results["cells"]} == {"defense off", "mask 0.5"}
 
 
+def test_one_process_prints_for_all(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("denim.nim.finetuning.finetune", lambda _: None)
+    words = ("finetune", "--out", tmp_path, "--denoiser", tmp_path)
+    denim(*words)
+    assert "no accuracy is stated" in capsys.readouterr().out
+    (tmp_path / "result.json").write_text('{"source": "set/val", "images": 8, "accuracy": 0.75}')
+    denim(*words)
+    assert "accuracy on clean images of set/val, undefended: 75.00 % of 8\n" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    denim(*words)
+    assert capsys.readouterr().out == ""
+
+
 def test_denoise_writes_a_picture(runs, tmp_path, photo, capsys):
     target = tmp_path / "out.png"
     denim("denoise", photo, "--sigma", "70", "140", "--denoiser", runs / "nim" / "model", "--out", target)

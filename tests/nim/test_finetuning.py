@@ -1,7 +1,10 @@
 """Fine-tuning: the recipe's parameter groups, the training images, and that it learns."""
 
+import io
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +22,8 @@ from denim.nim import (
     preset,
     reconstruct,
 )
-from denim.nim.data import EvalView, TorchLoader, open_source
-from denim.nim.finetuning import accuracy
+from denim.nim.data import EvalView, TorchLoader, hold_out, open_source
+from denim.nim.finetuning import FinetuneTask, accuracy
 
 QUIET = Console(quiet=True)
 PLAIN = {"drop_path": 0.0, "auto_augment": None, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
@@ -228,6 +231,68 @@ def test_the_denoiser_stays_frozen(denoiser, tmp_path):
 def test_bad_input_is_refused_before_any_work(denoiser, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, **{**FAST, **changes}), QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_accuracy_is_that_of_images_that_were_not_trained_on(denoiser, tmp_path, make_folder, monkeypatch):
+    """By default the test split; with a share, images that no batch of the training holds, also when it is resumed."""
+    config = FinetuneConfig(out=tmp_path / "digits", denoiser=denoiser, trained_on="clean", **FAST, **PLAIN)
+    model = finetune(config, QUIET)
+    expected = accuracy(model, open_source("digits", "test"))
+    result = json.loads((config.out / "result.json").read_text())
+    assert result == {"source": "digits/test", "images": 600, "accuracy": expected}
+
+    used = set()
+    prepare = FinetuneTask.prepare
+
+    def record(self, batch, epoch):
+        used.update(batch.ids.tolist())
+        return prepare(self, batch, epoch)
+
+    monkeypatch.setattr(FinetuneTask, "prepare", record)
+    folder = make_folder(tmp_path / "flat", each=40, splits=(".",))
+    settings = {**FAST, **PLAIN, "data": str(folder), "batch_size": 4, "val_split": "0.25", "trained_on": "clean"}
+    config = FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, **settings)
+    finetune(config, QUIET)
+    _, held = hold_out(open_source(folder, "train", 1), 0.25, config.seed)
+    whole = json.loads((config.out / "result.json").read_text())
+    assert (whole["source"], whole["images"]) == ("flat, held out", len(held))
+    assert len(used) > 40
+    assert used.isdisjoint(held.ids.tolist())
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(config.out / name)
+    (config.out / "result.json").unlink()
+    used.clear()
+    finetune(replace(config, resume=True), QUIET)
+    assert used.isdisjoint(held.ids.tolist())
+    assert json.loads((config.out / "result.json").read_text()) == whole
+
+
+def test_without_other_images_no_accuracy_is_stated(denoiser, tmp_path, make_folder):
+    console = Console(file=io.StringIO(), width=200)
+    folder = make_folder(tmp_path / "flat", each=4, splits=(".",))
+    settings = {**FAST, **PLAIN, "data": str(folder), "batch_size": 8, "trained_on": "clean"}
+    finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, **settings), console)
+    assert "no accuracy will be stated: --val-split 0.1 holds out a tenth" in console.file.getvalue()
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("splits", "val_split", "message"),
+    [
+        (("train", "val"), "train", "its images are trained on"),
+        ((".",), "val", "has no folders or shards of splits"),
+        (("train", "val"), "test", "has no split 'test', it has 'train', 'val'"),
+        (("train",), "1.5", "the name of a split or a share between 0 and 1, got 1.5"),
+        (("train",), "nan", "got nan"),
+    ],
+)
+def test_the_split_is_checked_before_the_training(denoiser, tmp_path, make_folder, splits, val_split, message):
+    folder = make_folder(tmp_path / "data", splits=splits)
+    settings = {**FAST, **PLAIN, "data": str(folder), "batch_size": 2}
+    with pytest.raises(ValueError, match=message):
+        finetune(FinetuneConfig(out=tmp_path / "run", denoiser=denoiser, val_split=val_split, **settings), QUIET)
     assert not (tmp_path / "run").exists()
 
 

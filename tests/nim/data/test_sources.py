@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from denim.nim.data import Digits, EncodedSource, ImageFolder, Subset, indexing, open_source
+from denim.nim.data import Digits, EncodedSource, ImageFolder, Subset, hold_out, indexing, open_source
 from denim.nim.data.listing import sample_id
 
 
@@ -436,3 +436,36 @@ def test_a_subset_of_encoded_images_is_one(damaged):
 def test_a_subset_is_no_larger_than_its_source(count):
     with pytest.raises(ValueError, match="1 to 600 images"):
         Subset(Digits("test"), count)
+
+
+def test_what_is_held_out_depends_on_id_and_seed_alone(in_memory):
+    whole = Digits("train")
+    rest, held = hold_out(whole, 0.2, seed=3)
+    assert sorted(rest.ids.tolist() + held.ids.tolist()) == sorted(whole.ids.tolist())
+    # A binomial of 1197 draws, five standard deviations to each side.
+    assert abs(len(held) - 0.2 * 1197) < 5 * (1197 * 0.2 * 0.8) ** 0.5
+    assert held.name == "digits/train, held out"
+    places = {sample_id: index for index, sample_id in enumerate(whole.ids.tolist())}
+    place = places[int(held.ids[5])]
+    assert (held.where(5), held.labels[5]) == (whole.where(place), whole.labels[place])
+    assert held.read(5).tobytes() == whole.read(place).tobytes()
+    # The same images of a part of the source, and of a larger share: nobody changes sides.
+    _, of_half = hold_out(Subset(whole, 600), 0.2, seed=3)
+    assert set(of_half.ids.tolist()) <= set(held.ids.tolist())
+    assert set(held.ids.tolist()) < set(hold_out(whole, 0.3, seed=3)[1].ids.tolist())
+    assert set(held.ids.tolist()) != set(hold_out(whole, 0.2, seed=4)[1].ids.tolist())
+    assert sum(map(len, hold_out(in_memory(), 0.5))) == 23  # ids all over int64
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0.0, "between 0 and 1, got 0"),
+        (float("nan"), "between 0 and 1, got nan"),
+        (1e-9, "1e-09 of the 600 images of digits/test holds out none"),
+        (0.99999, "10 of 10 classes have no image left to train on: '0', '1'"),
+    ],
+)
+def test_shares_that_cannot_be_held_out(share, message):
+    with pytest.raises(ValueError, match=message):
+        hold_out(Digits("test"), share)
