@@ -74,7 +74,7 @@ mutants: $(STAMP)
 package-check: $(STAMP)
 	.ci/package-check $(BIN)/python
 
-# Kills, damaged images and tampered checkpoints, hundreds of each; SCALE=0.05 takes a few minutes.
+# Kills, also of one rank of two, damaged images and tampered checkpoints; SCALE=0.05 takes a few minutes.
 SCALE ?= 1
 faults: $(STAMP)
 	$(BIN)/python tests/faults.py --scale $(SCALE)

@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -43,7 +44,7 @@ import denim.nim.finetuning
 import denim.nim.pretraining
 from denim.nim.data import TrainView, loader_backends, open_loader, open_manifest, open_source
 
-KILLS, IMAGES, TAMPERED = 200, 2000, 100  # at scale 1
+KILLS, RANK_KILLS, IMAGES, TAMPERED = 200, 20, 2000, 100  # at scale 1
 LIMIT = 300  # seconds, after which a process hangs
 # A kill costs as long as the work has run until then: few images, of few pixels.
 RUN = (
@@ -253,6 +254,65 @@ def kills(faults: Faults, tasks: dict[str, Callable[[Path], Work]]) -> None:
         faults.say(f"{name}: {killed} kills in {rounds} runs, which end with the same bytes", since)
 
 
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+def two_ranks(faults: Faults, work: Work) -> list[Child]:
+    """Two processes that do some work together, as torchrun would start them."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+
+    def of_rank(rank: int) -> Work:
+        def run() -> None:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            work()
+
+        return run
+
+    return [Child(of_rank(rank), faults.folder / f"log-{rank}") for rank in range(2)]
+
+
+def ranks(faults: Faults, tasks: dict[str, Callable[[Path], Work]]) -> None:
+    """Kill one rank of two, or both, at random moments, and compare with a training that nothing has disturbed."""
+    since, wanted, killed, rounds = time.perf_counter(), round(RANK_KILLS * faults.scale), 0, 0
+    if wanted == 0:
+        return
+
+    def end(out: Path) -> None:
+        for child in two_ranks(faults, tasks["pretrain"](out)):
+            if child.wait() != 0:
+                faults.fail(f"two ranks: one ends with {child.status}", child)
+
+    first = time.perf_counter()
+    end(faults.folder / "whole/out")
+    duration, expected = time.perf_counter() - first, content(faults.folder / "whole")
+    while killed < wanted and not faults.failures:
+        place = faults.folder / "killed"
+        for _ in range(min(faults.random.randint(1, 5), wanted - killed)):
+            children = two_ranks(faults, tasks["pretrain"](place / "out"))
+            children[0].wait(faults.random.uniform(0, duration))
+            victims = faults.random.choice(([0], [1], [0, 1]))
+            if all(children[rank].wait(0) is None for rank in victims):
+                killed += {children[rank].kill() for rank in victims} == {-signal.SIGKILL}
+            for child in children:
+                if child.wait() is None:
+                    faults.fail("two ranks: one goes on when the other is gone", child)
+                elif child.status == 1:
+                    faults.fail("two ranks: one ends without words when the other is gone", child)
+        end(place / "out")
+        if other := difference(content(place), expected):
+            faults.fail(f"two ranks, after kills: {other} differs")
+        shutil.rmtree(place)
+        rounds += 1
+    shutil.rmtree(faults.folder / "whole")
+    for rank in range(2):
+        (faults.folder / f"log-{rank}").unlink()
+    faults.counts["kills of ranks"] += killed
+    faults.say(f"two ranks: {killed} kills in {rounds} runs, which end with the same bytes", since)
+
+
 # --------------------------------------------------------------------------------------------------------------- images
 
 
@@ -435,7 +495,7 @@ def tampering(faults: Faults, tasks: dict[str, Callable[[Path], Work]]) -> None:
     faults.say(f"tampering: {', '.join(f'{count} {what}' for what, count in sorted(outcomes.items()))}", since)
 
 
-PARTS = {"kills": kills, "images": images, "tampering": tampering}
+PARTS = {"kills": kills, "ranks": ranks, "images": images, "tampering": tampering}
 
 
 def main() -> int:
