@@ -34,12 +34,13 @@ quick: $(STAMP)
 test: $(STAMP)
 	$(PYTEST)
 
-# The quick tests on the lowest release of every package that pyproject.toml allows, installed into $(LOWEST): minutes, and
-# gigabytes of downloads. `make test-lowest PYTHON=python3.13` takes another Python.
-test-lowest: $(STAMP)
-	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) $(LOWEST)
-	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable .
-	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python $(TEST_TOOLS)
+# The quick tests on the lowest release of every package that pyproject.toml allows, installed into $(LOWEST) and not into
+# $(VENV): minutes, and gigabytes of downloads. pip cannot resolve to the lowest releases; uv can.
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet "uv>=0.9"
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable .
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python $(TEST_TOOLS)
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 coverage: $(STAMP)

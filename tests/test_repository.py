@@ -33,6 +33,15 @@ def test_versions_agree():
     assert newest == version
 
 
+def test_ci_tests_the_versions_of_python_that_are_claimed():
+    classifiers = [name.split(" :: ") for name in PROJECT["project"]["classifiers"]]
+    claimed = [name[-1] for name in classifiers if name[:2] == ["Programming Language", "Python"]]
+    assert PROJECT["project"]["requires-python"] == f">={claimed[0]}"
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert sorted(set(re.findall(r'python(?:-version)?: "([\d.]+)"', workflow))) == claimed
+    assert re.search(r"make test-lowest|target: test-lowest", workflow)
+
+
 def test_help_names_every_target_of_make():
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.M)
