@@ -405,6 +405,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
         keep_every=config.keep_every,
         in_background=device.type == "cuda",
     )
+    writer.remove_old()
     # Where reading a number waits for nothing, each update is checked; elsewhere those that are logged or saved.
     check_always = device.type in READS_ARE_FREE
     parts = prefetched(

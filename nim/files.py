@@ -24,6 +24,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "read_json_lines",
+    "remove_folder",
     "sweep",
     "translated",
 ]
@@ -108,6 +109,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise WriteError(error.errno or 0, path) from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, which loses its name in one step: what a killed process leaves of it is for `sweep`.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    path = path.rename(_new_name(path.parent))
+    shutil.rmtree(path)
 
 
 def check_path(path: Path) -> None:

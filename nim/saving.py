@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from denim.nim.checkpoint import WEIGHTS_FILE, CheckpointError, Pretrained, first_words, read_safetensors
-from denim.nim.files import DamagedFileError, atomic_folder, read_json
+from denim.nim.files import DamagedFileError, atomic_folder, read_json, remove_folder
 from denim.nim.parallel import whole
 from denim.nim.ranks import Ranks
 
@@ -289,6 +289,13 @@ class CheckpointWriter:
         state = {name: _host_copy(tensor) for name, tensor in state.items()}
         self._pending = self._thread.submit(self._write, folder, model, weights, state, progress)
 
+    def remove_old(self) -> None:
+        """Remove the checkpoints that do not stay. A process that was killed may have left more."""
+        if self.ranks.is_first:
+            for old in _checkpoints(self.run)[: -self.keep]:
+                if not self.keep_every or int(old.name) % self.keep_every:
+                    remove_folder(old)
+
     def finish(self) -> None:
         """Wait until everything is written.
 
@@ -317,10 +324,7 @@ class CheckpointWriter:
                 # Read back from the files: what was written wrongly is found when the run is resumed.
                 sums = _sums(staged)
                 (staged / SUMS_FILE).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        if self.ranks.is_first:
-            for old in _checkpoints(self.run)[: -self.keep]:
-                if not self.keep_every or int(old.name) % self.keep_every:
-                    shutil.rmtree(old)
+        self.remove_old()
         self.ranks.barrier(group)
 
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from denim.nim import files, saving
 from denim.nim.checkpoint import CheckpointError, Pretrained
 from denim.nim.data import Batch
 from denim.nim.engine import Task, train
@@ -583,6 +584,24 @@ def test_checkpoints_by_the_clock(tmp_path):
     config = configure(tmp_path / "run", epochs=1, checkpoint_minutes=1e-9, keep_checkpoints=9)
     run(config)
     assert len(list((config.out / "checkpoints").iterdir())) == 5
+
+
+@pytest.mark.parametrize("name", ["rmtree", "remove_folder"])
+def test_a_process_that_is_killed_as_it_removes_a_checkpoint_leaves_no_part_of_it(tmp_path, monkeypatch, name):
+    def killed(path, **_):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run" / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil if name == "rmtree" else saving, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(configure(tmp_path / "run", checkpoint_every=1))
+    assert len(list(folder.iterdir())) == 3
+    left = list(folder.glob("[0-9]*"))
+    assert [saving._damage(checkpoint) for checkpoint in left] == [""] * (2 if name == "rmtree" else 3)
+    run(configure(tmp_path / "run", checkpoint_every=10**6, resume=True))
+    assert sorted(path.name for path in folder.iterdir()) == [sorted(left)[-1].name, "00000020"]
 
 
 @pytest.mark.parametrize("line", ["{}", '{"update": "3"}', '{"update": true}'])
