@@ -3,6 +3,9 @@
 Spinning threads wake up at once, which makes small models about a quarter faster. But a thread that spins keeps its
 core from whatever else runs there, also from the thread that it waits for. OpenMP reads the policy when torch is
 imported.
+
+The number of threads does not follow the load: sums are split among them, and a run that is resumed with another number
+has other weights in their last bits.
 """
 
 from __future__ import annotations
