@@ -11,12 +11,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from denim.kernels.noise import noise_backend
 from denim.nim.data import Digits
+
+# The time that an example takes depends on what else the machine does.
+settings.register_profile("denim", deadline=None)
+settings.load_profile("denim")
 
 POISONED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
