@@ -104,6 +104,9 @@ class Numpy(SimpleNamespace):
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0), (0, 1.0), (0.3, 0.6)])
 def test_mixed_images_and_targets_are_timms(monkeypatch, mixup, cutmix):
     """Given what is drawn: group by group, what timm's mode "batch" makes of the group."""
+    top, bottom, _, _ = timm.data.mixup.rand_bbox((3, 3), 0.0, count=64)
+    if cutmix and max(bottom - top) < 3:
+        pytest.skip(f"timm {timm.__version__} makes boxes with an odd side a pixel smaller than they are drawn")
     given_pixels, given_labels = pictures(), labels()
     chosen = set()
     for epoch in range(6):
