@@ -23,7 +23,7 @@ from denim.nim.files import atomic_write
 from denim.nim.precision import resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
-from denim.nim.run import RESULT_FILE, training_source
+from denim.nim.run import RESULT_FILE, fitted, training_source
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
 from denim.nim.text import open_console, printable
@@ -137,6 +137,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         with ranks.in_turn():
             whole = training_source(config, body.channels, labelled=True)
             source, validation = _divided(config, whole)
+        config = fitted(config, source, console, is_first=ranks.is_first)
         if validation is None:
             console.print(
                 f"{printable(whole.name)} has no images beside those that are trained on, so that no accuracy will be "

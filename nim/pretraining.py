@@ -14,7 +14,7 @@ from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
 from denim.nim.precision import resolve_precision
 from denim.nim.ranks import joined
-from denim.nim.run import training_source
+from denim.nim.run import fitted, training_source
 from denim.nim.settings import PretrainConfig, pick_device
 from denim.nim.text import open_console
 
@@ -68,6 +68,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         console = console or open_console(stderr=True, quiet=not ranks.is_first)
         with ranks.in_turn():
             source = training_source(config, config.channels, labelled=False)
+        config = fitted(config, source, console, is_first=ranks.is_first)
         architecture = preset(
             config.preset,
             img_size=config.img_size,

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from denim.nim.checkpoint import first_words, with_todays_names
 from denim.nim.data import ManifestError, ManifestSource, Source, open_source
 from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
-from denim.nim.settings import TrainConfig
+from denim.nim.settings import LEAST_UPDATES, TrainConfig
+from denim.nim.text import printable
 
-__all__ = ["Metrics", "prepare_folder", "settings_of_run", "training_source"]
+__all__ = ["Metrics", "fitted", "prepare_folder", "settings_of_run", "training_source"]
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 SETTINGS_FILE = "run.json"
 RESULT_FILE = "result.json"
 MANIFEST_FILE = "manifest.safetensors"
+# Rates of AdamW for 256 images, a factor of ten and more around the published ones: 1.5e-4 of pretraining (He et al.
+# 2022, You et al. 2023), 5e-4 to 1e-3 of fine-tuning; small models on digits learn with up to 6e-3.
+USUAL_BASE_LR = (1e-5, 1e-2)
 # Settings that may differ between a run and its resumption, since they do not change its weights.
 FREE_SETTINGS = (
     "out", "resume", "workers", "loader", "max_bad", "log_every",
@@ -57,6 +63,34 @@ def training_source(config: TrainConfig, channels: int | None, *, labelled: bool
         )
     except ManifestError as error:
         raise ManifestError(f"{error}; if the images are those that the run began with, remove {kept}") from error
+
+
+def fitted(config: Config, source: Source, console: Console, *, is_first: bool) -> Config:
+    """The settings with numbers that fit the images (`TrainConfig.for_data`), which are said in one line.
+
+    Args:
+        config: the settings.
+        source: the images that are trained on.
+        console: for the line.
+        is_first: whether this process warns of a learning rate that is far from what is usual.
+    """
+    is_chosen, config = config.batch_size is None, config.for_data(len(source))
+    name, images, batch, published = printable(source.name), len(source), config.batch_size, config.PUBLISHED_BATCH
+    reason = f" (of the published {published} an epoch would have fewer than {LEAST_UPDATES})"
+    console.print(
+        f"{name}: {images:,} images in batches of {batch}{reason if is_chosen and batch < published else ''}, "
+        f"{config.warmup_epochs:g} of {config.epochs} epochs of warm-up, learning rate {config.lr:.3g}",
+        markup=False,
+        soft_wrap=True,
+    )
+    least, most = USUAL_BASE_LR
+    if is_first and not least <= config.base_lr <= most:
+        warnings.warn(
+            f"base_lr {config.base_lr:g} gives batches of {batch} a learning rate of {config.lr:.3g}, far from what is "
+            f"usual: a base_lr, which is for 256 images, between {least:g} and {most:g}",
+            stacklevel=2,
+        )
+    return config
 
 
 def prepare_folder(config: TrainConfig, source: Source | None) -> None:

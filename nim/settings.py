@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
     import torch
@@ -19,17 +19,22 @@ if TYPE_CHECKING:
 
 __all__ = ["FinetuneConfig", "PretrainConfig", "TrainConfig", "pick_device"]
 
+LEAST_UPDATES = 10  # of an epoch, where the batch is chosen for the data
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings that pretraining and fine-tuning share.
 
     Attributes:
+        PUBLISHED_BATCH: images of an update in the published recipe.
         out: Folder of the run.
         data: Training images: digits, cifar10, cifar100 or a folder.
         epochs: Passes over the training images.
-        warmup_epochs: Epochs of linear warm-up at the start; a cosine to min_lr follows, set at every update.
-        batch_size: Images per update, on all devices together; learning rates scale linearly with it.
+        warmup_epochs: Epochs of linear warm-up at the start; a cosine to min_lr follows, set at every update. Without
+            it, the published share of the epochs.
+        batch_size: Images per update, on all devices together; learning rates scale linearly with it. Without it, the
+            published number, or for smaller data the largest power of two of which an epoch has at least 10.
         micro_batch: Images per forward pass on one device; the gradients of as many passes as an update needs are
             averaged. None: the share of a device in one pass. It changes memory and speed, not the result.
         base_lr: Learning rate for a batch of 256 images.
@@ -61,6 +66,8 @@ class TrainConfig:
         keep_every: Updates between checkpoints that stay for good, in multiples of checkpoint_every.
         log_every: Updates between lines of metrics.
     """
+
+    PUBLISHED_BATCH: ClassVar[int]
 
     out: Path
     data: str = "digits"
@@ -105,16 +112,17 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep_checkpoints",
                      "keep_every"):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < 1:  # epochs may be left to the size of the denoiser
+            if value is not None and value < 1:  # None: left to the size of the denoiser or of the data
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("clip_grad", "checkpoint_minutes", "stall_timeout"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value}")
-        if self.batch_size % (self.micro_batch or 1):
+        if self.batch_size is not None and self.batch_size % (self.micro_batch or 1):
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
-        if not 0 <= self.warmup_epochs <= (math.inf if self.epochs is None else self.epochs):
-            raise ValueError(f"warmup_epochs must lie between 0 and epochs ({self.epochs}), got {self.warmup_epochs}")
+        warmup = self.warmup_epochs
+        if warmup is not None and not 0 <= warmup <= (math.inf if self.epochs is None else self.epochs):
+            raise ValueError(f"warmup_epochs must lie between 0 and epochs ({self.epochs}), got {warmup}")
         if not (math.isfinite(self.base_lr) and self.base_lr > 0):
             raise ValueError(f"base_lr must be positive, got {self.base_lr}")
         _refuse_negative(self, "min_lr", "weight_decay", "workers")
@@ -122,6 +130,27 @@ class TrainConfig:
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         check_seed(self.seed)
         check_precision(self.precision)
+
+    @property
+    def batch_unit(self) -> int:
+        """What a batch that is chosen for the data is a multiple of."""
+        return 1
+
+    def for_data(self, images: int) -> Self:
+        """The same settings, with numbers in place of None for the batch and the warm-up.
+
+        The batch is the published one. Where an epoch has fewer than 10 of these, it is the largest power of two (times
+        `batch_unit`) of which it has 10: AdamW needs many updates more than it needs large batches. The warm-up is
+        5 % of the epochs, as published for pretraining (40 of 800).
+
+        Args:
+            images: training images.
+        """
+        fitting = max(1, images // (LEAST_UPDATES * self.batch_unit))
+        largest = self.batch_unit * 2 ** (fitting.bit_length() - 1)
+        batch = min(self.PUBLISHED_BATCH, largest) if self.batch_size is None else self.batch_size
+        warmup = 0.05 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
+        return replace(self, batch_size=batch, warmup_epochs=warmup)
 
     @property
     def lr(self) -> float:
@@ -165,6 +194,8 @@ class PretrainConfig(TrainConfig):
         channels: Channels that the images are converted to, 1 or 3; without it, those of the data.
     """
 
+    PUBLISHED_BATCH = 4096
+
     preset: str = "base"
     objective: str = "nim"
     target: str = "norm"
@@ -174,8 +205,8 @@ class PretrainConfig(TrainConfig):
     patch_size: int | None = None
     channels: int | None = None
     epochs: int = 800
-    warmup_epochs: float = 40
-    batch_size: int = 4096
+    warmup_epochs: float | None = None  # type: ignore[assignment]  # a number after `for_data`
+    batch_size: int | None = None  # type: ignore[assignment]  # likewise
     base_lr: float = 1.5e-4
     betas: tuple[float, float] = (0.9, 0.95)
     crop_scale: tuple[float, float] | None = (0.2, 1.0)
@@ -223,6 +254,8 @@ class FinetuneConfig(TrainConfig):
             val, validation or valid that the data has.
     """
 
+    PUBLISHED_BATCH = 1024
+
     denoiser: Path
     trained_on: str = "denoised"
     sigma: str = "uniform:0,30"
@@ -230,8 +263,8 @@ class FinetuneConfig(TrainConfig):
     mask_ratio: float = 0.75
     statistics: str = "input"
     epochs: int | None = None  # type: ignore[assignment]  # a number after `for_denoiser`
-    warmup_epochs: float = 5
-    batch_size: int = 1024
+    warmup_epochs: float | None = None  # type: ignore[assignment]  # likewise
+    batch_size: int | None = None  # type: ignore[assignment]  # a number after `for_data`
     base_lr: float = 1e-3
     min_lr: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
@@ -269,7 +302,7 @@ class FinetuneConfig(TrainConfig):
                 f"mixup_group must be an even number, for images are mixed in pairs, got {self.mixup_group}"
             )
         micro_batch = self.micro_batch or self.batch_size
-        if (self.mixup or self.cutmix) and micro_batch % self.mixup_group:
+        if (self.mixup or self.cutmix) and micro_batch is not None and micro_batch % self.mixup_group:
             raise ValueError(
                 f"mixup and cutmix need whole groups of {self.mixup_group} images, and a micro-batch has "
                 f"{micro_batch}: change batch_size or micro_batch, set mixup_group, or turn mixing off with mixup=0 "
@@ -284,8 +317,15 @@ class FinetuneConfig(TrainConfig):
         except ValueError:
             return None
 
+    @property
+    def batch_unit(self) -> int:
+        """The images that are mixed among each other."""
+        return self.mixup_group if self.mixup or self.cutmix else 1
+
     def for_denoiser(self, denoiser: AutoencoderConfig) -> FinetuneConfig:
-        """The same settings, with the published epochs and drop path of the denoiser's size where they are None.
+        """The same settings, with published values for the denoiser's size where epochs, warm-up or drop path is None.
+
+        The published warm-up is 5 epochs; of other epochs than the published ones it is the same share.
 
         Args:
             denoiser: architecture of the denoiser.
@@ -294,9 +334,11 @@ class FinetuneConfig(TrainConfig):
             ValueError: more warm-up epochs than epochs.
         """
         width = denoiser.embed_dim
-        epochs = (50 if width >= 1024 else 100) if self.epochs is None else self.epochs
+        published = 50 if width >= 1024 else 100
+        epochs = published if self.epochs is None else self.epochs
+        warmup = 5 * epochs / published if self.warmup_epochs is None else self.warmup_epochs
         drop_path = (0.2 if width >= 1280 else 0.1) if self.drop_path is None else self.drop_path
-        return replace(self, epochs=epochs, drop_path=drop_path)
+        return replace(self, epochs=epochs, warmup_epochs=warmup, drop_path=drop_path)
 
 
 def _refuse_negative(config: TrainConfig, *names: str) -> None:

@@ -48,8 +48,8 @@ def denoiser(tmp_path_factory):
 )
 def test_defaults_are_the_published_recipe(tmp_path, size, epochs, drop_path):
     config = FinetuneConfig(out=tmp_path, denoiser=tmp_path)
-    assert config.epochs is config.drop_path is None
-    config = config.for_denoiser(preset(size))
+    assert config.epochs is config.drop_path is config.warmup_epochs is config.batch_size is None
+    config = config.for_denoiser(preset(size)).for_data(1_281_167)
     assert (config.epochs, config.warmup_epochs, config.batch_size) == (epochs, 5, 1024)
     assert config.lr == pytest.approx(4e-3)
     assert (config.min_lr, config.betas, config.weight_decay) == (1e-6, (0.9, 0.999), 0.05)
@@ -60,8 +60,11 @@ def test_defaults_are_the_published_recipe(tmp_path, size, epochs, drop_path):
 
 
 def test_given_epochs_and_drop_path_hold_for_every_size(tmp_path):
-    config = FinetuneConfig(out=tmp_path, denoiser=tmp_path, epochs=7, drop_path=0.0)
+    config = FinetuneConfig(out=tmp_path, denoiser=tmp_path, epochs=7, warmup_epochs=2, drop_path=0.0)
     assert config.for_denoiser(preset("huge")) == config
+    half = replace(config, epochs=25, warmup_epochs=None)
+    assert half.for_denoiser(preset("large")).warmup_epochs == 2.5  # 5 of 50 are published
+    assert half.for_denoiser(preset("base")).warmup_epochs == 1.25  # 5 of 100
     with pytest.raises(ValueError, match=r"between 0 and epochs \(50\), got 60"):
         FinetuneConfig(out=tmp_path, denoiser=tmp_path, warmup_epochs=60).for_denoiser(preset("large"))
 

@@ -1,6 +1,8 @@
 """Pretraining on the digits: it learns, it keys its noise, and a resumed run is the same run."""
 
+import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from denim.nim import Autoencoder, Objective, PretrainConfig, pretrain
 from denim.nim.data import ManifestError
-from denim.nim.run import training_source
+from denim.nim.run import fitted, training_source
 from denim.nim.saving import latest_checkpoint
 
 QUIET = Console(quiet=True)
@@ -26,11 +28,38 @@ def losses(out):
 
 def test_defaults_are_the_published_recipe(tmp_path):
     config = PretrainConfig(out=tmp_path)
+    assert config.warmup_epochs is config.batch_size is None
+    config = config.for_data(1_281_167)
     assert (config.epochs, config.warmup_epochs, config.batch_size) == (800, 40, 4096)
     assert config.lr == pytest.approx(1.5e-4 * 16)
     assert (config.betas, config.weight_decay, config.crop_scale) == ((0.9, 0.95), 0.05, (0.2, 1.0))
     assert str(Objective.published(config.objective, config.sigma).sigma) == "gamma:25,3"
     assert (config.preset, config.target) == ("base", "norm")
+
+
+@pytest.mark.slow
+def test_digits_need_no_settings(tmp_path):
+    """The published batch is larger than all digits together. What is chosen is in run.json, and one line says it."""
+    console = Console(file=io.StringIO(), width=200)
+    config = PretrainConfig(out=tmp_path / "run", data="digits", preset="micro", epochs=1, device="cpu")
+    pretrain(config, console)
+    assert console.file.getvalue().splitlines()[0] == (
+        "digits/train: 1,197 images in batches of 64 (of the published 4096 an epoch would have fewer than 10), "
+        "0.05 of 1 epochs of warm-up, learning rate 3.75e-05"
+    )
+    settings = json.loads((config.out / "run.json").read_text())
+    assert (settings["batch_size"], settings["warmup_epochs"]) == (64, 0.05)
+    pretrain(replace(config, resume=True), QUIET)  # the same settings are found again
+
+
+@pytest.mark.parametrize(("base_lr", "warns"), [(9e-6, True), (1e-5, False), (1e-2, False), (1.1e-2, True)])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_learning_rate_far_from_what_is_usual_warns(tmp_path, recwarn, digits, base_lr, warns, is_first):
+    config = PretrainConfig(out=tmp_path, base_lr=base_lr, batch_size=128)
+    fitted(config, digits[0], QUIET, is_first=is_first)
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (warns and is_first)
+    assert all(f"learning rate of {base_lr / 2:.3g}, far from what is usual" in text for text in said)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from denim.nim.settings import FinetuneConfig, TrainConfig, pick_device
+from denim.nim.settings import FinetuneConfig, PretrainConfig, TrainConfig, pick_device
 
 SETTINGS = {
     "epochs": 4, "warmup_epochs": 1, "batch_size": 2, "base_lr": 1.0, "betas": (0.9, 0.95), "crop_scale": None,
@@ -44,6 +44,31 @@ def test_bad_settings_are_refused(tmp_path, changes, message):
 def test_a_batch_is_cut_among_devices_and_passes(tmp_path, batch_size, micro_batch, world, passes):
     settings = {**SETTINGS, "batch_size": batch_size, "micro_batch": micro_batch}
     assert TrainConfig(out=tmp_path / "run", **settings).passes(world) == passes
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size"),
+    [(1, 1), (19, 1), (20, 2), (1197, 64), (1280, 128), (40_959, 2048), (40_960, 4096), (10**9, 4096)],
+)
+def test_a_batch_fits_the_data(tmp_path, images, batch_size):
+    """The published batch, or the largest power of two of which an epoch has at least 10."""
+    assert PretrainConfig(out=tmp_path).for_data(images).batch_size == batch_size
+    assert PretrainConfig(out=tmp_path, batch_size=48).for_data(images).batch_size == 48
+
+
+@pytest.mark.parametrize(
+    ("changes", "images", "batch_size"),
+    [
+        ({}, 40, 16),  # a group, however few images there are
+        ({}, 1197, 64),
+        ({"mixup_group": 6}, 1197, 96),
+        ({"mixup": 0.0, "cutmix": 0.0}, 40, 4),
+        ({}, 50_000, 1024),
+    ],
+)
+def test_a_batch_that_fits_the_data_has_whole_groups(tmp_path, changes, images, batch_size):
+    config = FinetuneConfig(out=tmp_path, denoiser=tmp_path, epochs=1, **changes)
+    assert config.for_data(images).batch_size == batch_size
 
 
 @pytest.mark.parametrize(("micro_batch", "world", "message"), [(None, 5, "of the 5 devices"), (4, 2, "is 6 images on")])
