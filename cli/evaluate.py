@@ -24,7 +24,7 @@ def main(
     max_batch: int = 256,
     examples: int = 6,
     loader: str = "auto",
-    workers: int = 0,
+    workers: int | None = None,
     max_bad: float = 0.01,
     seed: int = 0,
     device: str = "auto",
@@ -54,7 +54,8 @@ def main(
         max_batch: Images per forward pass; a smaller number takes less memory.
         examples: Images in the gallery.
         loader: Loader of the images: dali, torch, or auto for the first of these that can serve.
-        workers: Processes (torch) or threads (DALI) that decode images.
+        workers: Processes (torch) or threads (DALI) that decode images. Without it, as many as help: at most the
+            processors, and none for small data.
         max_bad: Largest share of images that may be unreadable; they are not counted, and above it the command stops.
         seed: Seed of the evaluation.
         device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.

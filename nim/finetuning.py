@@ -220,7 +220,7 @@ def accuracy(
     batch_size: int = 256,
     *,
     backend: str = "auto",
-    workers: int = 0,
+    workers: int | None = None,
     max_bad: float = 0.01,
 ) -> float:
     """Share of a source's images that a classifier gets right, without noise and without a defense.
@@ -244,7 +244,7 @@ def accuracy(
 
 @torch.no_grad()
 def _count_right(
-    model: Classifier, source: Source, batch_size: int, backend: str, workers: int, max_bad: float
+    model: Classifier, source: Source, batch_size: int, backend: str, workers: int | None, max_bad: float
 ) -> tuple[int, int]:
     """How many images a classifier gets right, of how many that can be read; see `accuracy`."""
     device = next(model.parameters()).device

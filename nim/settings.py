@@ -47,7 +47,8 @@ class TrainConfig:
         translate: Largest random shift, as a share of the side.
         zoom: Largest random change of size, as a share of the size.
         loader: Loader of the images: dali, torch, or auto for the first of these that can serve.
-        workers: Processes (torch) or threads (DALI) that decode images.
+        workers: Processes (torch) or threads (DALI) that decode images. Without it, as many as help: at most the
+            processors that each local rank has, and none for small data.
         max_bad: Largest share of images that may be unreadable; others take their places, and above it the run stops.
         seed: Seed of the run.
         device: Device to train on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
@@ -85,7 +86,7 @@ class TrainConfig:
     translate: float = 0.0
     zoom: float = 0.0
     loader: str = "auto"
-    workers: int = 0
+    workers: int | None = None
     max_bad: float = 0.01
     seed: int = 0
     device: str = "auto"
@@ -125,7 +126,9 @@ class TrainConfig:
             raise ValueError(f"warmup_epochs must lie between 0 and epochs ({self.epochs}), got {warmup}")
         if not (math.isfinite(self.base_lr) and self.base_lr > 0):
             raise ValueError(f"base_lr must be positive, got {self.base_lr}")
-        _refuse_negative(self, "min_lr", "weight_decay", "workers")
+        _refuse_negative(self, "min_lr", "weight_decay")
+        if self.workers is not None:
+            _refuse_negative(self, "workers")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         check_seed(self.seed)

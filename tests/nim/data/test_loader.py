@@ -21,11 +21,13 @@ from denim.nim.data import (
     ImageFolder,
     TorchLoader,
     TrainView,
+    backends,
     loader_backends,
     open_loader,
     open_source,
     sample_rng,
 )
+from denim.nim.data.backends import default_workers
 from denim.nim.data.decode import MachineError
 
 pytestmark = pytest.mark.slow
@@ -472,6 +474,38 @@ def test_an_error_in_a_view_is_not_taken_for_a_dead_worker(in_memory):
 
 
 # The choice of a backend
+
+
+@pytest.mark.parametrize(
+    ("images", "world", "local", "workers"),
+    [
+        (999, 1, None, 0),  # would end before a worker has paid for its start
+        (5000, 1, None, 5),
+        (10**6, 1, None, 12),
+        (10**6, 8, "4", 3),
+        (10**6, 16, "16", 0),
+        (5000, 4, "2", 1),
+    ],
+)
+def test_workers_are_as_many_as_help(in_memory, monkeypatch, images, world, local, workers):
+    monkeypatch.setattr(backends, "processors", lambda: 12)
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+
+    class Encoded(in_memory):
+        def encoded(self, index): ...
+        def plain_length(self, index): ...
+        def dali(self, index): ...
+        def __len__(self):
+            return images
+
+    assert default_workers(Encoded(4), world) == workers
+    assert open_loader(Encoded(4), VIEW, 4, backend="torch", world=world).workers == workers
+    assert open_loader(Encoded(4), VIEW, 4, backend="torch", world=world, workers=2).workers == 2
+    monkeypatch.setattr(in_memory, "__len__", lambda self: images)
+    assert default_workers(in_memory(4), world) == 0
+    monkeypatch.setattr(backends, "processors", lambda: 2000)
+    assert default_workers(Encoded(4), 1) == min(images // 1000, 16)
 
 
 def test_open_loader_takes_what_can_serve(in_memory):
