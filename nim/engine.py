@@ -393,7 +393,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
     config, ranks, device = state.config, state.ranks, state.losses.device
     precision = resolve_precision(config.precision, device)
     metrics = Metrics(config.out, state.update) if ranks.is_first else None
-    report = ProgressReport(console, title, state.update, state.total, config.batch_size)
+    report = ProgressReport(console, title, state.update, state.total, config.batch_size, ranks.world)
     report.say(f"{title}: {precision} on {device}{f', {ranks.world} processes' if ranks.world > 1 else ''}")
     bad: dict[str, str] = state.loader["bad"]
     checkpoint_every = config.checkpoint_every or state.updates_per_epoch

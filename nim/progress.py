@@ -24,22 +24,25 @@ class ProgressReport:
         done: updates that were done before.
         total: updates of the whole run.
         batch_size: images of an update.
+        devices: that the run takes, for what it has cost at the end.
     """
 
-    def __init__(self, console: Console, title: str, done: int, total: int, batch_size: int) -> None:
+    def __init__(self, console: Console, title: str, done: int, total: int, batch_size: int, devices: int = 1) -> None:
         self.console = console
         self.title = title
         self.total = total
         self.batch_size = batch_size
+        self.devices = devices
         self._has_bar = console.is_terminal or console.is_jupyter
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._has_bar)
         self._task = self._bar.add_task(title, total=total, completed=done, state="")
-        now = time.perf_counter()
+        self._started = now = time.perf_counter()
         self._began, self._first = now, done
         self._measured, self._since = now, done
         self._next_line = now + FIRST
         self._state = ""
+        self._measures = False  # the first update starts workers and compiles: it tells nothing of the others
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -64,16 +67,23 @@ class ProgressReport:
         self._state = f"loss {loss:.4f}  {rate:,.0f} images/s"
 
     def tick(self, update: int) -> None:
-        """Note an update that is done. A line is due by the clock, and for the last update."""
+        """Note an update that is done. A line is due by the clock, and for the last update, where it has the cost."""
         self._bar.update(self._task, completed=update, state=self._state)
-        now = time.perf_counter()
-        if self._has_bar or (now < self._next_line and update < self.total):
-            return
-        self._next_line = now + BETWEEN
-        seconds = (now - self._began) / (update - self._first)
-        state = self._state or f"{self.batch_size / seconds:,.0f} images/s"
-        left = f"  {_clock(seconds * (self.total - update))} left" if update < self.total else ""
-        self.say(f"{self.title}: {update}/{self.total}  {state}{left}")
+        now, last = time.perf_counter(), update == self.total
+        if last or (now >= self._next_line and not self._has_bar):
+            self._next_line = now + BETWEEN
+            seconds = (now - self._began) / max(1, update - self._first)
+            words = [f"{self.title}: {update}/{self.total}"]
+            if self._state or self._measures or last:
+                words.append(self._state or f"{self.batch_size / seconds:,.0f} images/s")
+            if last:
+                passed = now - self._started
+                words += [f"in {_clock(passed)}", f"{self.devices * passed / 3600:.3g} device-hours"]
+            elif self._measures:
+                words.append(f"{_clock(seconds * (self.total - update))} left")
+            self.say("  ".join(words))
+        if not self._measures:
+            self._measures, self._began, self._first = True, now, update
 
 
 def _clock(seconds: float) -> str:

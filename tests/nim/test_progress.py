@@ -34,11 +34,22 @@ def test_lines_come_by_the_clock(clock):
 
 def test_the_last_update_has_a_line(clock):
     console = Console(file=io.StringIO(), width=200)
-    with ProgressReport(console, "[run]", done=0, total=2, batch_size=64) as report:
-        for update in (1, 2):
-            clock[0] += 0.5
-            report.tick(update)
-    assert console.file.getvalue() == "[run]: 2/2  128 images/s\n"
+    with ProgressReport(console, "[run]", done=0, total=2, batch_size=64, devices=8) as report:
+        for seconds in (899.5, 0.5):
+            clock[0] += seconds
+            report.tick(report.total - (seconds > 1))
+    assert console.file.getvalue().splitlines() == [
+        "[run]: 1/2",  # the first update, which compiles, tells nothing of the speed of the others
+        "[run]: 2/2  128 images/s  in 0:15:00  2 device-hours",
+    ]
+
+
+def test_a_run_of_one_update_has_a_line(clock):
+    console = Console(file=io.StringIO(), width=200)
+    with ProgressReport(console, "run", done=0, total=1, batch_size=64) as report:
+        clock[0] += 0.5
+        report.tick(1)
+    assert console.file.getvalue() == "run: 1/1  128 images/s  in 0:00:00  0.000139 device-hours\n"
 
 
 def test_a_terminal_has_a_bar_and_no_lines(clock):
