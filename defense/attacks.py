@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from denim.defense.de3 import De3
 from denim.kernels import Domain, attack_start, attack_step, derive_seeds
+from denim.nim.adversarial import evaluating
 
 __all__ = ["Attack", "Attacked"]
 
@@ -126,7 +125,7 @@ class Attack:
             ValueError: the logits do not depend on the pixels by operations of autograd.
         """
         target = De3(None, defense.classifier, None).to(pixels.device) if self.gray else defense
-        with torch.inference_mode(False), _evaluating(target):
+        with torch.inference_mode(False), evaluating(target):
             # Autograd saves no tensors that were made in inference mode.
             pixels, labels, ids = (x.clone() if x.is_inference() else x for x in (pixels, labels, ids))
             return self._run(target, pixels, labels, ids, seed)
@@ -163,18 +162,6 @@ class Attack:
     def _step_size(self, step: int) -> float:
         done = step / self.steps
         return self.epsilon / 4 * (1.0 if done < 0.5 else 0.5 if done < 0.75 else 0.25)
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is in evaluation mode: in training, dropout hides gradients and images move statistics."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def radius_text(epsilon: float) -> str:

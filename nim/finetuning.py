@@ -55,6 +55,7 @@ class FinetuneTask(Task):
         self.config = config
         self.augmentation = augmentation
         self.levels = Sigma.parse(config.sigma)
+        self.adversarial = config.adversarial_training
 
     def prepare(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """The arguments of `forward`, all but the images made on the host."""
@@ -93,6 +94,9 @@ class FinetuneTask(Task):
             if sigma is not None and seeds is not None:
                 pixels = self._degraded(pixels, sigma, seeds)
         targets = self.augmentation.targets(labels, draws)
+        if self.adversarial is not None:
+            # Erased pixels may lie outside of the range in which images are attacked.
+            return self.adversarial.loss(self.model, pixels.clamp(0, 1), targets, augment_seeds)
         return F.cross_entropy(self.model(pixels, augment_seeds), targets)
 
     def _degraded(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:

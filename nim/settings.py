@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 if TYPE_CHECKING:
     import torch
 
+    from denim.nim.adversarial import AdversarialTraining
     from denim.nim.autoencoder import AutoencoderConfig
 
 __all__ = ["FinetuneConfig", "PretrainConfig", "TrainConfig", "pick_device"]
@@ -255,6 +256,12 @@ class FinetuneConfig(TrainConfig):
         val_split: Images for the accuracy at the end: the name of a split, such as val, or a share such as 0.1 of the
             training images, which is held out of the training, by sample id and seed; without it, the split test,
             val, validation or valid that the data has.
+        adversarial: Adversarial training on clean images: pgd (Madry et al. 2018) or trades (Zhang et al. 2019); None
+            is none.
+        epsilon: Radius of its attack in 0-255 pixel levels.
+        attack_steps: Steps of its attack.
+        attack_step_size: Size of a step in 0-255 pixel levels; None takes a quarter of epsilon.
+        trades_beta: Weight of the divergence between clean and attacked images in TRADES.
     """
 
     PUBLISHED_BATCH = 1024
@@ -281,6 +288,11 @@ class FinetuneConfig(TrainConfig):
     mixup_group: int = 16
     smoothing: float = 0.1
     val_split: str | None = None
+    adversarial: str | None = None
+    epsilon: float = 8.0
+    attack_steps: int = 10
+    attack_step_size: float | None = None
+    trades_beta: float = 6.0
 
     def __post_init__(self) -> None:
         from denim.nim.reconstruction import check_degradation
@@ -311,6 +323,25 @@ class FinetuneConfig(TrainConfig):
                 f"{micro_batch}: change batch_size or micro_batch, set mixup_group, or turn mixing off with mixup=0 "
                 "and cutmix=0"
             )
+
+        if self.adversarial_training is not None and self.trained_on != "clean":
+            raise ValueError(
+                f"adversarial training attacks clean images, and trained_on is {self.trained_on}: take trained_on=clean"
+            )
+
+    @property
+    def adversarial_training(self) -> AdversarialTraining | None:
+        """The loss of adversarial training, or None.
+
+        Raises:
+            ValueError: one of its settings is outside its range.
+        """
+        if self.adversarial is None:
+            return None
+        from denim.nim.adversarial import AdversarialTraining
+
+        step_size = self.epsilon / 4 if self.attack_step_size is None else self.attack_step_size
+        return AdversarialTraining(self.adversarial, self.epsilon, step_size, self.attack_steps, self.trades_beta)
 
     @property
     def held_out(self) -> float | None:

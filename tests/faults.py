@@ -49,7 +49,7 @@ LIMIT = 300  # seconds, after which a process hangs
 # A kill costs as long as the work has run until then: few images, of few pixels.
 RUN = (
     "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "8", "--checkpoint-every", "2", "--log-every", "1",
-    "--loader", "torch", "--device", "cpu", "--resume",
+    "--loader", "torch", "--device", "cpu", "--stall-timeout", "30", "--resume",
 )  # fmt: skip
 Work = Callable[[], object]
 

@@ -5,9 +5,12 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from timm.optim import param_groups_layer_decay
 
@@ -22,6 +25,7 @@ from denim.nim import (
     preset,
     reconstruct,
 )
+from denim.nim.adversarial import AdversarialTraining
 from denim.nim.data import EvalView, TorchLoader, hold_out, open_source
 from denim.nim.finetuning import FinetuneTask, accuracy
 
@@ -335,3 +339,22 @@ def test_a_step_on_a_gpu_waits_for_nothing(
     assert counted.total() == launches, counted
     noises = (trained_on != "clean") + (settings["erasing"] > 0)
     assert counted["denim.noise_patchify.default"] == noises
+
+
+@pytest.mark.slow
+def test_adversarial_training_resists_more(denoiser, tmp_path):
+    """After as many updates, images that are attacked have a lower loss than without it."""
+    images = open_source("digits", "test")
+    pixels = torch.stack([torch.from_numpy(np.array(images.read(number)))[None] for number in range(100)])
+    pixels, labels = F.interpolate(pixels.float() / 255, (16, 16)), images.labels[:100]
+    attack, raised = (AdversarialTraining("pgd", epsilon=16, step_size=4, steps=5),
+                      partial(F.cross_entropy, target=labels, reduction="sum"))  # fmt: skip
+    settings = {**FAST, **PLAIN, "epochs": 4, "batch_size": 64, "trained_on": "clean", "base_lr": 4e-3}
+    losses = {}
+    for name in (None, "pgd", "trades"):
+        config = FinetuneConfig(out=tmp_path / str(name), denoiser=denoiser, **settings, adversarial=name, epsilon=16.0,
+                                attack_steps=2)  # fmt: skip
+        model = finetune(config, QUIET)
+        attacked = attack.attacked(model, pixels, torch.arange(100), raised)
+        losses[name] = float(F.cross_entropy(model(attacked), labels).detach())
+    assert max(losses["pgd"], losses["trades"]) < 0.95 * losses[None], losses
