@@ -30,7 +30,7 @@ from denim.nim.precision import autocast, resolve_precision, tf32_products
 from denim.nim.prefetch import Inputs, prefetched
 from denim.nim.progress import ProgressReport
 from denim.nim.ranks import Ranks
-from denim.nim.run import Metrics, prepare_folder
+from denim.nim.run import Metrics, Waits, peak_memory, prepare_folder
 from denim.nim.saving import CheckpointWriter, Progress, latest_checkpoint, load_optimizer, load_progress, newest_whole
 from denim.nim.settings import TrainConfig
 from denim.nim.stopping import StopRequest, stop_requests
@@ -55,6 +55,10 @@ class Task(nn.Module):
     def prepare(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """The arguments of `forward` by name, from a part of a batch and its epoch; may run in a thread of its own."""
         raise NotImplementedError
+
+    def picture(self) -> Tensor | None:
+        """A picture (C, H, W) in [0, 1] of what the model makes of a few images, at a checkpoint, on all ranks."""
+        return None
 
 
 @contextmanager
@@ -408,13 +412,15 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
     writer.remove_old()
     # Where reading a number waits for nothing, each update is checked; elsewhere those that are logged or saved.
     check_always = device.type in READS_ARE_FREE
-    parts = prefetched(
-        loader,
-        task.prepare,
-        device,
-        first=state.update * state.passes,
-        per_epoch=state.updates_per_epoch * state.passes,
-        stop=state.total * state.passes,
+    parts = Waits(
+        prefetched(
+            loader,
+            task.prepare,
+            device,
+            first=state.update * state.passes,
+            per_epoch=state.updates_per_epoch * state.passes,
+            stop=state.total * state.passes,
+        )
     )
     state.model.train()
     saved = time.monotonic()
@@ -452,6 +458,8 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
                                 "grad_norm": norm,
                                 "lr": state.scheduler.largest(state.update - 1),
                                 "images_per_second": rate,
+                                "data_wait": parts.share(),
+                                "peak_memory": peak_memory(device),
                             }
                         )
                     state.logged = state.update
@@ -467,6 +475,8 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
                         loaders=tuple(ranks.gather(state.loader)),
                     )
                     writer.save(state.model, state.optimizer, progress)
+                    if (picture := task.picture()) is not None and metrics:
+                        metrics.show(state.update, picture)
                     saved = time.monotonic()
                     if stopping:
                         writer.finish()

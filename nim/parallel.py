@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from denim.nim.block import set_lean
 from denim.nim.ranks import Ranks
 from denim.nim.settings import TrainConfig
 
-__all__ = ["distribute", "transformer_blocks", "whole", "without_sync"]
+__all__ = ["alone", "distribute", "transformer_blocks", "whole", "without_sync"]
 
 
 # The gradient of the patch embedding, one small tensor, is copied: its memory has the order of patches.
@@ -79,6 +79,26 @@ def distribute(task: nn.Module, config: TrainConfig, ranks: Ranks, device: torch
         options: dict[str, Any] = {name: False, "device_ids": devices, "gradient_as_bucket_view": True}
         return DistributedDataParallel(task, **options)
     return task
+
+
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Inside, a model in training may be called for a few images, without gradients and in evaluation mode.
+
+    All ranks must do so, if FSDP has sharded it. Blocks that are compiled run without: another size of the batch and
+    another mode would compile them anew.
+
+    Args:
+        model: in training mode, which it gets back.
+    """
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()  # else it would keep all weights until the next backward pass
+        model.train()
 
 
 def without_sync(module: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -8,17 +8,22 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
-from denim.nim.autoencoder import Autoencoder, preset
-from denim.nim.data import Batch
+from denim.kernels.patches import unpatchify
+from denim.nim.autoencoder import Autoencoder, Mask, preset
+from denim.nim.data import BadSamplesError, Batch, EvalView, Source, Subset, TorchLoader
 from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
-from denim.nim.precision import resolve_precision
+from denim.nim.parallel import alone
+from denim.nim.precision import autocast, resolve_precision
 from denim.nim.ranks import joined
+from denim.nim.reconstruction import add_noise, reconstruct
 from denim.nim.run import fitted, training_source
 from denim.nim.settings import PretrainConfig, pick_device
 from denim.nim.text import open_console
 
 __all__ = ["PretrainTask", "pretrain"]
+
+EXAMPLES = 4  # images of a picture
 
 
 class PretrainTask(Task):
@@ -28,14 +33,25 @@ class PretrainTask(Task):
         model: the autoencoder. What the objective does not use is frozen: DDP waits for the gradients of all else.
         objective: how images are degraded.
         seed: of the run.
+        precision: of pictures.
+        examples: images of the model's size, for pictures; None for none.
     """
 
     model: Autoencoder
 
-    def __init__(self, model: Autoencoder, objective: Objective, seed: int) -> None:
+    def __init__(
+        self,
+        model: Autoencoder,
+        objective: Objective,
+        seed: int,
+        precision: str = "fp32",
+        examples: Batch | None = None,
+    ) -> None:
         super().__init__(model)
         self.objective = objective
         self.seed = seed
+        self.precision = precision
+        self.examples = examples
         model.mask_token.requires_grad_(objective.name != "nim")
 
     def prepare(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
@@ -49,6 +65,41 @@ class PretrainTask(Task):
     def forward(self, images: Tensor, seeds: Tensor, sigma: Tensor | None = None) -> Tensor:
         """The objective's loss; see `Objective.loss`."""
         return self.objective.loss(self.model, images, sigma, seeds)
+
+    def picture(self) -> Tensor | None:
+        """The examples, one below the other: degraded as in the first epoch, rebuilt, and clean.
+
+        Hidden patches are grey. A model whose target is normalised gets each patch's mean and variance from the clean
+        image.
+        """
+        if self.examples is None:
+            return None
+        config, device = self.model.config, next(self.model.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in self.prepare(self.examples, 0).items()}
+        images, sigma, seeds = inputs["images"], inputs.get("sigma"), inputs["seeds"]
+        clean = images.permute(0, 3, 1, 2) / 255
+        degraded = clean if sigma is None else add_noise(images, sigma, seeds).clamp(0, 1)
+        degrade = {"nim": "noise", "mae": "mask", "dmae": "both"}[self.objective.name]
+        if degrade != "noise":
+            hidden = Mask.random(seeds, config.num_patches, self.objective.mask_ratio).hidden[..., None]
+            every = hidden.expand(*hidden.shape[:-1], config.patch_size**2 * config.channels)
+            pixels = unpatchify(every, config.img_size, config.patch_size).movedim(-1, -3)
+            degraded = torch.where(pixels, 0.5, degraded)
+        with alone(self.model), autocast(self.precision, device):
+            rebuilt = reconstruct(
+                self.model, images, sigma, seeds, degrade=degrade, mask_ratio=self.objective.mask_ratio
+            )
+        rows = torch.cat([degraded, rebuilt.float(), clean], dim=-1)
+        return torch.cat(list(rows), dim=-2).cpu()
+
+
+def _examples(source: Source, size: int, seed: int) -> Batch | None:
+    """A few images of a source, for pictures; None where they cannot be read, which is no reason to stop a run."""
+    chosen = Subset(source, min(EXAMPLES, len(source)), seed)
+    try:
+        return next(TorchLoader(chosen, EvalView(size), len(chosen), shuffle=False, max_bad=1).epoch(0))
+    except (OSError, BadSamplesError):
+        return None
 
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoencoder:
@@ -81,7 +132,10 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         with keyed_torch(config.seed, torch.device("cpu")):
             model = Autoencoder(architecture)
         model.to(device)
-        task = PretrainTask(model, objective, config.seed)
+        # One rank reads them: all must call the model, or none.
+        with ranks.together():
+            examples = _examples(source, architecture.img_size[0], config.seed) if ranks.is_first else None
+        task = PretrainTask(model, objective, config.seed, config.precision, ranks.share(examples))
         groups = param_groups_weight_decay(model, config.weight_decay)
         title = f"pretraining {config.preset} ({config.objective})"
         train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=source)

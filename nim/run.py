@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import sys
+import time
 import warnings
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+import torch
 from rich.console import Console
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from denim.nim.checkpoint import first_words, with_todays_names
@@ -22,13 +28,24 @@ from denim.nim.files import append_text, atomic_write, read_json, read_json_line
 from denim.nim.settings import LEAST_UPDATES, TrainConfig
 from denim.nim.text import printable
 
-__all__ = ["Metrics", "fitted", "prepare_folder", "settings_of_run", "training_source"]
+__all__ = [
+    "MEASURED",
+    "Metrics",
+    "Waits",
+    "fitted",
+    "peak_memory",
+    "prepare_folder",
+    "settings_of_run",
+    "training_source",
+]
 
 Config = TypeVar("Config", bound=TrainConfig)
+_T = TypeVar("_T")
 
 SETTINGS_FILE = "run.json"
 RESULT_FILE = "result.json"
 MANIFEST_FILE = "manifest.safetensors"
+MEASURED = ("images_per_second", "data_wait", "peak_memory")  # metrics that differ between two equal runs
 # Rates of AdamW for 256 images, a factor of ten and more around the published ones: 1.5e-4 of pretraining (He et al.
 # 2022, You et al. 2023), 5e-4 to 1e-3 of fine-tuning; small models on digits learn with up to 6e-3.
 USUAL_BASE_LR = (1e-5, 1e-2)
@@ -181,6 +198,51 @@ class Metrics:
             if name != "update" and isinstance(value, (int, float)):
                 self.events.add_scalar(name, value, int(record["update"]))
 
+    def show(self, update: int, picture: Tensor) -> None:
+        """Add a picture (C, H, W) in [0, 1], C = 1 or 3, to TensorBoard."""
+        self.events.add_image("reconstructions", picture, update)
+
     def close(self) -> None:
         """Flush and close the TensorBoard file."""
         self.events.close()
+
+
+class Waits(Generic[_T]):
+    """An iterator that measures how long its user waits for the next item.
+
+    Args:
+        items: what is iterated, and closed by `close`.
+    """
+
+    def __init__(self, items: Generator[_T, None, None]) -> None:
+        self._items = items
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def __iter__(self) -> Waits[_T]:
+        return self
+
+    def __next__(self) -> _T:
+        began = time.perf_counter()
+        try:
+            return next(self._items)
+        finally:
+            self._waited += time.perf_counter() - began
+
+    def share(self) -> float:
+        """The share of the time since the last call, or since the start, that was spent waiting, from 0 to 1."""
+        now = time.perf_counter()
+        share = self._waited / max(now - self._since, 1e-9)
+        self._waited, self._since = 0.0, now
+        return share
+
+    def close(self) -> None:
+        """Close what is iterated."""
+        self._items.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: torch's on a CUDA device, else its resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -43,6 +43,7 @@ import denim.defense.report
 import denim.nim.finetuning
 import denim.nim.pretraining
 from denim.nim.data import TrainView, loader_backends, open_loader, open_manifest, open_source
+from denim.nim.run import MEASURED
 
 KILLS, RANK_KILLS, IMAGES, TAMPERED = 200, 20, 2000, 100  # at scale 1
 LIMIT = 300  # seconds, after which a process hangs
@@ -158,7 +159,7 @@ def content(folder: Path) -> dict[str, object]:
             continue
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+            found[name] = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
         elif path.name == "run.json":
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "out"}
         else:

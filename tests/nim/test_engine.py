@@ -6,11 +6,13 @@ import io
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from denim.nim.data import Batch
 from denim.nim.engine import Task, train
 from denim.nim.files import DamagedFileError, WriteError
 from denim.nim.owner import OwnedError, owned
+from denim.nim.run import MEASURED
 from denim.nim.saving import CheckpointWriter, _sums, latest_checkpoint
 from denim.nim.settings import TrainConfig
 from denim.nim.stopping import Stopped
@@ -142,9 +145,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path, stop_at):
     assert seen[0] == stop_at - stop_at % 2  # from the last checkpoint, not from the start
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
-    drop = ("images_per_second",)
     strip = [
-        [{k: v for k, v in r.items() if k not in drop} for r in metrics(tmp_path / n)] for n in ("whole", "stopped")
+        [{k: v for k, v in r.items() if k not in MEASURED} for r in metrics(tmp_path / n)] for n in ("whole", "stopped")
     ]
     assert strip[0] == strip[1]
 
@@ -165,7 +167,7 @@ class Signalling(Numbers):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint_of_the_running_update(tmp_path, number):
     def strip(out):
-        return [{name: value for name, value in r.items() if name != "images_per_second"} for r in metrics(out)]
+        return [{name: value for name, value in r.items() if name not in MEASURED} for r in metrics(out)]
 
     every = {"checkpoint_every": 5, "log_every": 3}
     whole, _ = run(configure(tmp_path / "whole", **every))
@@ -303,6 +305,26 @@ def test_the_norm_of_the_gradients_is_in_the_metrics(tmp_path):
     assert [record["grad_norm"] for record in metrics(config.out)] == pytest.approx(expected, rel=1e-5)
 
 
+def test_waiting_for_data_and_memory_are_in_the_metrics(tmp_path):
+    class Slow(Numbers):
+        def epoch(self, epoch, start_step=0):
+            for batch in super().epoch(epoch, start_step):
+                time.sleep(0.05 * epoch)
+                yield batch
+
+    def loss(batch, epoch):
+        time.sleep(0.05 * (1 - epoch))
+        return torch.ones((), requires_grad=True)
+
+    held = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+    run(configure(tmp_path / "run", epochs=2, log_every=5), loader=Slow(), loss=loss)
+    held.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    first, second = metrics(tmp_path / "run")
+    # In the first epoch updates take 0.05 s, in the second the batches.
+    assert 0 <= first["data_wait"] < 0.5 < second["data_wait"] <= 1
+    assert held[0] <= first["peak_memory"] <= second["peak_memory"] <= held[1]
+
+
 def test_a_finished_run_resumes_at_once(tmp_path):
     first, _ = run(configure(tmp_path / "run"))
     second, seen = run(configure(tmp_path / "run", resume=True))
@@ -332,7 +354,7 @@ class Fragile(Numbers):
 
 def test_bad_samples_are_in_metrics_and_checkpoints_and_are_reported(tmp_path):
     def strip(records):
-        return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+        return [{k: v for k, v in r.items() if k not in MEASURED} for r in records]
 
     printed = Console(record=True, width=200, file=io.StringIO())
     run(configure(tmp_path / "whole", checkpoint_every=2), loader=Fragile(), console=printed)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from tensorboard.backend.event_processing import event_accumulator
 
-from denim.nim import Autoencoder, Objective, PretrainConfig, pretrain
-from denim.nim.data import ManifestError
-from denim.nim.run import fitted, training_source
+from denim.nim import Autoencoder, Objective, PretrainConfig, preset, pretrain
+from denim.nim.data import EvalView, ManifestError, TorchLoader
+from denim.nim.pretraining import PretrainTask
+from denim.nim.run import MEASURED, fitted, training_source
 from denim.nim.saving import latest_checkpoint
 
 QUIET = Console(quiet=True)
@@ -52,6 +54,30 @@ def test_digits_need_no_settings(tmp_path):
     pretrain(replace(config, resume=True), QUIET)  # the same settings are found again
 
 
+@pytest.mark.parametrize(("objective", "sigma"), [("nim", "100"), ("mae", None), ("dmae", "100")])
+def test_a_picture_shows_degraded_rebuilt_and_clean_images(objective, sigma, digits):
+    model = Autoencoder(preset("micro", target="raw", objective=objective)).train()
+    batch = next(TorchLoader(digits[0], EvalView(16), 3, shuffle=False).epoch(0))
+    task = PretrainTask(model, Objective.published(objective, sigma), seed=0, examples=batch)
+    state, calls = torch.get_rng_state(), []
+    model.register_forward_hook(lambda *_: calls.append((model.training, torch.is_grad_enabled())))
+    picture = task.picture()
+    assert (model.training, calls) == (True, [(False, False)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert picture.shape == (1, 3 * 16, 3 * 16)
+    degraded, rebuilt, clean = picture.split(16, dim=-1)
+    assert torch.equal(clean, (batch.images.permute(0, 3, 1, 2) / 255).flatten(0, 2).reshape(1, 48, 16))
+    error = (degraded - clean).abs()
+    if objective == "nim":
+        assert 0.05 < error.mean() < 100 / 255  # at sigma 100, what is not clipped
+    else:
+        assert (degraded == 0.5).float().mean() == pytest.approx(0.75, abs=0.02)  # hidden patches
+        assert (objective == "mae") == (error[degraded != 0.5].max() == 0)
+    assert not torch.equal(rebuilt, clean)
+    assert torch.equal(picture, task.picture())  # the same noise at every checkpoint
+    assert PretrainTask(model, task.objective, seed=0).picture() is None
+
+
 @pytest.mark.parametrize(("base_lr", "warns"), [(9e-6, True), (1e-5, False), (1e-2, False), (1.1e-2, True)])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_learning_rate_far_from_what_is_usual_warns(tmp_path, recwarn, digits, base_lr, warns, is_first):
@@ -74,7 +100,9 @@ def test_every_objective_learns(tmp_path, objective, target):
     assert saved.config.objective == objective
     assert saved.config.target == target
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
-    assert list((out / "tensorboard").glob("events*"))
+    events = event_accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
+    assert {"loss", "lr", "grad_norm", *MEASURED} <= set(events.Tags()["scalars"])
+    assert [picture.step for picture in events.Images("reconstructions")] == [4, 8]  # at checkpoints
 
 
 @pytest.mark.slow
@@ -157,7 +185,7 @@ def test_a_run_whose_file_breaks_resumes_bit_for_bit(tmp_path, monkeypatch, load
     resumed = pretrain(PretrainConfig(out=tmp_path / "run", resume=True, **settings), QUIET)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     records = [
-        [{name: value for name, value in json.loads(line).items() if name != "images_per_second"} for line in lines]
+        [{name: value for name, value in json.loads(line).items() if name not in MEASURED} for line in lines]
         for lines in ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "run"))
     ]
     assert records[0] == records[1]
