@@ -31,6 +31,7 @@ COMMANDS = {
     "pretrain": "pretrain a denoiser (NIM, MAE or DMAE)",
     "finetune": "fine-tune a classifier on denoised, noisy or clean images",
     "evaluate": "attack and score a defense, and write a report",
+    "runs": "list and compare trainings, and draw their loss",
     "denoise": "show what a denoiser makes of a photo",
     "data": "index, check, describe, show and pack a data set",
     "kernels": "build the GPU kernels without a GPU, count their machine code, hold it against budgets",

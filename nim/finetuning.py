@@ -24,6 +24,7 @@ from denim.nim.precision import resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
 from denim.nim.run import RESULT_FILE, fitted, training_source
+from denim.nim.runs import draw_curve
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
 from denim.nim.text import open_console, printable
@@ -186,6 +187,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         )
         title = f"fine-tuning on {config.trained_on} images"
         train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=whole)
+    if ranks.is_first:
+        draw_curve(config.out)
     # As it was saved: the trained one may be sharded, and its blocks compiled.
     model = Classifier.from_pretrained(config.out / "model").to(device)
     if validation is not None and ranks.is_first:

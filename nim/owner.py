@@ -14,7 +14,7 @@ from typing import Any
 
 from denim.nim.files import DamagedFileError, WriteError, check_path, parse_json, sweep
 
-__all__ = ["LOCK_FILE", "OwnedError", "owned"]
+__all__ = ["LOCK_FILE", "OwnedError", "is_owned", "owned"]
 
 LOCK_FILE = ".owner.json"
 _handles: set[int] = set()
@@ -65,6 +65,24 @@ def owned(folder: Path) -> Iterator[None]:
         if is_new:
             with contextlib.suppress(OSError):  # it has content
                 folder.rmdir()
+
+
+def is_owned(folder: Path) -> bool:
+    """Whether a process, this one or another, writes to a folder (`owned`), as far as this machine can tell."""
+    try:
+        handle = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # First the record: where its process has ended, the lock is left alone, for the next owner may be taking it.
+        if _has_ended(_record(handle)):
+            return False
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:  # it is held, or this file system has no locks, and the file says that somebody has the folder
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _lock(file: Path) -> int:

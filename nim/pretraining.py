@@ -18,6 +18,7 @@ from denim.nim.precision import autocast, resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, reconstruct
 from denim.nim.run import fitted, training_source
+from denim.nim.runs import draw_curve
 from denim.nim.settings import PretrainConfig, pick_device
 from denim.nim.text import open_console
 
@@ -139,5 +140,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         groups = param_groups_weight_decay(model, config.weight_decay)
         title = f"pretraining {config.preset} ({config.objective})"
         train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=source)
+    if ranks.is_first:
+        draw_curve(config.out)
     # As it was saved: the trained one may be sharded, and its blocks compiled.
     return Autoencoder.from_pretrained(config.out / "model").to(device)

@@ -103,6 +103,31 @@ def test_evaluate_by_masking(runs, tmp_path):
     assert {cell["defense"] for cell in results["cells"]} == {"defense off", "mask 0.5"}
 
 
+def test_runs_are_listed_compared_and_drawn(runs, capsys, monkeypatch):
+    assert {path.parent.name for path in runs.glob("*/loss.png")} == {"nim", "ft"}  # drawn at the end of each
+    (runs / "nim" / "loss.png").unlink()
+    denim("runs", runs, "--plot")
+    head, ft, nim, picture, _ = capsys.readouterr().out.replace("/nim/loss", "/ft/loss").splitlines()
+    assert head.split() == ["run", "command", "of", "updates", "loss", "images/s", "accuracy", "state"]
+    assert ft.split()[:4] == [str(runs / "ft"), "finetune", "denoised", "4/4"]
+    assert nim.split()[:5] == [str(runs / "nim"), "pretrain", "micro", "nim", "4/4"]
+    assert ft.endswith("finished")
+    assert nim.endswith("finished")
+    assert f"{100 * json.loads((runs / 'ft' / 'result.json').read_text())['accuracy']:.2f} %" in ft
+    assert picture == str(runs / "ft" / "loss.png")
+    assert (runs / "nim" / "loss.png").exists()
+    denim("runs", runs / "ft", runs / "nim", "--compare")
+    shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert shown["base_lr"] == ["0.001", "0.00015"]
+    assert shown["updates"] == ["4/4", "4/4"]
+    assert "epochs" not in shown
+    denim("runs", runs / "ft", "--compare", status=2)
+    assert "is the only run" in capsys.readouterr().err
+    monkeypatch.chdir(runs / "ft" / "tensorboard")
+    denim("runs", status=2)
+    assert "no folder runs" in capsys.readouterr().err
+
+
 def test_one_process_prints_for_all(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("denim.nim.finetuning.finetune", lambda _: None)
     words = ("finetune", "--out", tmp_path, "--denoiser", tmp_path)

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from denim.nim.owner import LOCK_FILE, OwnedError, owned
+from denim.nim.owner import LOCK_FILE, OwnedError, is_owned, owned
 
 HOLD = """
 import sys
@@ -113,3 +113,19 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     with owned(folder):
         pass
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(kept)
+
+
+def test_whether_a_folder_is_owned(tmp_path, monkeypatch):
+    """It is while somebody has it, and not where a process was killed. The lock of nobody is left alone."""
+    assert not is_owned(tmp_path)
+    with owned(tmp_path):
+        assert is_owned(tmp_path)
+    assert not is_owned(tmp_path)
+    code = HOLD.replace("sys.stdin.read()", "import os; os._exit(9)")
+    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 9
+    assert (tmp_path / LOCK_FILE).exists()
+    monkeypatch.setattr("fcntl.flock", lambda *_: pytest.fail("locked"))
+    assert not is_owned(tmp_path)
+    monkeypatch.undo()
+    (tmp_path / LOCK_FILE).write_text('{"host": "elsewhere", "pid": 1, "since": "2020"}')
+    assert not is_owned(tmp_path)  # no process has locked it
