@@ -21,6 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from denim.nim.checkpoint import Pretrained
 from denim.nim.data import Batch, Loader, PlannedLoader, Source, TrainView, open_loader
@@ -139,6 +140,7 @@ class TrainState:
         norms: float32 (), on the model's device: the sum of the norms of all ranks' gradients.
         logged: the update of the last line of metrics, which is the mean of the losses up to it.
         loader: state of this rank's loader after the last part that was used.
+        average: moving averages of the parameters that learn, by name; None without `config.ema`.
     """
 
     config: TrainConfig
@@ -154,6 +156,7 @@ class TrainState:
     norms: Tensor
     logged: int
     loader: dict[str, Any]
+    average: dict[str, Tensor] | None
 
     @property
     def total(self) -> int:
@@ -238,6 +241,10 @@ def training_step(state: TrainState, parts: Iterator[Inputs]) -> None:
     # alone is four launches.
     state.optimizer.found_inf = (norm - norm).ne(0).float()  # type: ignore[attr-defined]
     state.optimizer.step()
+    if config.ema is not None and state.average is not None:
+        named = dict(state.model.named_parameters())
+        latest = [named[name] for name in state.average]
+        get_ema_multi_avg_fn(config.ema)(list(state.average.values()), latest, state.update)
     state.update += 1
 
 
@@ -277,8 +284,13 @@ def begin(
     parameters = dict(model.named_parameters())
     groups = [{**group, "params": [parameters[name] for name in group["params"]]} for group in named]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    average = None
+    if config.ema is not None:
+        average = {
+            name: parameter.detach().clone() for name, parameter in parameters.items() if parameter.requires_grad
+        }
     if checkpoint is not None:
-        load_optimizer(checkpoint, model, optimizer, ranks)
+        load_optimizer(checkpoint, model, optimizer, average or {}, ranks)
     schedule = Schedule(optimizer, config, updates_per_epoch, device)
     losses, norms = torch.tensor([progress.losses, progress.norms], device=device)
     _, passes = config.passes(ranks.world)
@@ -296,6 +308,7 @@ def begin(
         norms=norms,
         logged=progress.logged,
         loader=loader.state(),
+        average=average,
     )
 
 
@@ -474,7 +487,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
                         norms=state.norms.item(),
                         loaders=tuple(ranks.gather(state.loader)),
                     )
-                    writer.save(state.model, state.optimizer, progress)
+                    writer.save(state.model, state.optimizer, state.average or {}, progress)
                     if (picture := task.picture()) is not None and metrics:
                         metrics.show(state.update, picture)
                     saved = time.monotonic()
@@ -490,7 +503,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
         listed = "".join(f"\n  {printable(reason)}" for reason in bad.values())
         report.say(f"{title}: {len(bad)} images could not be read and were replaced by others:{listed}")
     state.model.eval()
-    weights = {name: whole(tensor) for name, tensor in state.model.state_dict().items()}
+    weights = {name: whole(tensor) for name, tensor in {**state.model.state_dict(), **(state.average or {})}.items()}
     if ranks.is_first:
         state.model.save_pretrained(config.out / "model", weights)
     ranks.barrier()

@@ -113,8 +113,10 @@ def load_progress(folder: Path, model: Pretrained) -> Progress:
     return progress
 
 
-def load_optimizer(folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-    """Load the state of AdamW from a checkpoint, written on any number of ranks, with or without FSDP.
+def load_optimizer(
+    folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], ranks: Ranks
+) -> None:
+    """Load the state of AdamW and averages from a checkpoint, written on any number of ranks, with or without FSDP.
 
     The settings of the optimizer stay: they are those of the run, and its scheduler sets the learning rate before every
     step. All ranks must call this.
@@ -123,6 +125,7 @@ def load_optimizer(folder: Path, model: Pretrained, optimizer: torch.optim.Optim
         folder: the checkpoint.
         model: on its device, distributed as it is trained.
         optimizer: of the model's parameters.
+        average: moving averages of parameters by name, which are overwritten; {} where there are none.
         ranks: the processes of the training.
 
     Raises:
@@ -134,7 +137,7 @@ def load_optimizer(folder: Path, model: Pretrained, optimizer: torch.optim.Optim
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             optimizer.state[parameter] = {"step": step, **moments}
-    state = optimizer_state(model, optimizer)
+    state = training_tensors(model, optimizer, average)
     source = folder / OPTIMIZER_FOLDER
     reader = HuggingFaceStorageReader(str(source))
     try:
@@ -153,14 +156,17 @@ def load_optimizer(folder: Path, model: Pretrained, optimizer: torch.optim.Optim
         raise CheckpointError(f"{source} does not fit this run: {first_words(broken)} not finite")
 
 
-def optimizer_state(model: Pretrained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of AdamW's state by name, such as `blocks.0.norm1.weight.exp_avg`: no copies."""
+def training_tensors(
+    model: Pretrained, optimizer: torch.optim.Optimizer, average: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """AdamW's state and averages by name, such as `blocks.0.norm1.weight.exp_avg` or `.ema`: no copies."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
+    state = {
         f"{names[parameter]}.{entry}": tensor
         for parameter, entries in optimizer.state.items()
         for entry, tensor in entries.items()
     }
+    return state | {f"{name}.ema": tensor for name, tensor in average.items()}
 
 
 def _differences(found: dict[str, Any], state: dict[str, Tensor]) -> list[str]:
@@ -261,7 +267,9 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, model: Pretrained, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def save(
+        self, model: Pretrained, optimizer: torch.optim.Optimizer, average: dict[str, Tensor], progress: Progress
+    ) -> None:
         """Write a checkpoint, which appears whole or not at all, and remove old ones.
 
         In the background, errors of writing are raised by the next call, or by `finish`.
@@ -269,6 +277,7 @@ class CheckpointWriter:
         Args:
             model: whose weights are written.
             optimizer: likewise its state.
+            average: moving averages of parameters by name; {} where there are none.
             progress: where the run is.
 
         Raises:
@@ -281,7 +290,7 @@ class CheckpointWriter:
             return
         weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
         model.check_weights(weights)
-        state = optimizer_state(model, optimizer)
+        state = training_tensors(model, optimizer, average)
         if not self.in_background:
             self._write(folder, model, weights, state, progress)
             return

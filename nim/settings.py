@@ -60,6 +60,8 @@ class TrainConfig:
         grad_checkpointing: Compute the activations of each block again in the backward pass instead of keeping them.
         fsdp: Shard weights, gradients and optimizer state over the devices (FSDP2) instead of copying them (DDP).
         clip_grad: Largest norm of the gradients, above which they are scaled down to it; None clips nothing.
+        ema: Decay of an exponential moving average of the weights, such as 0.9999, which the finished model then has;
+            None averages nothing.
         stall_timeout: Seconds that one process of a training waits for another before the run ends and names it.
         resume: Continue the run in `out`.
         checkpoint_every: Updates between checkpoints; None saves one after every epoch.
@@ -97,6 +99,7 @@ class TrainConfig:
     grad_checkpointing: bool = False
     fsdp: bool = False
     clip_grad: float | None = None
+    ema: float | None = None
     stall_timeout: float = 600.0
     resume: bool = False
     checkpoint_every: int | None = None
@@ -120,6 +123,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema must lie between 0 and 1, got {self.ema}")
         if self.batch_size is not None and self.batch_size % (self.micro_batch or 1):
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of micro_batch {self.micro_batch}")
         warmup = self.warmup_epochs

@@ -55,6 +55,8 @@ def trainings(folder):
         "ddp": {},
         "parts": {"micro_batch": 40},
         "fsdp": {"fsdp": True},
+        "ema": {"ema": 0.5},
+        "fsdp-ema": {"fsdp": True, "ema": 0.5},
         "fsdp-parts": {"fsdp": True, "micro_batch": 80, "grad_checkpointing": True},
     }.items():
         pretrain(settings(folder / name, **changes), QUIET)

@@ -462,11 +462,11 @@ def test_killed_while_writing_a_checkpoint_the_previous_one_loads(tmp_path, at):
             os.kill(os.getpid(), signal.SIGKILL)
         real = saving.save
         class Killing(saving.CheckpointWriter):
-            def save(self, model, optimizer, progress):
+            def save(self, model, optimizer, average, progress):
                 if progress.update == 10:
                     saving.save = kill if sys.argv[3] == "optimizer" else real
                     saving._sums = kill if sys.argv[3] == "training.json" else saving._sums
-                super().save(model, optimizer, progress)
+                super().save(model, optimizer, average, progress)
         from denim.nim import engine
         engine.CheckpointWriter = Killing
         here.run(here.configure(Path(sys.argv[2])))
@@ -693,3 +693,31 @@ def test_gradients_are_clipped_to_a_norm(tmp_path):
     assert max(free) > 0.5
     assert max(norms) == pytest.approx(0.5, rel=1e-5)
     assert metrics(tmp_path / "clipped")[0]["grad_norm"] == pytest.approx(free[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", [None, 7])
+def test_the_finished_model_has_moving_averages(tmp_path, stop_at):
+    """By the recurrence in float64, from the weights of every update; also of a run that was stopped."""
+    weights = []
+
+    class Watching(torch.optim.AdamW):
+        def step(self, *arguments):
+            super().step(*arguments)
+            weights.append(self.param_groups[0]["params"][0].detach().double().clone())
+
+    config = configure(tmp_path / "run", ema=0.9, checkpoint_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Watching)
+        if stop_at is not None:
+            with pytest.raises(KeyboardInterrupt):
+                run(config, stop_at=stop_at)
+            config = configure(tmp_path / "run", ema=0.9, checkpoint_every=1, resume=True)
+        last, _ = run(config)
+    assert len(weights) == 20
+    average = torch.ones(1, 3, dtype=torch.float64)
+    for weight_of_update in weights:
+        average = 0.9 * average + 0.1 * weight_of_update
+    torch.testing.assert_close(weight(config.out).double(), average, rtol=1e-6, atol=0)
+    assert not torch.equal(weight(config.out), last.layer.weight)
+    checkpoint = Line.from_pretrained(latest_checkpoint(config.out))
+    assert torch.equal(checkpoint.layer.weight, last.layer.weight)  # a run goes on with the weights themselves

@@ -117,6 +117,10 @@ def test_every_layout_learns_the_same(alone, two, layout):
     assert settings["model"] == "Autoencoder"  # and not the class that FSDP makes of it
 
 
+def test_averages_are_the_same_with_fsdp(two):
+    assert_equal(two / "ema", two / "fsdp-ema")
+
+
 def test_parts_of_one_process_learn_the_same(alone, tmp_path):
     pretrain(jobs().settings(tmp_path / "run", micro_batch=80, grad_checkpointing=True), open_console(quiet=True))
     assert_equal(alone, tmp_path / "run")
