@@ -31,6 +31,8 @@ __all__ = [
 
 IN_PROCESS = 256  # up to so many images, starting processes takes longer than decoding
 NAMED = 5  # images that a message names
+# Endings of the files beside a manifest that hold what is done: of an indexing, and of a trial with DALI.
+JOURNAL, TRIAL = ".journal", ".trial"
 
 
 def cache_folder() -> Path:
@@ -71,9 +73,10 @@ def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | No
     folders = [cache] if cache is not None else [cache_folder() / "manifests", _temporary_folder() / "manifests"]
     places = [folder / name for folder in folders if _is_trusted(folder)]
     if (manifest := _current(places, root, key)) is not None:
+        _remove_left_journal(manifest.file.with_suffix(JOURNAL))
         return manifest
     file = _writable(folders) / name
-    with _locked(file.with_suffix(".journal")) as journal:
+    with _locked(file.with_suffix(JOURNAL)) as journal:
         if (manifest := _current(places, root, key)) is not None:  # another process was faster
             return manifest
         listing = samples()
@@ -83,7 +86,7 @@ def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | No
             with contextlib.suppress(ManifestError):
                 if (earlier := Manifest(place, root)).limit == Image.MAX_IMAGE_PIXELS:
                     verdicts.update(earlier.verdicts(listing))
-        known = _read_journal(journal, file.with_suffix(".journal"))
+        known = _read_journal(journal, file.with_suffix(JOURNAL))
         verdicts.update((row, known[name]) for row, name in enumerate(names) if name in known)
         todo = [row for row in range(len(listing)) if row not in verdicts]
         failed: dict[int, str] = {}
@@ -100,7 +103,7 @@ def index(root: Path, key: str, samples: Callable[[], Listing], cache: Path | No
                 "is kept"
             )
         Manifest.write(file, listing, [verdicts[row] for row in range(len(listing))], key)
-        file.with_suffix(".journal").unlink()
+        file.with_suffix(JOURNAL).unlink()
     manifest = Manifest(file, root, key)
     manifest.decoded = len(todo)
     return manifest
@@ -180,6 +183,20 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 return
 
 
+def _remove_left_journal(path: Path) -> None:
+    """Remove the journal of a manifest that holds all of it: their process was killed right after it wrote that.
+
+    A journal that another process has locked stays. So does one that cannot be removed: it is in nobody's way.
+    """
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(handle)
+
+
 def _write_journal(journal: BinaryIO, entries: Sequence[tuple[object, ...]]) -> None:
     """Append a line of verdicts: for each sample id, length, time of change, and the fields of `Verdict`."""
     journal.write(_line({"digest": _digest(entries), "verdicts": entries}))
@@ -237,7 +254,7 @@ def try_with_dali(manifest: Manifest, version: str) -> Manifest:
 
     Each is decoded alone, in processes of their own. One that ends them is refused, and named in a warning. What
     another version of DALI said is asked anew. Of several processes that call it at once, one does the work; a call
-    that is killed goes on where it was (the journal beside the manifest has what was done).
+    that is killed goes on where it was (a journal of its own beside the manifest has what was done).
 
     Args:
         manifest: that `index` made; its file is replaced.
@@ -251,12 +268,14 @@ def try_with_dali(manifest: Manifest, version: str) -> Manifest:
     rows = [row for row in small.nonzero().flatten().tolist() if manifest.is_plain(row)]
     if all(manifest.dali(row) in said for row in rows):
         return manifest
-    with _locked(manifest.file.with_suffix(".journal")) as journal:
+    file = manifest.file
+    # The lock of the indexing, which writes the same manifest, and a journal of its own.
+    with _locked(file.with_suffix(JOURNAL)), _locked(file.with_suffix(TRIAL)) as journal:
         manifest = Manifest(manifest.file, manifest.root, manifest.key)
         names = list(
             zip(manifest.ids.tolist(), manifest.bytes.tolist(), manifest._columns["mtimes"].tolist(), strict=True)
         )
-        kept = _read_journal(journal, manifest.file.with_suffix(".journal"))
+        kept = _read_journal(journal, file.with_suffix(TRIAL))
         known = {name: verdict.dali for name, verdict in kept.items() if verdict.dali in said}
         words = [known.get(names[row], manifest.dali(row)) for row in range(len(manifest))]
         todo = [row for row in rows if words[row] not in said]
@@ -272,5 +291,6 @@ def try_with_dali(manifest: Manifest, version: str) -> Manifest:
                     entries.append((*names[row], *manifest.verdict(row)._replace(dali=words[row])))
             _write_journal(journal, entries)
         manifest._replace_trials(words)
-        manifest.file.with_suffix(".journal").unlink()
+        for ending in (TRIAL, JOURNAL):
+            file.with_suffix(ending).unlink()
     return Manifest(manifest.file, manifest.root, manifest.key)

@@ -805,3 +805,14 @@ def test_processes_that_do_not_start_are_no_verdict(many, monkeypatch, tmp_path)
     monkeypatch.setattr(processes, "__file__", str(tmp_path / "processes.py"))
     with pytest.raises(OSError, match=r"do not start: .*No module named 'no_such_module'"):
         opened(many)
+
+
+def test_the_journal_of_a_whole_manifest_is_removed(folder, tmp_path):
+    """Its process was killed right after it wrote the manifest. One that is in use stays."""
+    journal = opened(folder, tmp_path / "cache").file.with_suffix(".journal")
+    journal.write_bytes(b"")
+    with indexing._locked(journal):
+        assert opened(folder, tmp_path / "cache").decoded == 0
+        assert journal.exists()
+    assert opened(folder, tmp_path / "cache").decoded == 0
+    assert not journal.exists()
