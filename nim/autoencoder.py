@@ -35,7 +35,7 @@ def check_architecture(config: Any, *sizes: str) -> None:
     Raises:
         ValueError: a size (patch_size, embed_dim, depth, num_heads and the named ones) that is no positive integer, an
             entry of another type, image sides that are no multiples of the patch size, an embed_dim that num_heads does
-            not divide, bad mean or std.
+            not divide, bad mean, std or norm_eps.
     """
     for name in ("img_size", "mean", "std"):
         object.__setattr__(config, name, tuple(getattr(config, name)))
@@ -59,6 +59,8 @@ def check_architecture(config: Any, *sizes: str) -> None:
         raise ValueError(
             f"mean and std need one finite value per channel and std > 0, got {config.mean} and {config.std}"
         )
+    if not 0 < config.norm_eps < 1:
+        raise ValueError(f"norm_eps must lie between 0 and 1, got {config.norm_eps}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class AutoencoderConfig:
         std: per-channel standard deviation in [0, 1] units, as long as `mean`.
         target: what the decoder predicts: "norm" (each patch normalised by its own mean and variance) or "raw".
         objective: what it was pretrained for: nim, mae or dmae.
+        norm_eps: eps of every LayerNorm: 1e-6 in MAE's code and timm, 1e-12 in models trained with transformers.
     """
 
     img_size: tuple[int, int] = (224, 224)
@@ -92,6 +95,7 @@ class AutoencoderConfig:
     std: tuple[float, ...] = IMAGENET_STD
     target: str = "norm"
     objective: str = "nim"
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         check_architecture(self, "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
@@ -231,7 +235,7 @@ class Autoencoder(Pretrained, nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=config.norm_eps)
         block = partial(Block, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm, attn_layer=Attention, mlp_layer=Mlp)
         # timm's module holds the projection under the published name; `_embed` applies it to patches.
         self.patch_embed = PatchEmbed(config.img_size, config.patch_size, config.channels, config.embed_dim)

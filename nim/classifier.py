@@ -37,6 +37,7 @@ class ClassifierConfig:
         classes: names of the classes, may be empty.
         trained_on: what it was fine-tuned on: "clean" images, "noisy" ones that no denoiser rebuilt, or rebuilt ones
             by degradation and statistics, such as "noise, raw target" (see `De3.case`).
+        norm_eps: eps of every LayerNorm.
     """
 
     num_classes: int = 1000
@@ -51,6 +52,7 @@ class ClassifierConfig:
     drop_path: float = 0.0
     classes: tuple[str, ...] = ()
     trained_on: str = "clean"
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         check_architecture(self, "num_classes")
@@ -71,7 +73,7 @@ class ClassifierConfig:
             num_classes: number of logits.
             other: further entries of `ClassifierConfig`.
         """
-        shared = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std")
+        shared = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std", "norm_eps")
         return cls(num_classes, **{name: getattr(encoder, name) for name in shared}, **other)
 
 
@@ -112,7 +114,7 @@ class Classifier(Pretrained, VisionTransformer):
             depth=config.depth,
             num_heads=config.num_heads,
             drop_path_rate=config.drop_path,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
             embed_layer=PatchEmbed,
             attn_layer=Attention,
             block_fn=Block,

@@ -10,8 +10,10 @@ import argparse
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
@@ -25,12 +27,14 @@ from torch import Tensor, nn
 from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, Autoencoder, AutoencoderConfig
 from denim.nim.checkpoint import CheckpointError, as_numbers, check_archive, read_safetensors
 from denim.nim.classifier import Classifier, ClassifierConfig
+from denim.nim.detection import detect_target
+from denim.nim.resampling import resample
 
 __all__ = ["from_timm", "load_foreign", "read_state_dict", "to_timm"]
 
 _EXCHANGEABLE = (
     "Plain ViTs can be exchanged: timm's VisionTransformer with square patches, a class token, learned or fixed "
-    "absolute positions, pre-norm blocks of LayerNorm (eps 1e-6), attention with qkv bias and a GELU MLP of ratio 4, "
+    "absolute positions, pre-norm blocks of LayerNorm (of one eps), attention with qkv bias and a GELU MLP of ratio 4, "
     'and global_pool="token" (final norm) or "avg" (fc_norm)'
 )
 
@@ -48,15 +52,20 @@ def read_state_dict(path: str | Path, part: str | None = None) -> dict[str, Tens
 
     Returns:
         The state dict, without what trainers put before every name ("module.", "_orig_mod.", "model.", "backbone.",
-        "encoder."), and with timm's names where it has those of transformers' ViT and ViTMAE. Of a ViT of
-        transformers the pooler is left out, which its classifiers do not use. timm's eps of LayerNorm is 1e-6, that of
-        transformers 1e-12 by default.
+        "encoder."), and with timm's names where it has those of transformers' ViT and ViTMAE, of versions 4 and 5. Of a
+        ViT of transformers the pooler is left out, which its classifiers do not use. timm's eps of LayerNorm is 1e-6,
+        that of transformers 1e-12 by default.
 
     Raises:
         CheckpointError: missing, truncated, not a checkpoint, Python objects that only running code from the file could
             rebuild, no state dict inside, or more than one and no `part`, or tensors that take more memory than the
             file has of them.
     """
+    return _read(path, part)[0]
+
+
+def _read(path: str | Path, part: str | None) -> tuple[dict[str, Tensor], float]:
+    """The weights as `read_state_dict` returns them, and the eps of LayerNorm in the code that wrote them."""
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; `from_pretrained` reads the folders that Denim writes")
@@ -167,29 +176,34 @@ def _parts(content: Any) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
             yield from ((f"{name}.{inner}", each) for inner, each in value.items() if _is_state_dict(each))
 
 
-# Names of transformers' ViT and ViTMAE -> timm's and MAE's, applied one after the other.
+# Names of transformers' ViT and ViTMAE -> timm's and MAE's, applied one after the other. Files of versions 4 and 5
+# differ in the blocks of the decoder; the modules of version 5 have other names than its files.
 _RENAMED = (
     (r"^vit\.", ""),
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^encoder\.layer\.", "blocks."),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
-    (r"^decoder\.decoder_layers\.", "decoder_blocks."),
+    (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.", "decoder_blocks."),
     (r"^decoder\.", ""),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.q_proj\.", ".attn.query."),
+    (r"\.attention\.k_proj\.", ".attn.key."),
+    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
 
 
-def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights with timm's names, where they have transformers'; else as they are."""
+def _from_transformers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """The same weights with timm's names, where they have transformers', else as they are; and the eps of LayerNorm."""
     if not any("embeddings.patch_embeddings.projection." in name for name in state):
-        return state
+        return state, 1e-6
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for pattern, ours in _RENAMED:
@@ -197,12 +211,12 @@ def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not name.startswith("pooler."):
             renamed[name] = tensor
     # Query, key and value are three layers there, and one here.
-    for name in [name for name in renamed if ".attention.attention.query." in name]:
+    for name in [name for name in renamed if ".attn.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in renamed for part in parts):
-            joined = name.replace(".attention.attention.query.", ".attn.qkv.")
+            joined = name.replace(".query.", ".qkv.")
             renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
-    return renamed
+    return renamed, 1e-12
 
 
 # Weights do not tell the number of heads. Here it is by embed_dim, as published: ViT-Ti, S, B, L, H, and MAE's decoder.
@@ -217,9 +231,11 @@ def load_foreign(
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
     img_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
+    norm_eps: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    target: str = "norm",
+    target: str | None = None,
     objective: str = "nim",
     trained_on: str = "clean",
 ) -> Autoencoder | Classifier:
@@ -230,11 +246,17 @@ def load_foreign(
         part: see `read_state_dict`.
         num_heads: attention heads of the encoder; by default those of the published ViT of this embed_dim.
         decoder_num_heads: of the decoder; by default the published number.
-        img_size: in pixels; needed for images that are not square.
+        img_size: in pixels, of the model: for another size than that of the file, positions are resampled as timm
+            does it. Needed where the images of the file are not square, and then theirs.
+        patch_size: side of a patch of the model; for another one than that of the file, the patch embedding and the
+            positions are resampled as timm does it. A decoder predicts patches of its own size alone.
+        norm_eps: eps of LayerNorm; by default 1e-12 for files of transformers, which is its own default, else 1e-6.
         mean: per-channel mean in [0, 1] units; by default ImageNet's, needed unless there are three channels. Many of
             timm's own ViTs were trained with mean 0.5 and std 0.5, which the weights do not show.
         std: per-channel standard deviation in [0, 1] units; as for `mean`.
-        target: for an autoencoder, "norm" where its target was normalised per patch, else "raw".
+        target: for an autoencoder, "norm" where its target was normalised per patch, else "raw". By default it is
+            told from what the model predicts of two photos, and a warning says what was found (see `detect_target`).
+            Of MAE's files, mae_visualize_* have a raw target where no "full" is in the name.
         objective: for an autoencoder, what it was pretrained for: nim, mae or dmae.
         trained_on: for a classifier, what it was fine-tuned on (see `ClassifierConfig`).
 
@@ -243,9 +265,10 @@ def load_foreign(
 
     Raises:
         CheckpointError: see `read_state_dict`; an encoder alone; weights that are no plain ViT's.
-        ValueError: an option is missing that cannot be read off the weights, or one contradicts them.
+        ValueError: an option is missing that cannot be read off the weights, or one contradicts them, or the
+            predictions do not tell the target.
     """
-    state = read_state_dict(path, part)
+    state, eps = _read(path, part)
     decoder, head = "decoder_pred.weight" in state, "head.weight" in state
     if not decoder and not head:
         if "patch_embed.proj.weight" in state:
@@ -255,21 +278,28 @@ def load_foreign(
             )
         raise CheckpointError(f"{path} holds no ViT: neither decoder_pred nor head, first weights {list(state)[:4]}")
 
-    embed_dim, channels, patch_size, across = _shape(state, "patch_embed.proj.weight", 4, path)
-    if patch_size != across:
-        raise CheckpointError(f"{path} has patches of {patch_size} x {across}. {_EXCHANGEABLE}.")
+    embed_dim, channels, own_patch, across = _shape(state, "patch_embed.proj.weight", 4, path)
+    if own_patch != across:
+        raise CheckpointError(f"{path} has patches of {own_patch} x {across}. {_EXCHANGEABLE}.")
+    patch_size = own_patch if patch_size is None else patch_size
+    if decoder and patch_size != own_patch:
+        raise ValueError(f"{path} has a decoder of patches of {own_patch} pixels, which cannot become {patch_size}")
     _shape(state, "cls_token", 3, path)
     length = _shape(state, "pos_embed", 3, path)[1] - 1
+    own_grid = _grid(img_size, length, own_patch, path)
+    if img_size is None:
+        img_size = own_grid[0] * own_patch, own_grid[1] * own_patch
     if (mean is None or std is None) and channels != 3:
         raise ValueError(f"{path} takes images of {channels} channels: mean and std are needed, one value per channel")
     body: dict[str, Any] = {
-        "img_size": _img_size(img_size, length, patch_size, path),
+        "img_size": (img_size, img_size) if isinstance(img_size, int) else img_size,
         "patch_size": patch_size,
         "embed_dim": embed_dim,
         "depth": _depth(state, "blocks"),
         "num_heads": _heads("num_heads", num_heads, embed_dim, _HEADS),
         "mean": tuple(IMAGENET_MEAN if mean is None else mean),
         "std": tuple(IMAGENET_STD if std is None else std),
+        "norm_eps": eps if norm_eps is None else norm_eps,
     }
     if len(body["mean"]) != channels:
         raise ValueError(f"{path} takes images of {channels} channels, got mean {body['mean']}")
@@ -281,17 +311,25 @@ def load_foreign(
             decoder_embed_dim=decoder_embed_dim,
             decoder_depth=_depth(state, "decoder_blocks"),
             decoder_num_heads=_heads("decoder_num_heads", decoder_num_heads, decoder_embed_dim, _DECODER_HEADS),
-            target=target,
+            target=target or "norm",
             objective=objective,
         )
     else:
         pool: Any = "avg" if "fc_norm.weight" in state else "token"
         classes = _shape(state, "head.weight", 2, path)[0]
         config = ClassifierConfig(**body, num_classes=classes, global_pool=pool, trained_on=trained_on)
+    grid = tuple(side // patch_size for side in config.img_size)
+    state = resample(state, own_grid, (grid[0], grid[1]), patch_size)
     complaint = f"holds no plain ViT. {_EXCHANGEABLE}. Differences"
     kind: type[Autoencoder | Classifier] = Autoencoder if decoder else Classifier
     model = kind.build(config, {name: tensor.shape for name, tensor in state.items()}, path, complaint)
     model.load_weights(state, path, complaint)
+    if isinstance(model, Autoencoder) and target is None:
+        found, why = detect_target(model)
+        if found is None:
+            raise ValueError(f"{path} does not show whether its target was normalised per patch ({why}): give target")
+        warnings.warn(f"{path}: the target is taken to be {found!r} ({why}); `target` decides otherwise", stacklevel=2)
+        model.config = replace(model.config, target=found)
     return model.eval()
 
 
@@ -315,18 +353,31 @@ def _heads(option: str, given: int | None, embed_dim: int, published: Mapping[in
     return published[embed_dim] if given is None else given
 
 
-def _img_size(given: int | tuple[int, int] | None, length: int, patch_size: int, path: str | Path) -> tuple[int, int]:
-    if given is None:
-        side = math.isqrt(length)
-        if side * side != length:
-            raise ValueError(f"{path} has {length} patches, no square: img_size=(H, W) is needed")
-        return side * patch_size, side * patch_size
-    height, width = (given, given) if isinstance(given, int) else given
-    if (height // patch_size) * (width // patch_size) != length:
+def _grid(img_size: int | tuple[int, int] | None, length: int, patch_size: int, path: str | Path) -> tuple[int, int]:
+    """Rows and columns of the patches of a file: those of an image of `img_size` if as many, else of a square one."""
+    if img_size is not None:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if (height // patch_size) * (width // patch_size) == length:
+            return height // patch_size, width // patch_size
+    return square_grid(length, path)
+
+
+def square_grid(length: int, path: str | Path) -> tuple[int, int]:
+    """Rows and columns of the patches of a square image.
+
+    Args:
+        length: number of patches.
+        path: of the file that has them, for the message.
+
+    Raises:
+        ValueError: no square image has so many.
+    """
+    side = math.isqrt(length)
+    if side * side != length:
         raise ValueError(
-            f"{path} has positions for {length} patches of {patch_size}, which no image of {height} x {width} has"
+            f"{path} has {length} patches, no square: `load_foreign` with img_size=(H, W) of its images is needed"
         )
-    return height, width
+    return side, side
 
 
 # --------------------------------------------------------------------------------------------------------- timm's ViTs
@@ -352,7 +403,7 @@ def to_timm(model: Autoencoder | Classifier) -> VisionTransformer:
             embed_dim=config.embed_dim,
             depth=config.depth,
             num_heads=config.num_heads,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=config.norm_eps),
         )
     state = model.state_dict()
     vit.load_state_dict({name: state[name] for name in vit.state_dict()})
@@ -383,7 +434,8 @@ def from_timm(
     if type(vit.patch_embed) is not PatchEmbed:
         raise _refusal([f"patch_embed is {type(vit.patch_embed).__name__}, a plain ViT has PatchEmbed"])
     heads = getattr(getattr(vit.blocks[0], "attn", None), "num_heads", 1)
-    obstacles = _unusual_settings(vit) + _unusual_modules(vit, heads)
+    eps = getattr(getattr(vit.blocks[0], "norm1", None), "eps", 1e-6)
+    obstacles = _unusual_settings(vit) + _unusual_modules(vit, heads, eps)
     if obstacles:
         raise _refusal(obstacles)
     config = ClassifierConfig(
@@ -397,6 +449,7 @@ def from_timm(
         std=tuple(std),
         global_pool="avg" if vit.global_pool == "avg" else "token",
         classes=tuple(classes),
+        norm_eps=eps,
     )
     if len(config.mean) != vit.patch_embed.proj.in_channels:
         raise ValueError(f"the ViT takes {vit.patch_embed.proj.in_channels} channels, got mean {config.mean}")
@@ -447,7 +500,7 @@ _KINDS: dict[type[nn.Module], str] = {
 _SETTINGS = ("eps", "approximate", "num_heads", "scale", "stride", "padding", "dilation", "groups")
 
 
-def _unusual_modules(vit: Any, heads: int) -> list[str]:
+def _unusual_modules(vit: Any, heads: int, eps: float) -> list[str]:
     """The modules and weights of a ViT that a plain one does not have, in words, once for all blocks.
 
     All of them are compared with those of a plain ViT, so that variants that timm adds later are refused too.
@@ -462,7 +515,7 @@ def _unusual_modules(vit: Any, heads: int) -> list[str]:
             embed_dim=vit.embed_dim,
             depth=1,
             num_heads=heads,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=eps),
         )
     found: dict[str, None] = {}  # in order, without repetitions
     skipped: tuple[str, ...] = ()

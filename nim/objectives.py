@@ -60,6 +60,22 @@ class Objective:
             seeds: int64 (B,); they key the noise and the mask.
         """
         config = autoencoder.config
+        prediction, hidden = self.predict(autoencoder, images, sigma, seeds)
+        pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
+        return patch_loss(prediction, images, norm_pix=config.target == "norm", mask=hidden, **pixel)
+
+    def predict(
+        self, autoencoder: Autoencoder, images: Tensor, sigma: Tensor | None, seeds: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What an autoencoder predicts for degraded images, and which patches count.
+
+        Args: see `loss`.
+
+        Returns:
+            The predicted patches (B, L, D); and bool (B, L), True for the patches over which the loss is averaged, None
+            where all are.
+        """
+        config = autoencoder.config
         pixel = {"patch_size": config.patch_size, "mean": config.mean, "std": config.std}
         # In the dtype in which the model multiplies them; the target and the loss are float32.
         if sigma is None:
@@ -68,5 +84,4 @@ class Objective:
             patches = noise_patchify(images, sigma, seeds, dtype=autoencoder.patch_dtype, **pixel)
         mask = None if self.name == "nim" else Mask.random(seeds, config.num_patches, self.mask_ratio)
         hidden = mask.hidden if mask is not None and self.name == "mae" else None
-        prediction = autoencoder(patches, mask)
-        return patch_loss(prediction, images, norm_pix=config.target == "norm", mask=hidden, **pixel)
+        return autoencoder(patches, mask), hidden

@@ -14,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from timm.layers import SwiGLU
+from timm.layers import SwiGLU, resample_abs_pos_embed
 from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from denim.kernels import normalized_patches
-from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, Autoencoder, AutoencoderConfig
+from denim.kernels.patches import patchify
+from denim.nim.autoencoder import IMAGENET_MEAN, IMAGENET_STD, Autoencoder, AutoencoderConfig, Mask
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig
 from denim.nim.exchange import from_timm, load_foreign, read_state_dict, to_timm
@@ -207,10 +208,11 @@ def test_weights_of_transformers_are_renamed(tmp_path):
     for model in (autoencoder(), classifier(global_pool="token")):
         state = with_names_of_transformers(model.state_dict(), "vit.")
         save_file(state, tmp_path / "model.safetensors")
-        heads = {"decoder_num_heads": 2} if isinstance(model, Autoencoder) else {}
-        loaded = load_foreign(tmp_path / "model.safetensors", num_heads=4, **heads)
+        options = {"decoder_num_heads": 2, "target": "norm"} if isinstance(model, Autoencoder) else {}
+        loaded = load_foreign(tmp_path / "model.safetensors", num_heads=4, **options)
         assert type(loaded) is type(model)
         assert equal(loaded.state_dict(), model.state_dict())
+        assert loaded.config.norm_eps == 1e-12
     # An encoder alone, with the pooler of ViTModel.
     encoder = {name: value for name, value in autoencoder().state_dict().items() if "decoder" not in name}
     encoder.pop("mask_token")
@@ -219,6 +221,16 @@ def test_weights_of_transformers_are_renamed(tmp_path):
     state.pop("encoder.layer.1.attention.attention.key.weight")
     with pytest.raises(ValueError, match=r"1 weights missing, first \['blocks\.1\.attn\.qkv\.weight'\]"):
         classifier().load_encoder(read_state_dict(written(tmp_path, state)))
+
+
+def test_predictions_are_those_of_transformers(vit_mae):
+    file, expected = vit_mae
+    model = load_foreign(file, num_heads=4, decoder_num_heads=2, target="raw")
+    patches = patchify(expected["pixels"].movedim(1, -1), 2)
+    # float32 in another order of summation: 1e-5 of predictions of about 0.3. With eps 1e-6 they differ by 1e-3.
+    mask = Mask(expected["order"], 4)
+    torch.testing.assert_close(model(patches, mask), expected["masked"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(patches), expected["whole"], rtol=0, atol=1e-5)
 
 
 class Call:
@@ -325,7 +337,7 @@ GREY = {"mean": (0.5,), "std": (0.25,)}
 )  # fmt: skip
 def test_an_autoencoder_is_read_off_its_weights(tmp_path, config, options, global_rng_untouched):
     state = autoencoder(config).state_dict()
-    loaded = load_foreign(written(tmp_path, {"model": state}), **options)
+    loaded = load_foreign(written(tmp_path, {"model": state}), **{"target": "norm", **options})
     assert isinstance(loaded, Autoencoder)
     assert loaded.config == config
     assert equal(loaded.state_dict(), state)
@@ -360,10 +372,9 @@ def test_an_encoder_alone_goes_into_a_classifier(tmp_path):
         ({}, r"^num_heads is needed.*embed_dim of 32 \(known: 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16\)"),
         ({"num_heads": 4}, "decoder_num_heads is needed.*embed_dim of 16"),
         ({"num_heads": 5, "decoder_num_heads": 2}, "embed_dim 32 must be a multiple of num_heads 5"),
-        (
-            {"num_heads": 4, "decoder_num_heads": 2, "img_size": 20},
-            "positions for 16 patches of 4.*no image of 20 x 20",
-        ),
+        ({"num_heads": 4, "decoder_num_heads": 2, "img_size": 18}, "multiples of the patch size"),
+        ({"num_heads": 4, "decoder_num_heads": 2, "patch_size": 2}, "decoder of patches of 4 pixels.*cannot become 2"),
+        ({"num_heads": 4, "decoder_num_heads": 2, "norm_eps": 0.0}, "norm_eps must lie between 0 and 1, got 0.0"),
         ({"num_heads": 4, "decoder_num_heads": 2, "img_size": (17, 16)}, "multiples of the patch size"),
         ({"num_heads": 4, "decoder_num_heads": 2, **GREY}, r"takes images of 3 channels, got mean \(0.5,\)"),
         ({"num_heads": 4, "decoder_num_heads": 2, "objective": "jepa"}, "nim, mae or dmae"),
@@ -375,12 +386,51 @@ def test_options_that_are_needed_or_contradict(tmp_path, options, message):
         load_foreign(file, **options)
 
 
+@pytest.mark.parametrize(("img_size", "patch_size"), [((16, 24), None), (20, None), ((12, 18), 3), (None, 8), (8, 2)])
+def test_another_size_is_resampled_as_timm_does_it(tmp_path, img_size, patch_size):
+    vit = plain_vit(global_pool="avg")  # 16 pixels, patches of 4
+    options = {"img_size": img_size or 16, "patch_size": patch_size or 4, "global_pool": "avg"}
+    expected = plain_vit(**options)
+    expected.load_state_dict(vision_transformer.checkpoint_filter_fn(vit.state_dict(), expected))
+    sizes = {"img_size": img_size, "patch_size": patch_size}
+    model = load_foreign(written(tmp_path, vit.state_dict()), num_heads=4, **sizes, **STATISTICS)
+    assert model.config.patch_size == options["patch_size"]
+    assert model.config.img_size == expected.patch_embed.img_size
+    images = pixels(size=model.config.img_size)
+    assert torch.equal(model(images), expected(normalised(images, model.config)))
+
+
+def test_the_positions_of_a_decoder_are_resampled_too(tmp_path):
+    state = autoencoder().state_dict()
+    options = {"num_heads": 4, "decoder_num_heads": 2, "target": "raw"}
+    model = load_foreign(written(tmp_path, state), img_size=(8, 16), **options)
+    assert model.config.grid_size == (2, 4)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        expected = resample_abs_pos_embed(state[name], [2, 4])
+        assert torch.equal(model.state_dict()[name], expected)
+    assert torch.equal(model.state_dict()["decoder_pred.weight"], state["decoder_pred.weight"])
+    with pytest.raises(ValueError, match="has 8 patches, no square"):
+        load_foreign(written(tmp_path, model.state_dict()), img_size=16, **options)
+
+
+def test_a_target_that_is_not_given_is_detected(tmp_path, monkeypatch):
+    file = written(tmp_path, autoencoder().state_dict())
+    options = {"num_heads": 4, "decoder_num_heads": 2}
+    with pytest.raises(ValueError, match=r"does not show whether its target was.*with weight .*\): give target"):
+        load_foreign(file, **options)  # weights that have learnt nothing
+    monkeypatch.setattr(Autoencoder, "forward", lambda self, patches, mask=None: patches)  # a raw target, unmoved
+    with pytest.warns(UserWarning, match=r"file\.pth: the target is taken to be 'raw' \(predictions of photos"):
+        model = load_foreign(file, **options)
+    assert model.config.target == "raw"
+    assert load_foreign(file, target="norm", **options).config.target == "norm"
+
+
 def test_statistics_and_sides_are_needed_where_nothing_tells(tmp_path):
     config = AutoencoderConfig((8, 12), 4, 32, 1, 4, 16, 1, 2, **GREY)
     file = written(tmp_path, autoencoder(config).state_dict())
     with pytest.raises(ValueError, match="images of 1 channels: mean and std are needed"):
         load_foreign(file, num_heads=4, decoder_num_heads=2, img_size=(8, 12))
-    with pytest.raises(ValueError, match=r"has 6 patches, no square: img_size=\(H, W\) is needed"):
+    with pytest.raises(ValueError, match=r"has 6 patches, no square: `load_foreign` with img_size=\(H, W\)"):
         load_foreign(file, num_heads=4, decoder_num_heads=2, **GREY)
 
 
@@ -482,6 +532,15 @@ def test_an_autoencoder_becomes_a_timm_encoder(global_rng_untouched):
     assert vit(pixels(dtype=torch.float64)).shape == (3, 10)
 
 
+def test_the_eps_of_the_norms_comes_along():
+    vit = plain_vit(norm_layer=partial(nn.LayerNorm, eps=1e-3))
+    model = from_timm(vit, **STATISTICS)
+    assert model.config.norm_eps == 1e-3
+    expected = vit(normalised(pixels(), model.config))
+    assert torch.equal(model(pixels()), expected)
+    assert torch.equal(to_timm(model)(normalised(pixels(), model.config)), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_dtype_comes_along(dtype):
     model = from_timm(plain_vit().to(dtype), **STATISTICS)
@@ -512,7 +571,6 @@ REFUSED = [
     ({"act_layer": partial(nn.GELU, approximate="tanh")}, r"mlp\.act has approximate tanh, a plain ViT none"),
     ({"qkv_bias": False}, r"blocks\.\*\.attn\.qkv\.bias is missing"),
     ({"proj_bias": False}, r"blocks\.\*\.attn\.proj\.bias is missing"),
-    ({"norm_layer": partial(nn.LayerNorm, eps=1e-5)}, r"norm1 has eps 1e-05, a plain ViT 1e-06"),
     ({"norm_layer": "rmsnorm"}, r"norm1 is RmsNorm"),
     ({"pos_embed": "none"}, "no absolute positions"),
     ({"no_embed_class": True}, "no_embed_class"),
@@ -555,6 +613,10 @@ def test_other_modules_are_refused():
     vit = plain_vit()
     vit.blocks[1].attn.num_heads = 2
     with pytest.raises(ValueError, match=r"blocks\.\*\.attn has num_heads 2, a plain ViT 4"):
+        from_timm(vit, **STATISTICS)
+    vit = plain_vit()
+    vit.norm.eps = 1e-5
+    with pytest.raises(ValueError, match="norm has eps 1e-05, a plain ViT 1e-06"):
         from_timm(vit, **STATISTICS)
     vit = plain_vit()
     vit.patch_embed = nn.Conv2d(3, 32, 4, 4)

@@ -125,7 +125,7 @@ def test_the_published_file_format(tmp_path, zipped):
     file = tmp_path / "published.pt"
     content = {"model": weights("autoencoder"), "classifier": weights("classifier"), "epoch": 799}
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
-    denoiser = load_foreign(file, part="model", mean=META["mean"], std=META["std"], **HEADS)
+    denoiser = load_foreign(file, part="model", target="norm", mean=META["mean"], std=META["std"], **HEADS)
     judge = load_foreign(file, part="classifier", num_heads=HEADS["num_heads"], mean=META["mean"], std=META["std"])
     assert denoiser.config == CONFIG
     assert judge.config == ClassifierConfig.for_encoder(CONFIG, 10)
