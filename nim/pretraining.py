@@ -19,8 +19,10 @@ from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, reconstruct
 from denim.nim.run import fitted, training_source
 from denim.nim.runs import draw_curve
+from denim.nim.saving import latest_checkpoint
 from denim.nim.settings import PretrainConfig, pick_device
-from denim.nim.text import open_console
+from denim.nim.text import open_console, printable
+from denim.nim.warm_start import warm_start
 
 __all__ = ["PretrainTask", "pretrain"]
 
@@ -110,7 +112,8 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         The model, in evaluation mode, on the device of training.
 
     Raises:
-        ValueError: settings or data that do not fit; raised before any work.
+        ValueError: settings or data that do not fit; CheckpointError: weights in `init` that do not. Raised before any
+            work.
         FloatingPointError: the loss, a gradient or a weight is not finite.
     """
     device = pick_device(config.device)
@@ -132,6 +135,11 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         loader = training_loader(config, source, architecture.img_size[0], device, ranks)
         with keyed_torch(config.seed, torch.device("cpu")):
             model = Autoencoder(architecture)
+        # A run that goes on has its weights from its checkpoint.
+        if config.init is not None and not (config.resume and latest_checkpoint(config.out)):
+            with ranks.in_turn():  # one process downloads what is on the hub, the others find it
+                taken = warm_start(model, config.init)
+            console.print(printable(taken), soft_wrap=True, markup=False, highlight=False)
         model.to(device)
         # One rank reads them: all must call the model, or none.
         with ranks.together():

@@ -201,6 +201,9 @@ class PretrainConfig(TrainConfig):
         img_size: Side of the images in pixels; without it, that of the preset.
         patch_size: Side of the patches in pixels; without it, that of the preset.
         channels: Channels that the images are converted to, 1 or 3; without it, those of the data.
+        init: Weights to start from, in place of random ones: the folder of a denoiser, owner/name on the Hugging Face
+            hub, or a file of MAE, timm or transformers. The encoder is taken, and the decoder where it fits; positions
+            and patches of another size are resampled.
     """
 
     PUBLISHED_BATCH = 4096
@@ -213,6 +216,7 @@ class PretrainConfig(TrainConfig):
     img_size: int | None = None
     patch_size: int | None = None
     channels: int | None = None
+    init: str | None = None
     epochs: int = 800
     warmup_epochs: float | None = None  # type: ignore[assignment]  # a number after `for_data`
     batch_size: int | None = None  # type: ignore[assignment]  # likewise
