@@ -33,7 +33,7 @@ def main(
     results = [run.results() for run in runs]
     if compare:
         rows = [["", *names], *([name, *values] for name, values in differences(runs).items())]
-        rows += [[name, *(result[name] for result in results)] for name in results[0]]
+        rows += [row for name in results[0] if any((row := [name, *(result[name] for result in results)])[1:])]
     else:
         rows = [["run", "command", "of", *results[0]]]
         rows += [

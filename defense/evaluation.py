@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ from denim.nim.data import Batch, Loader
 from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
 from denim.nim.owner import owned
 from denim.nim.precision import check_precision, precise, resolve_precision
+from denim.nim.progress import LineClock, clock_text
 from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import open_console
 
@@ -220,13 +222,21 @@ def _evaluate(
         TimeRemainingColumn(),
         TextColumn("{task.fields[state]}", markup=False),
     )
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    has_bar = console.is_terminal or console.is_jupyter
+    progress = Progress(*columns, console=console, disable=not has_bar)
+    started, lines = time.perf_counter(), LineClock()
     task = progress.add_task("evaluating", total=len(work), state="")
     with progress:
         for number, (name, defense, attack) in enumerate(work):
             text = CLEAN if attack is None else str(attack)
             progress.update(task, completed=number, state=f"{name}, {text}")
-            seen, stale = _evaluate_cell(name, defense, attack, text, loader, settings, out, records, stop)
+
+            def after_part(images: int, where: str = f"{number}/{len(work)}  {name}, {text}") -> None:
+                if not has_bar and lines.due():
+                    console.print(f"evaluating: {where}, {images} images", markup=False, soft_wrap=True)
+                stop.heed()
+
+            seen, stale = _evaluate_cell(name, defense, attack, text, loader, settings, out, records, after_part)
             images = {i: digest for i, digest in seen.items() if not number or i in images}
             if new := stale - changed:
                 changed |= new
@@ -234,9 +244,9 @@ def _evaluate(
                     f"evaluating: {len(new)} of {len(seen)} images or their labels have changed since they were "
                     "evaluated; what is known of them is computed again"
                 )
-            if not console.is_terminal and attack is attacks[-1]:
-                console.print(f"evaluating: {name} done", markup=False)
         progress.update(task, completed=len(work), state="")
+    passed = clock_text(time.perf_counter() - started)
+    console.print(f"evaluating: {len(work)}/{len(work)}  in {passed}", markup=False)
     # Cells must have the same images. One whose file is lost during the evaluation has records in some cells only, and
     # one that is no longer among the images has earlier records.
     moving = records.restrict(images)
@@ -397,9 +407,12 @@ def _evaluate_cell(
     settings: EvaluationSettings,
     out: Path,
     records: _Records,
-    stop: StopRequest,
+    after_part: Callable[[int], None],
 ) -> tuple[dict[int, str], set[int]]:
-    """One cell. Returns the digest of every image by its id, and the ids of those that were evaluated anew."""
+    """One cell. Returns the digest of every image by its id, and the ids of those that were evaluated anew.
+
+    After each pass `after_part` is called with the number of images so far.
+    """
     device = _device_of(defense)
     file = _examples_file(out, name, attack)
     seen: dict[int, str] = {}
@@ -455,13 +468,13 @@ def _evaluate_cell(
             )
             if missing:
                 found.append((clean.cpu(), pixels.cpu(), labels.cpu(), ids.cpu()))
-            stop.heed()
+            after_part(len(seen) - len(batch.ids) + min(part + rows, len(batch.ids)))
     if wanted and found:
         clean, attacked, labels, ids = (torch.cat(parts)[:wanted] for parts in zip(*found, strict=True))
         _save_examples(file, defense, clean, attacked, labels, ids, [*seen.values()][:wanted], settings.seed, device)
     elif shown and shown != [*seen.values()][: settings.examples]:  # other images come first now
         file.unlink()
-        _evaluate_cell(name, defense, attack, text, loader, settings, out, records, stop)
+        _evaluate_cell(name, defense, attack, text, loader, settings, out, records, after_part)
     return seen, stale
 
 

@@ -9,10 +9,25 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["ProgressReport"]
+__all__ = ["LineClock", "ProgressReport", "clock_text"]
 
 # Seconds until the first line and between all others, where there is no bar.
 FIRST, BETWEEN = 3.0, 30.0
+
+
+class LineClock:
+    """When a line of progress is due: one within seconds, then one at regular times."""
+
+    def __init__(self) -> None:
+        self._next = time.perf_counter() + FIRST
+
+    def due(self) -> bool:
+        """Whether a line is due now. The next one is counted from it."""
+        now = time.perf_counter()
+        is_due = now >= self._next
+        if is_due:
+            self._next = now + BETWEEN
+        return is_due
 
 
 class ProgressReport:
@@ -40,7 +55,7 @@ class ProgressReport:
         self._started = now = time.perf_counter()
         self._began, self._first = now, done
         self._measured, self._since = now, done
-        self._next_line = now + FIRST
+        self._lines = LineClock()
         self._state = ""
         self._measures = False  # the first update starts workers and compiles: it tells nothing of the others
 
@@ -70,23 +85,23 @@ class ProgressReport:
         """Note an update that is done. A line is due by the clock, and for the last update, where it has the cost."""
         self._bar.update(self._task, completed=update, state=self._state)
         now, last = time.perf_counter(), update == self.total
-        if last or (now >= self._next_line and not self._has_bar):
-            self._next_line = now + BETWEEN
+        if last or (not self._has_bar and self._lines.due()):
             seconds = (now - self._began) / max(1, update - self._first)
             words = [f"{self.title}: {update}/{self.total}"]
             if self._state or self._measures or last:
                 words.append(self._state or f"{self.batch_size / seconds:,.0f} images/s")
             if last:
                 passed = now - self._started
-                words += [f"in {_clock(passed)}", f"{self.devices * passed / 3600:.3g} device-hours"]
+                words += [f"in {clock_text(passed)}", f"{self.devices * passed / 3600:.3g} device-hours"]
             elif self._measures:
-                words.append(f"{_clock(seconds * (self.total - update))} left")
+                words.append(f"{clock_text(seconds * (self.total - update))} left")
             self.say("  ".join(words))
         if not self._measures:
             self._measures, self._began, self._first = True, now, update
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
+    """A duration as hours, minutes and seconds, such as "0:16:27"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

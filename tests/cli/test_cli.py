@@ -128,6 +128,15 @@ def test_runs_are_listed_compared_and_drawn(runs, capsys, monkeypatch):
     assert "no folder runs" in capsys.readouterr().err
 
 
+def test_a_comparison_has_no_empty_rows(tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"epochs": 1, "objective": "nim", "seed": seed}))
+    denim("runs", tmp_path, "--compare")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [["seed", "0", "1"], ["state", "stopped", "stopped"]]
+
+
 def test_one_process_prints_for_all(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("denim.nim.finetuning.finetune", lambda _: None)
     words = ("finetune", "--out", tmp_path, "--denoiser", tmp_path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +24,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
+from denim.defense import evaluation as evaluating
 from denim.kernels import Domain, derive_seeds, draw_seeds, normal_noise
-from denim.nim import Autoencoder, AutoencoderConfig, PretrainConfig, pretrain, reconstruct
+from denim.nim import Autoencoder, AutoencoderConfig, PretrainConfig, pretrain, progress, reconstruct
 from denim.nim.data import Batch, EvalView, Subset, TorchLoader
 from denim.nim.files import DamagedFileError
 from denim.nim.owner import OwnedError, owned
@@ -706,6 +709,26 @@ def some_changed() -> Images:
     source.images[1], source.images[9] = 255 - source.images[1], 255 - source.images[9]
     source.labels[7] = (source.labels[7] + 1) % CLASSES
     return source
+
+
+def test_progress_comes_by_the_clock(tmp_path, monkeypatch):
+    """In a pipe: the first line within seconds, however long one attack on one defense takes."""
+    now, printed = [0.0], io.StringIO()
+    console = Console(file=printed, width=200)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    real = evaluating._predict
+
+    def slow(*arguments):
+        now[0] += 1.0  # twice for each pass
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluating, "_predict", slow)
+    evaluate(defenses(), loader(), SETTINGS, tmp_path, console=console)
+    lines = printed.getvalue().splitlines()
+    cells = len(defenses()) * (1 + len(SETTINGS.attacks))
+    assert re.fullmatch(rf"evaluating: 0/{cells}  off, none, \d+ images", lines[0])
+    assert len(lines) == 2 + (now[0] - 4) // 30  # after the pass that ends at 4 s, every 30 s, and at the end
+    assert re.fullmatch(rf"evaluating: {cells}/{cells}  in \d:\d\d:\d\d", lines[-1])
 
 
 def test_images_that_have_changed_are_evaluated_again(finished, tmp_path):
