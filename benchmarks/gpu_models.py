@@ -21,6 +21,7 @@ from denim.benchmarks.gpu_operators import relative_rms
 from denim.benchmarks.gpu_rows import SIZES, Row, Sizes
 from denim.benchmarks.timing import measure, step_seconds
 from denim.kernels import Domain, derive_seeds, draw_seeds
+from denim.nim.gpus import gpu_of_driver
 
 __all__ = [
     "adamw",
@@ -35,23 +36,6 @@ __all__ = [
     "random_batch",
     "sweep",
 ]
-
-# Dense bf16 with float32 accumulation, by NVIDIA's data sheets (half the number where they count sparsity). The keys
-# are the driver's names; a slice of a GPU has another name and is not in the table.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,  # A100 data sheet
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A10": 125e12,  # A10 data sheet
-    "NVIDIA L4": 121e12,  # L4 data sheet
-    "NVIDIA L40S": 362e12,  # L40S data sheet
-    "NVIDIA H100 80GB HBM3": 989.4e12,  # H100 architecture white paper
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,  # H100 NVL data sheet
-    "NVIDIA H200": 989.4e12,  # H200 data sheet
-    "NVIDIA B200": 2250e12,  # HGX B200 data sheet
-}
 
 
 def _times(device: str, function: Callable[[], object], repeats: int) -> list[float]:
@@ -354,11 +338,11 @@ def _chain_steps(
 def _utilisation(device: str, name: str, achieved: float) -> Row:
     """Operations per second as a share of the device's peak, where that is known."""
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    peak = PEAK_FLOPS.get(where)
-    if peak is None:
+    gpu = gpu_of_driver(where)
+    if gpu is None:
         return Row(f"{name}: achieved", achieved / 1e12, "TFLOP/s", note=f"peak of {where!r} is not in the table")
-    note = f"of {peak / 1e12:g} TFLOP/s dense bf16"
-    return Row(f"{name}: model-FLOP utilisation", 100 * achieved / peak, "%", note=note)
+    note = f"of {gpu.bf16 / 1e12:g} TFLOP/s dense bf16"
+    return Row(f"{name}: model-FLOP utilisation", 100 * achieved / gpu.bf16, "%", note=note)
 
 
 class _Defense:
