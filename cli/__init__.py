@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": "pretrain, fine-tune and evaluate on digits in a few minutes on a CPU",
     "pretrain": "pretrain a denoiser (NIM, MAE or DMAE)",
     "finetune": "fine-tune a classifier on denoised, noisy or clean images",
+    "plan": "say what a pretraining takes in memory and time, from its sizes alone",
     "evaluate": "attack and score a defense, and write a report",
     "runs": "list and compare trainings, and draw their loss",
     "denoise": "show what a denoiser makes of a photo",
