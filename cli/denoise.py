@@ -25,7 +25,7 @@ def main(
     Args:
         photo: Image file; its shorter side is resized to the image size of the denoiser, and its centre is cut out.
         sigma: Noise levels, standard deviations in 0-255 pixel levels.
-        denoiser: Folder of the denoiser.
+        denoiser: Folder of the denoiser, or owner/name on the Hugging Face hub.
         out: File of the picture, a PNG; without it, PHOTO-denoised.png in the current folder.
         statistics: Image that gives the patch means and standard deviations of the reconstruction: input or noisy. A
             denoiser with target raw needs none.
@@ -58,7 +58,7 @@ def main(
         raise ValueError(f"no denoiser in {denoiser}: run `denim demo`, or give --denoiser FOLDER")
     where = pick_device(device)
     resolve_precision(precision, where)
-    model = Autoencoder.from_pretrained(denoiser).to(where)
+    model = Autoencoder.from_pretrained(str(denoiser)).to(where)
     if model.config.channels not in (1, 3):
         raise ValueError(f"photos have 1 or 3 channels, this denoiser takes {model.config.channels}")
     image = read_image(photo, model.config.channels)

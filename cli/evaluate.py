@@ -35,8 +35,8 @@ def main(
     The same command with the same options goes on where an earlier one stopped.
 
     Args:
-        classifier: Folder of the fine-tuned classifier.
-        denoiser: Folder of the denoiser; without it, the defense is noise alone.
+        classifier: Folder of the fine-tuned classifier, or owner/name on the Hugging Face hub.
+        denoiser: Folder of the denoiser, or owner/name on the hub; without it, the defense is noise alone.
         out: Folder that gets the evaluation.
         data: Images to evaluate on: digits, cifar10, cifar100 or a folder.
         split: Split of the data, such as train or test.
@@ -48,7 +48,8 @@ def main(
         degrade: How images are degraded before the denoiser: noise, mask or both.
         statistics: Image that gives the patch means and standard deviations of a reconstruction: input or noisy. A
             denoiser with target raw needs none.
-        clean_classifier: Folder of a classifier that was trained on clean images, for a reference row without defense.
+        clean_classifier: Folder of a classifier that was trained on clean images, or owner/name on the hub, for a
+            reference row without defense.
         attacks: Attacks, such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray.
         score_draws: Fresh draws of noise per image for the score.
         max_batch: Images per forward pass; a smaller number takes less memory.
@@ -74,11 +75,11 @@ def main(
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
     settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision)
-    model = Classifier.from_pretrained(classifier).to(where)
-    rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False).to(where)
+    model = Classifier.from_pretrained(str(classifier)).to(where)
+    rebuild = None if denoiser is None else Autoencoder.from_pretrained(str(denoiser)).requires_grad_(False).to(where)
     defenses: dict[str, De3] = {}
     if clean_classifier is not None:
-        reference = Classifier.from_pretrained(clean_classifier).to(where)
+        reference = Classifier.from_pretrained(str(clean_classifier)).to(where)
         named = reference.config.classes and model.config.classes
         if reference.config.num_classes != model.config.num_classes or (named and named != reference.config.classes):
             raise ValueError(

@@ -133,7 +133,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     """
     device = pick_device(config.device)
     resolve_precision(config.precision, device)  # raises where the device lacks it
-    autoencoder = Autoencoder.from_pretrained(config.denoiser).requires_grad_(False)
+    autoencoder = Autoencoder.from_pretrained(str(config.denoiser)).requires_grad_(False)
     check_degradation(autoencoder, config.degrade, config.statistics)
     body = autoencoder.config
     config = config.for_denoiser(body)

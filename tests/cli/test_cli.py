@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -220,12 +221,35 @@ def test_unknown_options_are_named(capsys, tmp_path):
         (("evaluate", "--classifier", "nowhere/model"), "nowhere/model"),
     ],
 )
-def test_mistakes_end_in_one_line(words, message, tmp_path, capsys):
+def test_mistakes_end_in_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse_hub)
     denim(*words, "--out", tmp_path / "run", status=2)
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def refuse_hub(*_, **__):
+    raise OSError("no network in tests")
+
+
+def test_models_may_be_on_the_hub(runs, tmp_path, photo, capsys, monkeypatch):
+    asked = []
+
+    def download(name, **_):
+        asked.append(name)
+        return str(runs / {"owner/denoiser": "nim", "owner/classifier": "ft"}[name] / "model")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    denim("denoise", photo, "--denoiser", "owner/denoiser", "--out", tmp_path / "picture.png")
+    denim(
+        *("evaluate", "--classifier", "owner/classifier", "--denoiser", "owner/denoiser"),
+        *("--clean-classifier", "owner/classifier", "--out", tmp_path / "evaluation", "--sigmas", "70"),
+        *("--frozen", "None", "--attacks", "fgsm:4/255", "--num-images", "4", "--score-draws", "2", "--examples", "0"),
+    )
+    denim("finetune", "--out", tmp_path / "ft", "--denoiser", "owner/denoiser", *FAST, *PLAIN)
+    assert asked == ["owner/denoiser", "owner/classifier", "owner/denoiser", "owner/classifier", "owner/denoiser"]
 
 
 @pytest.mark.parametrize(("sigma", "message"), [("-1", "0 or more"), ("nan", "finite"), ("10001", "at most 10000")])
