@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import tempfile
 import typing
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -35,6 +34,34 @@ __all__ = [
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# {{ kind }} of Denim
+
+{% if entries.objective %}A vision transformer that rebuilds degraded images: pretrained with the objective \
+{{ entries.objective }}, target {{ entries.target }}.{% else %}A vision transformer that classifies images; it was \
+fine-tuned on images of the kind "{{ entries.trained_on }}".{% endif %}
+
+Noise levels of the training, in 0-255 pixel levels: {{ sigma or "not recorded here" }}.
+Licence of the weights: {{ license or "not stated" }}.
+
+| entry of config.json | value |
+|---|---|
+{% for name, value in entries.items() %}| {{ name }} | {{ value }} |
+{% endfor %}
+## Use
+
+```python
+from denim.nim import {{ kind }}
+
+model = {{ kind }}.from_pretrained("owner/name")  # or a folder
+```
+
+Pixels are given in [0, 1]. Method: {{ paper_url }}
+"""
 # Names of entries that earlier versions wrote into config.json, run.json and evaluation.json: today's names.
 OLD_NAMES = {
     "image_size": "img_size",
@@ -53,34 +80,84 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, truncated, of another format or of another architecture."""
 
 
-class Pretrained(nn.Module):
-    """`save_pretrained` and `from_pretrained` for a model that is built from one config dataclass."""
+class Pretrained(
+    nn.Module,
+    huggingface_hub.PyTorchModelHubMixin,
+    library_name="denim",
+    tags=["denim"],
+    paper_url="https://arxiv.org/abs/2302.01056",
+    model_card_template=MODEL_CARD,
+):
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` for a model that is built from one config dataclass.
+
+    `push_to_hub` is that of the mixin of huggingface_hub. The other two write each file in one step and read strictly.
+    """
 
     config_class: ClassVar[type[Any]]
     config: Any
 
-    def save_pretrained(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write model.safetensors and config.json. Each file is replaced in one step.
+    def save_pretrained(  # type: ignore[override]
+        self,
+        folder: str | Path,
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        config: None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write model.safetensors, config.json and a model card, README.md. Each file is replaced in one step.
 
         Args:
-            folder: made where absent; files of an earlier model in it are replaced.
+            folder: made where absent; files of an earlier model in it are replaced, but for a README.md, which may have
+                been edited.
             weights: what is written in place of the model's own, by the same names: of a model that FSDP has sharded,
                 the whole weights.
+            config: for the mixin, which gives None: the configuration of a model is its own.
+            model_card_kwargs: see `generate_model_card`.
 
         Raises:
             FloatingPointError: a weight is not finite; nothing is written then.
+            ValueError: another `config`.
         """
+        if config is not None:
+            raise ValueError(f"the configuration of a model is its own, got config={config!r}")
         folder = Path(folder)
+        card = str(self.generate_model_card(**(model_card_kwargs or {})))
         weights = self.state_dict() if weights is None else weights
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         self.check_weights(tensors)
-        # FSDP gives a model another class, made of its own.
-        kind = next(base for base in type(self).__mro__ if "config_class" in vars(base))
-        content = json.dumps({"model": kind.__name__, **dataclasses.asdict(self.config)}, indent=2)
+        content = json.dumps({"model": self._kind().__name__, **dataclasses.asdict(self.config)}, indent=2)
         with atomic_write(folder / WEIGHTS_FILE) as staged:
             save_file(tensors, staged, metadata={"format": "pt"})
         with atomic_write(folder / CONFIG_FILE) as staged:
             staged.write_text(content + "\n")
+        if not (folder / CARD_FILE).exists():
+            with atomic_write(folder / CARD_FILE) as staged:
+                staged.write_text(card, encoding="utf-8")
+
+    def generate_model_card(self, *, license: str | None = None, sigma: str | None = None) -> huggingface_hub.ModelCard:
+        """The page of the model on the hub: what it is, what it was trained for, and how it is loaded.
+
+        Args:
+            license: of the weights, by the hub's names such as "mit"; without it, the card says that there is none yet.
+            sigma: noise levels of its training, in 0-255 pixel levels, such as "gamma:25,3".
+        """
+        kind, entries = self._kind().__name__, dataclasses.asdict(self.config)
+        data = huggingface_hub.ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), "license": license})
+        card: huggingface_hub.ModelCard = huggingface_hub.ModelCard.from_template(
+            card_data=data,
+            template_str=MODEL_CARD,
+            paper_url=self._hub_mixin_info.paper_url,
+            kind=kind,
+            entries={name: value for name, value in entries.items() if name != "classes"},
+            sigma=sigma,
+            license=license,
+        )
+        return card
+
+    @classmethod
+    def _kind(cls) -> type[Any]:
+        """The model's own class: FSDP gives a model another one, made of it."""
+        return next(base for base in cls.__mro__ if "config_class" in vars(base))
 
     @staticmethod
     def check_weights(weights: Mapping[str, Tensor]) -> None:
@@ -92,15 +169,10 @@ class Pretrained(nn.Module):
         if broken := not_finite(weights):
             raise FloatingPointError(f"weights are not finite and are not saved: {first_words(broken)}")
 
-    def push_to_hub(self, repo_id: str, *, token: str | None = None) -> None:
-        """Upload to a repository on the Hugging Face hub, which is made where absent."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            huggingface_hub.create_repo(repo_id, token=token, exist_ok=True)
-            huggingface_hub.upload_folder(repo_id=repo_id, folder_path=folder, token=token)
-
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
+    def from_pretrained(  # type: ignore[override]
+        cls, source: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> Self:
         """A model from a local folder (nothing is downloaded) or a repository on the Hugging Face hub.
 
         Args:

@@ -64,8 +64,8 @@ def test_classifier_comes_back_bit_for_bit(tmp_path, pool):
     assert torch.equal(loaded.mean, model.mean)
 
 
-def test_a_folder_holds_two_plain_files(saved):
-    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+def test_a_folder_holds_three_plain_files(saved):
+    assert sorted(file.name for file in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     content = json.loads((saved / "config.json").read_text())
     assert content["model"] == "Autoencoder"
     assert content["img_size"] == [8, 12]
@@ -76,7 +76,7 @@ def test_saving_again_replaces(saved):
     other = build(1, replace(CONFIG, depth=2))
     other.save_pretrained(saved)
     assert same(Autoencoder.from_pretrained(saved), other)
-    assert len(list(saved.iterdir())) == 2
+    assert len(list(saved.iterdir())) == 3
 
 
 def test_views_and_half_precision_can_be_saved(tmp_path):
@@ -243,14 +243,47 @@ def test_no_network(error, monkeypatch):
 def test_push_uploads_what_is_saved(monkeypatch):
     uploaded = {}
 
-    def upload(*, repo_id, folder_path, token):
-        uploaded["model"] = Autoencoder.from_pretrained(folder_path)
+    def create(self, repo_id, **_):
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo_id, **_: uploaded.update(repo=repo_id))
-    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
-    build().push_to_hub("owner/name")
+    def upload(self, *, repo_id, folder_path, **_):
+        uploaded.update(repo=repo_id, model=Autoencoder.from_pretrained(folder_path))
+        uploaded["card"] = huggingface_hub.ModelCard.load(folder_path / "README.md")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    build().push_to_hub("owner/name", model_card_kwargs={"license": "mit", "sigma": "gamma:25,3"})
     assert uploaded["repo"] == "owner/name"
     assert same(uploaded["model"], build())
+    assert uploaded["card"].data.license == "mit"
+    assert "Noise levels of the training, in 0-255 pixel levels: gamma:25,3." in uploaded["card"].text
+    with pytest.raises(ValueError, match="the configuration of a model is its own"):
+        build().push_to_hub("owner/name", config={"depth": 2})
+
+
+def test_the_card_says_what_the_model_is_and_how_to_load_it(saved):
+    card = huggingface_hub.ModelCard.load(saved / "README.md")
+    assert card.data.library_name == "denim"
+    assert {"denim", "pytorch_model_hub_mixin"} <= set(card.data.tags)
+    assert card.data.license is None
+    for words in ("# Autoencoder of Denim", "objective nim, target raw.", "pixel levels: not recorded here.",
+                  "Licence of the weights: not stated.", 'Autoencoder.from_pretrained("owner/name")',
+                  "| img_size | (8, 12) |", "https://arxiv.org/abs/2302.01056"):  # fmt: skip
+        assert words in card.text
+    classifier = Classifier(ClassifierConfig.for_encoder(CONFIG, 2, trained_on="noise, raw target"))
+    assert 'images of the kind "noise, raw target".' in str(classifier.generate_model_card(license="mit"))
+
+
+def test_a_card_that_was_edited_stays(saved):
+    (saved / "README.md").write_text("mine")
+    build(1).save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "mine"
+    assert same(Autoencoder.from_pretrained(saved), build(1))
+
+
+def test_a_folder_without_a_card_is_read(saved):
+    (saved / "README.md").unlink()
+    assert same(Autoencoder.from_pretrained(saved), build())
 
 
 # ------------------------------------------------------------------------------------------------ interrupted saving
@@ -271,7 +304,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
     with pytest.raises(TypeError, match="not JSON serializable"):
         other.save_pretrained(saved)
     assert same(Autoencoder.from_pretrained(saved), build())
-    assert len(list(saved.iterdir())) == 2
+    assert len(list(saved.iterdir())) == 3
 
 
 # Saves over a model in a child process, which is killed with half the weights written, or after the weights and before
