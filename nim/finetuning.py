@@ -20,6 +20,7 @@ from denim.nim.data import Batch, EvalView, Source, hold_out, open_loader, open_
 from denim.nim.data.sources import splits
 from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.files import atomic_write
+from denim.nim.plan import with_fitting_micro_batch
 from denim.nim.precision import resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
@@ -160,6 +161,16 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
             classes=tuple(source.classes),
             trained_on=trained_on,
         )
+        if config.adversarial is None:  # which keeps the activations of several passes
+            config = with_fitting_micro_batch(
+                config,
+                architecture,
+                device,
+                ranks,
+                console,
+                besides=sum(tensor.nbytes for tensor in autoencoder.state_dict().values()),
+                multiple_of=config.batch_unit,
+            )
         augmentation = Augmentation(
             config.seed,
             body.img_size,

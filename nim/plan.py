@@ -7,17 +7,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from denim.nim.gpus import Gpu
 
 if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
     from denim.nim.autoencoder import AutoencoderConfig
     from denim.nim.classifier import ClassifierConfig
+    from denim.nim.ranks import Ranks
+    from denim.nim.settings import TrainConfig
 
-__all__ = ["Plan", "Strategy", "fitting_micro_batch", "least_seconds", "make_plan", "plan_table"]
+__all__ = [
+    "Plan",
+    "Strategy",
+    "fitting_micro_batch",
+    "least_seconds",
+    "make_plan",
+    "plan_table",
+    "with_fitting_micro_batch",
+]
 
+Config = TypeVar("Config", bound="TrainConfig")
+
+# Share of a GPU's free memory that a plan may fill. The rest is for workspaces of libraries, buffers of the exchange
+# between devices, and what the allocator cannot use.
+USABLE = 0.9
 FP32 = 4  # bytes of a number: weights, gradients, the optimizer's two averages and the residual stream
 
 
@@ -453,6 +471,74 @@ def fitting_micro_batch(
         f"a training step takes at least {least / 2**30:.1f} GiB, and {memory / 2**30:.1f} GiB are free"
         + (f": {' or '.join(more)} would take less" if more else "")
     )
+
+
+def with_fitting_micro_batch(
+    config: Config,
+    architecture: AutoencoderConfig | ClassifierConfig,
+    device: torch.device,
+    ranks: Ranks,
+    console: Console,
+    *,
+    mask_ratio: float = 0.75,
+    besides: int = 0,
+    multiple_of: int = 1,
+) -> Config:
+    """The settings with a micro-batch that fits into the free memory of every rank's GPU, if a rank's share does not.
+
+    One line says so. Settings that name a micro-batch stay as they are, and so do all on a CPU. All ranks must call
+    this.
+
+    Args:
+        config: the settings.
+        architecture: of the model in training.
+        device: of this rank.
+        ranks: the processes of the training.
+        console: for the line.
+        mask_ratio: share of hidden patches, for mae and dmae.
+        besides: bytes that other models take on the device, which are not there yet.
+        multiple_of: what a micro-batch must be a multiple of.
+
+    Raises:
+        ValueError: not even the smallest micro-batch fits, or the batch cannot be cut so.
+    """
+    import torch
+
+    from denim.nim.precision import resolve_precision
+
+    if device.type != "cuda" or config.micro_batch is not None:
+        return config
+    share, _ = config.passes(ranks.world)
+    free, _ = torch.cuda.mem_get_info(device)
+    memory = USABLE * min(ranks.gather(free))
+    strategy = Strategy(
+        precision=resolve_precision(config.precision, device),
+        lean=config.lean,
+        grad_checkpointing=config.grad_checkpointing,
+        fsdp=config.fsdp,
+        devices=ranks.world,
+    )
+    try:
+        micro_batch = fitting_micro_batch(
+            architecture,
+            share,
+            memory,
+            strategy,
+            mask_ratio=mask_ratio,
+            multiple_of=multiple_of,
+            besides=besides,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; a micro_batch in the settings is tried without this check") from error
+    if micro_batch == share:
+        return config
+    console.print(
+        f"{share} images of a device do not fit into {memory / 2**30:.1f} GiB of free memory: {share // micro_batch} "
+        f"passes of {micro_batch} each (--micro-batch changes that)",
+        markup=False,
+        soft_wrap=True,
+    )
+    return replace(config, micro_batch=micro_batch)
 
 
 def plan_table(

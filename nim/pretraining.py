@@ -14,6 +14,7 @@ from denim.nim.data import BadSamplesError, Batch, EvalView, Source, Subset, Tor
 from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
 from denim.nim.parallel import alone
+from denim.nim.plan import with_fitting_micro_batch
 from denim.nim.precision import autocast, resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, reconstruct
@@ -132,6 +133,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
             target=config.target,
             objective=config.objective,
         )
+        config = with_fitting_micro_batch(config, architecture, device, ranks, console, mask_ratio=config.mask_ratio)
         loader = training_loader(config, source, architecture.img_size[0], device, ranks)
         with keyed_torch(config.seed, torch.device("cpu")):
             model = Autoencoder(architecture)

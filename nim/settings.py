@@ -37,7 +37,8 @@ class TrainConfig:
         batch_size: Images per update, on all devices together; learning rates scale linearly with it. Without it, the
             published number, or for smaller data the largest power of two of which an epoch has at least 10.
         micro_batch: Images per forward pass on one device; the gradients of as many passes as an update needs are
-            averaged. None: the share of a device in one pass. It changes memory and speed, not the result.
+            averaged. None: the share of a device in one pass, or on a GPU the largest divisor of it that fits. It
+            changes memory and speed, not the result.
         base_lr: Learning rate for a batch of 256 images.
         min_lr: Learning rate at the end, for this batch size.
         weight_decay: Weight decay of AdamW; biases and other 1-d parameters have none.

@@ -8,10 +8,29 @@ import torch
 from denim.benchmarks.gpu_models import model_flops
 from denim.benchmarks.timing import peak_memory
 from denim.kernels import Domain, derive_seeds
-from denim.nim import Autoencoder, Classifier, ClassifierConfig, Objective, preset
+from denim.nim import (
+    Autoencoder,
+    Classifier,
+    ClassifierConfig,
+    FinetuneConfig,
+    Objective,
+    PretrainConfig,
+    finetune,
+    preset,
+    pretrain,
+)
 from denim.nim.block import set_lean
 from denim.nim.gpus import GPUS, gpu_of_driver
-from denim.nim.plan import Strategy, fitting_micro_batch, least_seconds, make_plan, plan_table
+from denim.nim.plan import (
+    Strategy,
+    fitting_micro_batch,
+    least_seconds,
+    make_plan,
+    plan_table,
+    with_fitting_micro_batch,
+)
+from denim.nim.ranks import Ranks
+from denim.nim.text import open_console
 
 CPU = torch.device("cpu")
 # Odd widths and numbers of heads, two encoder blocks and another number of decoder blocks.
@@ -214,3 +233,100 @@ def test_gpus_of_drivers():
     names = [name for gpu in GPUS.values() for name in gpu.drivers]
     assert len(set(names)) == len(names)
     assert all(gpu.bf16 > gpu.tf32 >= gpu.fp32 for gpu in GPUS.values())
+
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Set the free memory of a GPU that is not there."""
+
+    def set(value):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (value, 2**40))
+
+    return set
+
+
+def settings(tmp_path, **changes):
+    return PretrainConfig(out=tmp_path, batch_size=64, warmup_epochs=1, precision="fp32", **changes)
+
+
+def test_a_share_that_does_not_fit_is_cut_and_said(tmp_path, free, capsys):
+    console = open_console()
+    strategy = Strategy(precision="fp32")
+    needs = {size: make_plan(SMALL, size, strategy, passes=64 // size).total for size in (16, 64)}
+    free(needs[64] / 0.9 + 1)
+    config = settings(tmp_path)
+    assert with_fitting_micro_batch(config, SMALL, GPU, Ranks(), console) == config
+    assert capsys.readouterr().out == ""
+    free(needs[16] / 0.9 + 1)
+    cut = with_fitting_micro_batch(config, SMALL, GPU, Ranks(), console)
+    assert cut == dataclasses.replace(config, micro_batch=16)
+    assert cut.passes(1) == (16, 4)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "4 passes of 16 each" in line
+    # What other models take counts too, and the settings of the run.
+    assert with_fitting_micro_batch(config, SMALL, GPU, Ranks(), console, besides=10).micro_batch == 8
+    again = settings(tmp_path, grad_checkpointing=True)
+    assert with_fitting_micro_batch(again, SMALL, GPU, Ranks(), console).passes(1)[0] > 16
+
+
+def test_the_rank_with_the_least_memory_decides(tmp_path, free):
+    strategy = Strategy(precision="fp32", devices=2)
+    needs = {size: make_plan(SMALL, size, strategy, passes=32 // size).total for size in (8, 32)}
+
+    class Two(Ranks):
+        """One of two ranks; the other has room for 8 images."""
+
+        def __init__(self):
+            self.world = 2
+
+        def gather(self, value):
+            return [value, needs[8] / 0.9 + 1]
+
+    free(needs[32] / 0.9 + 1)
+    cut = with_fitting_micro_batch(settings(tmp_path), SMALL, GPU, Two(), open_console(quiet=True))
+    assert cut.passes(2) == (8, 4)
+
+
+def test_a_cpu_and_a_given_micro_batch_stay(tmp_path, monkeypatch):
+    def fail(device):
+        raise AssertionError("asked for the memory of a GPU")
+
+    monkeypatch.setattr("torch.cuda.mem_get_info", fail)
+    console = open_console(quiet=True)
+    for config, device in ((settings(tmp_path), CPU), (settings(tmp_path, micro_batch=32), GPU)):
+        assert with_fitting_micro_batch(config, SMALL, device, Ranks(), console) is config
+
+
+def test_nothing_fits(tmp_path, free):
+    free(1000)
+    with pytest.raises(ValueError, match="a micro_batch in the settings is tried without this check"):
+        with_fitting_micro_batch(settings(tmp_path), SMALL, GPU, Ranks(), open_console(quiet=True))
+
+
+class AskedError(Exception):
+    """In place of a training."""
+
+
+def test_trainings_ask_before_they_load_images(tmp_path, monkeypatch):
+    def ask(config, architecture, device, ranks, console, **rest):
+        raise AskedError(architecture, rest)
+
+    for name in ("pretraining", "finetuning"):
+        monkeypatch.setattr(f"denim.nim.{name}.with_fitting_micro_batch", ask)
+    quiet = open_console(quiet=True)
+    with pytest.raises(AskedError) as asked:
+        pretrain(settings(tmp_path / "run", preset="micro", objective="mae", mask_ratio=0.5, device="cpu"), quiet)
+    architecture, rest = asked.value.args
+    assert architecture == preset("micro", objective="mae")
+    assert rest == {"mask_ratio": 0.5}
+    Autoencoder(preset("micro")).save_pretrained(tmp_path / "denoiser")
+    config = FinetuneConfig(out=tmp_path / "run", denoiser=tmp_path / "denoiser", device="cpu", mixup_group=8)
+    with pytest.raises(AskedError) as asked:
+        finetune(config, quiet)
+    architecture, rest = asked.value.args
+    assert architecture.num_classes == 10
+    assert rest["multiple_of"] == 8
+    assert rest["besides"] == make_plan(preset("micro"), 1, Strategy()).weights
