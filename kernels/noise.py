@@ -17,14 +17,16 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from denim.kernels.dispatch import register
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = [
     "Stream",
@@ -43,7 +45,7 @@ PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 PHILOX_ROUNDS = 10
 WORD = 0xFFFFFFFF
 
-Array = TypeVar("Array", Tensor, npt.NDArray[np.int64])
+Array = TypeVar("Array", Tensor, "npt.NDArray[np.int64]")
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 # Up to this many words are drawn by NumPy: its operations are 3 to 4 times cheaper to call than torch's, which have one
@@ -269,6 +271,8 @@ def _words_reference(seeds: Tensor, count: int, stream: int) -> Tensor:
     """Reference in torch or NumPy, with the same bits; also the CPU kernel."""
     flat, groups = seeds.reshape(-1), (count + 3) // 4
     if seeds.device.type == "cpu" and flat.numel() * groups <= FEW:
+        import numpy as np
+
         words = torch.from_numpy(np.stack(_group_words(flat.numpy(), np.arange(groups), stream), axis=-1))
     else:
         numbers = torch.arange(groups, dtype=torch.int64, device=seeds.device)

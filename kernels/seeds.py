@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,6 +53,8 @@ def _reference(
     shape = torch.broadcast_shapes(*(part.shape for part in parts))
     if samples.device.type == "cpu" and shape.numel() <= FEW:
         # Of one dimension at least: NumPy warns where a single number overflows.
+        import numpy as np
+
         seeds = torch.from_numpy(_hash(*(np.atleast_1d(part.numpy()) for part in parts), domain=domain))
     else:
         seeds = _hash(*parts, domain=domain)

@@ -111,15 +111,15 @@ def _compare(
 
 
 def _results(
-    case: Case, parts: Sequence[str], inputs: dict[str, Tensor], upstream: Tensor | None, gpu: GPU
+    case: Case, names: Sequence[str], parts: Sequence[str], inputs: dict[str, Tensor], upstream: Tensor | None, gpu: GPU
 ) -> Iterator[Any]:
-    """(name, result) of the passes."""
+    """(name, result) of the passes; the names are those of the result and of the gradients."""
     if FORWARD in parts or "sum" in parts:
-        yield "result", launch(case, FORWARD, case.arguments(inputs), gpu)
+        yield names[0], launch(case, FORWARD, case.arguments(inputs), gpu)
     if BACKWARD in parts and upstream is not None:
         gradients = launch(case, BACKWARD, case.backward_arguments(inputs, upstream), gpu)
         gradients = gradients if isinstance(gradients, tuple) else (gradients,)
-        yield from zip((f"gradient of {leaf}" for leaf in case.leaves), gradients, strict=False)
+        yield from zip(names[1:], gradients, strict=False)
 
 
 def run_case(
@@ -165,7 +165,7 @@ def _run_case(
     try:
         allocations = mock.patch.object(torch, "empty", _guarded(made))
         with machine as launches, allocations:
-            results = list(_results(case, parts, inputs, upstream, gpu))
+            results = list(_results(case, names, parts, inputs, upstream, gpu))
         agreements = [_compare(name, got, *definition[name], store) for name, got in results]
     except Trap as trap:
         failure = f"{type(trap).__name__}: {trap}"
