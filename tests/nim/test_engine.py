@@ -549,7 +549,7 @@ def weight(folder):
 def test_the_sums_are_those_of_sha256sum(whole_run):
     for checkpoint in (whole_run / "checkpoints").iterdir():
         lines = dict(reversed(line.split("  ")) for line in (checkpoint / "SHA256SUMS").read_text().splitlines())
-        assert sorted(lines) == ["config.json", "model.safetensors", OPTIMIZER, "training.json"]
+        assert sorted(lines) == ["README.md", "config.json", "model.safetensors", OPTIMIZER, "training.json"]
         for name, digest in lines.items():
             assert digest == hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
 
