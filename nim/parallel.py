@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from denim.nim.adversarial import evaluating
 from denim.nim.block import set_lean
 from denim.nim.ranks import Ranks
 from denim.nim.settings import TrainConfig
@@ -91,14 +92,12 @@ def alone(model: nn.Module) -> Iterator[None]:
     Args:
         model: in training mode, which it gets back.
     """
-    model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         if isinstance(model, FSDPModule):
             model.reshard()  # else it would keep all weights until the next backward pass
-        model.train()
 
 
 def without_sync(module: nn.Module, model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -212,6 +212,11 @@ def _damage(folder: Path) -> str:
 def _read_progress(folder: Path) -> Progress:
     """The content of training.json, if such a run could have written it."""
     file = folder / TRAINING_FILE
+    if not file.exists() and (folder / "training.pt").exists():
+        raise CheckpointError(
+            f"{folder} is the checkpoint of an earlier version, whose training cannot be resumed; its weights can be "
+            f"read, and a new pretraining starts from them with --init {folder}"
+        )
     try:
         state = read_json(file)
     except (DamagedFileError, OSError) as error:

@@ -594,6 +594,15 @@ def test_a_forged_checkpoint_is_refused_before_anything_is_loaded(whole_run, tmp
         run(configure(tmp_path / "run", resume=True))
 
 
+def test_a_checkpoint_of_an_earlier_version_says_what_can_be_done(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    newest = latest_checkpoint(tmp_path / "run")
+    (newest / "training.json").rename(newest / "training.pt")
+    forged(newest)
+    with pytest.raises(CheckpointError, match=r"00000020 is the checkpoint of an earlier version.*--init .*00000020"):
+        run(configure(tmp_path / "run", resume=True))
+
+
 def test_checkpoints_that_stay_for_good(tmp_path):
     config = configure(tmp_path / "run", checkpoint_every=2, keep_checkpoints=1, keep_every=6)
     run(config)
