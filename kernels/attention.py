@@ -9,7 +9,6 @@ import importlib.metadata
 import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -113,11 +112,8 @@ def _run_xformers(ops: ModuleType, pair: tuple[object, object], query: Tensor, k
 
 
 def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    kind = query.device.type
-    # Under autocast the softmax would be float32: twice the memory, and copies to and from it.
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
-        return scores.softmax(dim=-1) @ value
+    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
+    return scores.softmax(dim=-1) @ value
 
 
 # Longest key for which plain products take the place of SDPA on a CPU in bfloat16: all scores are kept for the backward

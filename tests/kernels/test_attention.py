@@ -84,17 +84,6 @@ def test_bfloat16_on_a_cpu_is_computed_by_plain_products(dtype, length, name):
     assert next(iter(attention_backends(query, key, key))) == ("math" if name == "math" else "xformers")
 
 
-def test_plain_products_stay_in_bfloat16_under_autocast(operators):
-    """A float32 softmax would take twice the memory until the backward pass."""
-    query, key, value = (
-        torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(3)
-    )
-    with torch.autocast("cpu", torch.bfloat16), operators() as calls:
-        attention(query, key, value)
-    (softmax,) = calls["aten._softmax.default"]
-    assert softmax.result.dtype == torch.bfloat16
-
-
 def test_auto_takes_the_first_that_serves():
     tensors = make()
     assert attention_kernel(*tensors) == "sdpa"

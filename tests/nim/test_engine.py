@@ -401,6 +401,10 @@ def test_accumulation_averages_the_parts(tmp_path):
         models.append(model)
     # Sums in another order: float32 rounding, which AdamW's normalisation of tiny gradients magnifies a little.
     torch.testing.assert_close(models[0].layer.weight, models[1].layer.weight, rtol=1e-4, atol=1e-6)
+    # AdamW would not notice gradients that are twice as large.
+    losses, norms = ([[r[name] for r in metrics(tmp_path / run)] for run in "12"] for name in ("loss", "grad_norm"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path):
