@@ -56,6 +56,8 @@ class ImaginedGPU:
         self._modes.enter_context(_Operators(self))
         for name in ("_exchange_device", "_maybe_exchange_device"):  # `torch.cuda.device` asks the driver
             self._modes.enter_context(patch.object(torch.cuda, name, lambda index: -1))
+        # So does the question for free memory, of which there is more than any plan takes.
+        self._modes.enter_context(patch.object(torch.cuda, "mem_get_info", lambda device: (2**60, 2**60)))
         # Lists of tensors go to operators for lists, as they do on CUDA.
         kinds = patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"])
         self._modes.enter_context(kinds)
