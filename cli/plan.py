@@ -38,7 +38,7 @@ def main(
     reached, and no measurements.
 
     Args:
-        preset: Size of the model: micro, tiny, small, base, large or huge.
+        preset: Size of the model: micro, mini, tiny, small, base, large or huge.
         img_size: Side of the images in pixels; without it, that of the preset.
         patch_size: Side of the patches in pixels; without it, that of the preset.
         channels: Channels of the images, 1 or 3; without it, those of the preset.

@@ -21,7 +21,7 @@ from denim.nim.data import EvalView, TorchLoader, open_source
 parser = argparse.ArgumentParser(description="Pretrain a denoiser on a folder of images")
 parser.add_argument("folder", type=Path)
 parser.add_argument("--out", type=Path, default=Path("runs/photos"))
-parser.add_argument("--preset", default="tiny", help="micro, tiny, small, base, large or huge")
+parser.add_argument("--preset", default="tiny", help="micro, mini, tiny, small, base, large or huge")
 parser.add_argument("--epochs", type=int, default=100)
 parser.add_argument("--batch", type=int, default=64)
 parser.add_argument("--sigma", type=float, default=70.0, help="noise level of the picture, 0-255 pixel levels")

@@ -134,13 +134,14 @@ class AutoencoderConfig:
 # base, large and huge as published (You et al. 2023; He et al. 2022, appendix A).
 PRESETS: dict[str, AutoencoderConfig] = {
     "micro": AutoencoderConfig((16, 16), 4, 64, 3, 4, 64, 1, 4, mean=(0.5,), std=(0.25,)),
+    "mini": AutoencoderConfig((32, 32), 4, 128, 6, 4, 128, 2, 4),
     "tiny": AutoencoderConfig((224, 224), 16, 192, 12, 3, 192, 4, 3),
     "small": AutoencoderConfig((224, 224), 16, 384, 12, 6, 256, 4, 8),
     "base": AutoencoderConfig(),
     "large": AutoencoderConfig(embed_dim=1024, depth=24, num_heads=16),
     "huge": AutoencoderConfig(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
 }
-"""Architectures by name: micro (digits), tiny, small, and base, large and huge as published."""
+"""Architectures by name: micro (digits), mini (CIFAR), tiny, small, and base, large and huge as published."""
 
 
 def preset(
@@ -154,7 +155,7 @@ def preset(
     """The configuration of a preset, changed where an argument is given.
 
     Args:
-        name: micro, tiny, small, base, large or huge.
+        name: micro, mini, tiny, small, base, large or huge.
         img_size: side of a square image in pixels.
         patch_size: side of a patch in pixels.
         channels: sets mean and std as well, to ImageNet's for three channels and to 0.5 and 0.25 for any other number,

@@ -193,7 +193,7 @@ class PretrainConfig(TrainConfig):
     """Settings of pretraining; the defaults are the published recipe (You et al. 2023, appendix; He et al. 2022).
 
     Attributes:
-        preset: Size of the model: micro, tiny, small, base, large or huge.
+        preset: Size of the model: micro, mini, tiny, small, base, large or huge.
         objective: What is learnt: nim (remove noise), mae (fill in hidden patches) or dmae (both).
         target: Target of the loss: norm (each patch normalised by its own mean and variance) or raw pixels.
         sigma: Noise levels in 0-255 pixel levels, such as 70, gamma:25,3 or uniform:0,30; without it, those that were

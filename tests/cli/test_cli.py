@@ -214,7 +214,7 @@ def test_unknown_options_are_named(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("pretrain", "--preset", "giant"), "micro, tiny, small, base, large, huge"),
+        (("pretrain", "--preset", "giant"), "micro, mini, tiny, small, base, large, huge"),
         (("pretrain", "--data", "no/such/folder"), "no/such/folder"),
         (("pretrain", "--sigma", "-5"), "not negative"),
         (("finetune", "--denoiser", "nowhere/model"), "nowhere/model"),

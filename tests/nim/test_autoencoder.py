@@ -274,7 +274,9 @@ def test_presets():
     assert preset("base", channels=1).std == (0.25,)
     assert preset("base", channels=1, mean=(0.1,), std=(0.2,)).std == (0.2,)
     assert preset("base", channels=1, std=(0.2,)).std == (0.2,)
-    with pytest.raises(ValueError, match="unknown preset 'giant'; choose one of micro, tiny, small, base, large, huge"):
+    with pytest.raises(
+        ValueError, match="unknown preset 'giant'; choose one of micro, mini, tiny, small, base, large, huge"
+    ):
         preset("giant")
     with pytest.raises(ValueError, match="3 channels need one mean and std each"):
         preset("micro", channels=3, mean=(0.5,), std=(0.5,))

@@ -208,7 +208,7 @@ def test_a_damaged_manifest_of_a_run_is_named_with_what_to_do(tmp_path, noise_im
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": "giant"}, "micro, tiny, small, base, large, huge"),
+        ({"preset": "giant"}, "micro, mini, tiny, small, base, large, huge"),
         ({"target": "pixels"}, "norm or raw"),
         ({"objective": "simmim"}, "nim, mae, dmae"),
         ({"sigma": "gauss:3"}, "gamma:CONCENTRATION,SCALE"),
