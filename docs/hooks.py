@@ -21,7 +21,7 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "checks.md", "CHANGELOG.md"
 FOLDERS = {"examples": "examples.md"}
 FILES = ("CITATION.cff",)
 # The API reference must hold every name that these export.
-PACKAGES = ("kernels", "nim", "nim/data", "defense")
+PACKAGES = ("kernels", "nim", "nim/data", "defense", "defense/attacks")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -15,7 +15,7 @@ from denim.defense.de3 import De3
 from denim.kernels import Domain, attack_start, attack_step, derive_seeds
 from denim.nim.adversarial import evaluating
 
-__all__ = ["Attack", "Attacked"]
+__all__ = ["Attack", "Attacked", "radius_text"]
 
 _FORM = "fgsm:EPSILON[,eot=N][,gray] or pgd:EPSILON[,steps=N][,eot=N][,restarts=N][,gray], EPSILON such as 4/255"
 LOSSES = ("mean loss", "mean probability")
