@@ -440,7 +440,7 @@ def _evaluate_cell(
             clean = batch.images[chosen][open_ids].to(device).permute(0, 3, 1, 2).float() / 255
             pixels, zero, bad = clean, torch.zeros_like(ids), torch.zeros_like(ids)
             if attack is not None:
-                pixels, zero, bad = attack.run(defense, clean, labels, ids, settings.seed)
+                pixels, zero, bad, _ = attack.run(defense, clean, labels, ids, settings.seed)
             confirmation = defense.seeds(settings.seed, Domain.CONFIRMATION, ids, settings.score_draws)
             fresh = defense.seeds(settings.seed, Domain.SCORE, ids, settings.score_draws)
             try:

@@ -1,5 +1,27 @@
-"""Attacks on defenses."""
+"""Attacks on defenses.
 
-from denim.defense.attacks.attack import Attack, Attacked, radius_text
+`attack` says what an attack is, `search` runs one rule and one loss on many images, `rules` and `square` say how an
+attack moves, `losses` what it raises, and `balls` where it may go.
+"""
 
-__all__ = ["Attack", "Attacked", "radius_text"]
+from denim.defense.attacks.attack import (
+    ATTACKS,
+    Attack,
+    Attacked,
+    AttackLike,
+    parse_attack,
+    radius_text,
+    register_attack,
+)
+from denim.defense.attacks.search import Target
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "AttackLike",
+    "Attacked",
+    "Target",
+    "parse_attack",
+    "radius_text",
+    "register_attack",
+]

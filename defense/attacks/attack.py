@@ -1,94 +1,214 @@
-"""L-infinity attacks on randomized defenses: FGSM and PGD with expectation over transformation (EOT)."""
+"""What an attack is: its text form, and the search for the candidate of each image."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from denim.defense.attacks.balls import Ball
+from denim.defense.attacks.losses import LOSSES
+from denim.defense.attacks.rules import Apgd, Fgsm, Momentum, Pgd, Rule
+from denim.defense.attacks.search import Found, Items, Search, Target
+from denim.defense.attacks.square import Square
 from denim.defense.de3 import De3
-from denim.kernels import Domain, attack_start, attack_step, derive_seeds
+from denim.kernels import Domain
 from denim.nim.adversarial import evaluating
 
-__all__ = ["Attack", "Attacked", "radius_text"]
+__all__ = ["ATTACKS", "Attack", "AttackLike", "Attacked", "parse_attack", "radius_text", "register_attack"]
 
-_FORM = "fgsm:EPSILON[,eot=N][,gray] or pgd:EPSILON[,steps=N][,eot=N][,restarts=N][,gray], EPSILON such as 4/255"
-LOSSES = ("mean loss", "mean probability")
+# Leaving early costs nothing where the target does not draw. Where it does, an image leaves if all draws of a pass and
+# all confirmation draws miss; with fewer steps or draws this asks for more than it saves.
+LEAST_STEPS, LEAST_DRAWS = 50, 4
 
 
 class Attacked(NamedTuple):
-    """Result of an attack on one batch.
+    """Result of an attack on a number of images.
 
     Attributes:
         pixels: (B, C, H, W), the candidates.
-        zero_gradients: bool (B,), True for images whose gradient was zero at some step.
+        zero_gradients: bool (B,), True for images whose gradient was zero at some step of every search.
         bad_gradients: bool (B,), True for images whose gradient was not finite at some step.
+        gradients: int64 (B,), gradients of one draw that were computed for each image.
     """
 
     pixels: Tensor
     zero_gradients: Tensor
     bad_gradients: Tensor
+    gradients: Tensor
+
+
+@runtime_checkable
+class AttackLike(Protocol):
+    """What an evaluation needs of an attack."""
+
+    @property
+    def epsilon(self) -> float:
+        """Radius, in [0, 1] units; attacks of one radius are compared."""
+        ...
+
+    def run(self, target: Target, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Attacked:
+        """Attack images (B, C, H, W) of labels (B,) and sample ids (B,), all random keyed by seed and ids."""
+        ...
+
+
+class Stage(NamedTuple):
+    """One search of an attack, made on the images that the searches before it have left.
+
+    Attributes:
+        rule: how it moves.
+        loss: what it raises.
+        targets: 0, or how many of the most likely other classes are aimed at, one after the other.
+    """
+
+    rule: Rule
+    loss: str
+    targets: int = 0
+
+
+class Kind(NamedTuple):
+    """An attack by its name.
+
+    Attributes:
+        steps: by default; 0 where the number is fixed.
+        losses: by default; none where they are fixed.
+        stages: the searches, by the settings.
+    """
+
+    steps: int
+    losses: tuple[str, ...]
+    stages: Callable[[Attack, Ball], Iterator[Stage]]
+
+
+def _by_losses(rule: Callable[[Ball, int], Rule]) -> Callable[[Attack, Ball], Iterator[Stage]]:
+    def stages(attack: Attack, ball: Ball) -> Iterator[Stage]:
+        for loss in attack.losses:
+            yield Stage(rule(ball, attack.steps), loss)
+
+    return stages
+
+
+def _targeted(attack: Attack, ball: Ball) -> Iterator[Stage]:
+    yield Stage(Apgd(ball, attack.steps), "dlr-targeted", targets=9)
+
+
+def _standard(attack: Attack, ball: Ball) -> Iterator[Stage]:
+    yield Stage(Apgd(ball, attack.steps), "ce")
+    yield from _targeted(attack, ball)
+    if ball.norm == "linf":
+        yield Stage(Square(ball, 50 * attack.steps), "margin")
+
+
+ATTACKS: dict[str, Kind] = {
+    "fgsm": Kind(0, ("ce",), _by_losses(lambda ball, steps: Fgsm(ball))),
+    "pgd": Kind(20, ("ce", "dlr"), _by_losses(Pgd)),
+    "mpgd": Kind(20, ("ce", "dlr"), _by_losses(Momentum)),
+    "apgd": Kind(100, ("ce", "dlr"), _by_losses(Apgd)),
+    "apgd-t": Kind(100, (), _targeted),
+    "square": Kind(5000, ("margin",), _by_losses(Square)),
+    "aa": Kind(100, (), _standard),
+    "aa-rand": Kind(100, ("ce", "dlr"), _by_losses(Apgd)),
+}
+"""Attacks by name. `aa` is AutoAttack (Croce and Hein 2020) without FAB: AutoPGD on cross entropy and, for the nine
+most likely other classes, on the targeted ratio, then Square with 50 queries for each step. `aa-rand` is AutoAttack for
+targets that draw."""
+
+_FORM = (
+    "NAME:EPSILON[,norm=l2][,steps=N][,eot=N][,restarts=N][,loss=LOSS+LOSS][,gray][,full], with a NAME of "
+    f"{', '.join(ATTACKS)}, EPSILON such as 4/255, and a LOSS of {', '.join(LOSSES)}"
+)
 
 
 @dataclass(frozen=True)
 class Attack:
-    """An L-infinity attack, white box unless `gray`.
+    """An attack of bounded change, white box unless `gray`.
 
     White box: the exact gradient through noise, denoiser, clamp and classifier, averaged over `eot` draws (Athalye et
-    al. 2018). The attack runs with the gradient of the mean loss, with that of the loss of the mean probability, and
-    from every restart. Of these candidates it takes, for each image, the one that misleads most *selection* draws.
-    Gray box: the attacker knows the classifier, but not that it is defended.
+    al. 2018). An attack is a number of searches: one for each loss, target class and restart. For a target that draws,
+    cross entropy is raised twice, as the mean loss and as the loss of the mean probability. Of the clean image and,
+    from each search, the iterate of the largest loss and the last one, the candidate is the one that misleads most
+    *selection* draws. Gray box: the attacker knows the classifier, but not that it is defended.
+
+    An image that is misled leaves the search, and later searches pass it over. Where the target does not draw, the
+    verdict is the same as without. Where it does, this needs all selection draws, or all draws of a pass and all
+    confirmation draws, to be misled, at least 50 steps and 4 draws. `full` turns it off; so does `gray`, where the
+    verdict is that of another model.
 
     Attributes:
-        name: fgsm (Goodfellow et al. 2015: one step of size epsilon) or pgd (Madry et al. 2018).
+        name: a key of `ATTACKS`.
         epsilon: radius in [0, 1] units.
-        steps: of PGD. The step size is epsilon / 4, halved after half and again after three quarters of the steps.
+        steps: of each search; None takes those of the name. With square, queries.
         eot: draws for each gradient, and for the selection.
-        restarts: random starts of PGD, uniform in the ball.
+        restarts: random starts of each search.
         gray: attack the classifier without its defense.
+        norm: "linf" or "l2".
+        losses: keys of `LOSSES`; none takes those of the name.
+        full: search for every image to the last step of every search.
     """
 
     name: str
     epsilon: float
-    steps: int = 20
+    steps: int = None  # type: ignore[assignment]  # a number after __post_init__
     eot: int = 20
     restarts: int = 1
     gray: bool = False
+    norm: str = "linf"
+    losses: tuple[str, ...] = ()
+    full: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in ("fgsm", "pgd"):
-            raise ValueError(f"unknown attack {self.name!r}; choose fgsm or pgd")
-        if not (math.isfinite(self.epsilon) and 0 < self.epsilon <= 1):
-            raise ValueError(f"epsilon must be in (0, 1], such as 4/255, got {self.epsilon}")
+        kind = ATTACKS.get(self.name)
+        if kind is None:
+            raise ValueError(f"unknown attack {self.name!r}; choose one of {', '.join(ATTACKS)}")
+        Ball.check(self.epsilon, self.norm)
+        if self.name == "square" and self.norm != "linf":
+            raise ValueError(f"square attacks in the L-infinity norm alone, got norm {self.norm!r}")
+        if self.steps is None or not kind.steps:
+            object.__setattr__(self, "steps", kind.steps or 1)
+        if not kind.losses and self.losses:
+            raise ValueError(f"the losses of {self.name} are fixed, got {', '.join(self.losses)}")
+        object.__setattr__(self, "losses", tuple(self.losses) or kind.losses)
+        for loss in self.losses:
+            if loss not in LOSSES or loss == "dlr-targeted":
+                choices = ", ".join(name for name in LOSSES if name != "dlr-targeted")
+                raise ValueError(f"unknown loss {loss!r}; choose of {choices}; targeted ratios are what apgd-t raises")
+        if self.name == "fgsm":
+            object.__setattr__(self, "restarts", 1)  # it starts from the image
         for name in ("steps", "eot", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @classmethod
     def parse(cls, text: str) -> Attack:
-        """Read the text form, `pgd:4/255,steps=20,eot=20,restarts=1,gray`.
+        """Read the text form, such as `apgd:4/255,steps=100,eot=20,restarts=1,loss=ce+dlr,norm=l2,gray,full`.
 
         Raises:
             ValueError: not of that form.
         """
         name, _, rest = text.partition(":")
         epsilon, *options = rest.split(",")
-        settings: dict[str, int | bool] = {}
+        settings: dict[str, object] = {}
         try:
             radius = float(Fraction(epsilon))
             for option in options:
                 key, _, value = option.partition("=")
                 if name == "fgsm" and key in ("steps", "restarts"):
                     raise ValueError(key)
-                if key == "gray" and not value:
+                if key in ("gray", "full") and not value:
                     settings[key] = True
                 elif key in ("steps", "eot", "restarts"):
                     settings[key] = int(value)
+                elif key == "loss" and value:
+                    settings["losses"] = tuple(value.split("+"))
+                elif key == "norm" and value:
+                    settings[key] = value
                 else:
                     raise ValueError(key)
         except (ValueError, ArithmeticError):
@@ -97,71 +217,188 @@ class Attack:
 
     def __str__(self) -> str:
         text = f"{self.name}:{radius_text(self.epsilon)}"
-        if self.name == "pgd":
+        if self.norm != "linf":
+            text += f",norm={self.norm}"
+        if ATTACKS[self.name].steps:
             text += f",steps={self.steps}"
         text += f",eot={self.eot}"
         if self.restarts > 1:
             text += f",restarts={self.restarts}"
-        return text + (",gray" if self.gray else "")
+        if self.losses != ATTACKS[self.name].losses:
+            text += f",loss={'+'.join(self.losses)}"
+        return text + (",gray" if self.gray else "") + (",full" if self.full else "")
 
-    def run(self, defense: De3, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Attacked:
-        """Attack one batch.
+    def run(
+        self,
+        target: Target,
+        pixels: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        seed: int,
+        *,
+        targets: Tensor | None = None,
+        max_batch: int = 256,
+    ) -> Attacked:
+        """Attack images.
 
         The target is put into evaluation mode, and back at the end. Gradients are computed also where the caller has
         turned them off (`torch.no_grad`, `torch.inference_mode`).
 
         Args:
-            defense: the target; a gray box attack uses its classifier alone.
+            target: what is attacked; a gray box attack uses the classifier of a De3 alone.
             pixels: (B, C, H, W) in [0, 1].
             labels: int64 (B,).
             ids: int64 (B,), sample ids: they key the starts and the draws, so the attack on a sample does not depend on
-                the batch that it is in.
+                what it is attacked together with.
             seed: of the evaluation.
+            targets: int64 (B,), classes that the attacker wants predicted; None for any that is not the label.
+            max_batch: images in a pass, draws counted; at least one image with all draws is in a pass.
 
         Returns:
-            Candidates within epsilon of the pixels, and where gradients were zero or not finite.
+            Candidates within epsilon of the pixels, and what the search has met.
 
         Raises:
-            ValueError: the logits do not depend on the pixels by operations of autograd.
+            ValueError: the logits do not depend on the pixels by operations of autograd, labels are no classes, or a
+                gray box attack on something that is no De3.
         """
-        target = De3(None, defense.classifier, None).to(pixels.device) if self.gray else defense
-        with torch.inference_mode(False), evaluating(target):
+        module = target
+        if self.gray:
+            if not isinstance(target, De3):
+                raise ValueError(
+                    f"a gray box attack is on the classifier of a De3, and this is {type(target).__name__}"
+                )
+            module = De3(None, target.classifier, None).to(pixels.device)
+        mode = evaluating(module) if isinstance(module, nn.Module) else contextlib.nullcontext()
+        with torch.inference_mode(False), mode:
             # Autograd saves no tensors that were made in inference mode.
-            pixels, labels, ids = (x.clone() if x.is_inference() else x for x in (pixels, labels, ids))
-            return self._run(target, pixels, labels, ids, seed)
+            aims = labels if targets is None else targets
+            pixels, labels, ids, aims = (x.clone() if x.is_inference() else x for x in (pixels, labels, ids, aims))
+            items = Items(pixels, labels, aims, ids)
+            return _Run(self, module, items, seed, targets is not None, max_batch).all_searches()
 
-    def _run(self, target: De3, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Attacked:
-        eot = self.eot if target.is_random else 1
-        # With one draw the two ways to average are the same (the defense itself averages over its own draws).
-        losses = LOSSES if eot > 1 else LOSSES[:1]
-        best, best_rank = pixels, torch.full((len(pixels),), -math.inf, device=pixels.device)
-        zero = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-        bad = torch.zeros_like(zero)
-        restarts = self.restarts if self.name == "pgd" else 1
-        steps = self.steps if self.name == "pgd" else 1
-        for restart in range(restarts):
-            for kind in losses:
-                iterate = pixels
-                if self.name == "pgd":
-                    starts = derive_seeds(seed, Domain.ATTACK, ids, restart)
-                    iterate = attack_start(pixels, starts, epsilon=self.epsilon)
-                for step in range(steps):
-                    seeds = target.seeds(seed, Domain.ATTACK, ids, eot, (restart << 32) + step + 1)
-                    gradient = _gradient(target, iterate, labels, seeds, kind)
-                    largest = gradient.flatten(1).abs().amax(dim=1)
-                    bad |= ~largest.isfinite()
-                    zero |= largest == 0
-                    size = self.epsilon if self.name == "fgsm" else self._step_size(step)
-                    iterate = attack_step(iterate, pixels, gradient.nan_to_num(), step_size=size, epsilon=self.epsilon)
-                rank = _selection_rank(target, iterate, labels, target.seeds(seed, Domain.SELECTION, ids, eot))
-                better = rank > best_rank
-                best = torch.where(better.view(-1, 1, 1, 1), iterate, best)
-                best_rank = torch.where(better, rank, best_rank)
-        return Attacked(best, zero, bad)
 
-    def _step_size(self, step: int) -> float:
-        done = step / self.steps
-        return self.epsilon / 4 * (1.0 if done < 0.5 else 0.5 if done < 0.75 else 0.25)
+class _Run:
+    """An attack on a number of images, search by search.
+
+    Args:
+        towards: the aim are predictions of the items' targets.
+    """
+
+    def __init__(self, attack: Attack, target: Target, items: Items, seed: int, towards: bool, max_batch: int) -> None:
+        self.attack, self.target, self.items, self.seed, self.towards = attack, target, items, seed, towards
+        self.eot = attack.eot if target.is_random else 1
+        self.slots = max(1, max_batch // (self.eot * int(getattr(target, "draws", 1))))
+
+    def all_searches(self) -> Attacked:
+        """Every search in turn."""
+        items = self.items
+        count, device = len(items.ids), items.origin.device
+        best, gradients = items.origin.clone(), torch.zeros(count, dtype=torch.int64, device=device)
+        bad, searched = (torch.zeros(count, dtype=torch.bool, device=device) for _ in range(2))
+        zero = ~bad
+        if not count:
+            return Attacked(best, bad, bad.clone(), gradients)
+        rank, mean = self._rank(items, items.origin, first=True)
+        for stage in self._stages():
+            leaves = self._may_leave(stage)
+            # Most likely first; the label itself, or beyond the classes, is no aim.
+            order = mean.scatter(1, items.labels[:, None], -math.inf).argsort(dim=1, descending=True)
+            aims = min(stage.targets, mean.shape[1] - 1)
+            for aim, restart in ((a, r) for a in range(aims or 1) for r in range(self.attack.restarts)):
+                open_ = (rank < self.eot) if leaves else torch.ones_like(searched)
+                place = open_.nonzero().flatten()
+                if not len(place):
+                    continue
+                chosen = Items(*(column[place] for column in items))
+                if aims and not self.towards:
+                    chosen = chosen._replace(targets=order[place, aim])
+                search = Search(stage.rule, stage.loss, self.eot, self.slots, self.towards)
+                # Other aims start elsewhere.
+                number = restart + aim * self.attack.restarts
+                found = search.run(self.target, chosen, self.seed, number, self._decided if leaves else None)
+                for pixels in self._candidates(stage, found):
+                    better_rank, _ = self._rank(chosen, pixels)
+                    better = better_rank > rank[place]
+                    best[place] = torch.where(better.view(-1, 1, 1, 1), pixels, best[place])
+                    rank[place] = torch.where(better, better_rank, rank[place])
+                searched[place] = True
+                zero[place] &= found.zero
+                bad[place] |= found.bad
+                if stage.rule.needs_gradient:
+                    gradients[place] += found.passes * self.eot
+        return Attacked(best, zero & searched, bad, gradients)
+
+    def _stages(self) -> Iterator[Stage]:
+        for stage in ATTACKS[self.attack.name].stages(self.attack, Ball(self.attack.epsilon, self.attack.norm)):
+            yield stage
+            if stage.loss == "ce" and self.eot > 1 and "mean-probability" not in self.attack.losses:
+                yield stage._replace(loss="mean-probability")
+
+    def _may_leave(self, stage: Stage) -> bool:
+        if self.attack.full or self.attack.gray:
+            return False
+        return not self.target.is_random or (stage.rule.steps >= LEAST_STEPS and self.eot >= LEAST_DRAWS)
+
+    @staticmethod
+    def _candidates(stage: Stage, found: Found) -> tuple[Tensor, ...]:
+        # The only iterate of one step that a pass has seen is its start.
+        return (found.last,) if stage.rule.steps == 1 else (found.last, found.best)
+
+    def _misled(self, logits: Tensor, items: Items) -> Tensor:
+        """bool (R, B) of logits (R, B, K)."""
+        predicted = logits.argmax(dim=-1)
+        return predicted == items.targets if self.towards else predicted != items.labels
+
+    def _decided(self, pixels: Tensor, logits: Tensor, items: Items) -> Tensor:
+        """Whether all draws of a pass are misled, and all confirmation draws, bool (B,)."""
+        misled = self._misled(logits, items).all(dim=0)
+        if not self.target.is_random or not bool(misled.any()):
+            return misled
+        row = misled.nonzero().flatten()
+        asked = Items(*(column[row] for column in items))
+        # Step 0 has the confirmation draws by which an evaluation compares attacks.
+        seeds = self.target.seeds(self.seed, Domain.CONFIRMATION, asked.ids, self.eot, 1)
+        with torch.no_grad():
+            confirmed = self._misled(self.target.draw_logits(pixels[row], seeds), asked).all(dim=0)
+        return misled.index_put((row,), confirmed)
+
+    @torch.no_grad()
+    def _rank(self, items: Items, pixels: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
+        """(B,), larger for candidates that mislead more draws; of equal ones, for those of larger mean loss.
+
+        Also the mean logits (B, K).
+
+        Args:
+            first: check the labels.
+        """
+        ranks, means = [], []
+        for part in torch.arange(len(pixels), device=pixels.device).split(self.slots):
+            here = Items(*(column[part] for column in items))
+            seeds = self.target.seeds(self.seed, Domain.SELECTION, here.ids, self.eot)
+            logits = self.target.draw_logits(pixels[part], seeds)
+            if first:
+                for name, classes in (("labels", here.labels), ("targets", here.targets)):
+                    _check_classes(name, classes, here.ids, logits.shape[-1])
+            misled = self._misled(logits, here).double().mean(dim=0)
+            aim = here.targets if self.towards else here.labels
+            expanded = aim.expand(len(logits), -1)
+            flat = F.cross_entropy(logits.flatten(0, 1).float(), expanded.flatten(), reduction="none")
+            loss = flat.view_as(expanded).double().mean(dim=0)
+            loss = -loss if self.towards else loss
+            # In (0, 1), also for infinite losses: it orders equal counts, and never exceeds a draw. float64, since a
+            # large loss rounds to 1 in float32.
+            between = torch.nan_to_num(0.5 + torch.atan(loss) / math.pi, nan=0.0).clamp(0, 1 - 1e-9)
+            ranks.append(misled * len(logits) + between)
+            means.append(logits.mean(dim=0))
+        return torch.cat(ranks), torch.cat(means)
+
+
+def _check_classes(name: str, classes: Tensor, ids: Tensor, count: int) -> None:
+    wrong = (classes < 0) | (classes >= count)
+    if bool(wrong.any()):
+        pairs = zip(classes[wrong][:5].tolist(), ids[wrong.to(ids.device)][:5].tolist(), strict=True)
+        found = ", ".join(f"{label} (sample id {i})" for label, i in pairs)
+        raise ValueError(f"the target has {count} classes, and {name} must be from 0 to {count - 1}, got {found}")
 
 
 def radius_text(epsilon: float) -> str:
@@ -170,34 +407,32 @@ def radius_text(epsilon: float) -> str:
     return f"{levels}/255" if levels / 255 == epsilon else repr(epsilon)
 
 
-def _gradient(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor, kind: str) -> Tensor:
-    """Gradient of the loss that the attack raises, averaged over draws, with respect to pixels."""
-    with torch.enable_grad():
-        leaf = pixels.detach().requires_grad_()
-        logits = target.draw_logits(leaf, seeds, surrogate=True)
-        log_probability = logits.log_softmax(dim=-1)
-        if kind == "mean loss":
-            loss = -log_probability.mean(dim=0)
-        else:
-            loss = math.log(len(logits)) - log_probability.logsumexp(dim=0)
-        total = loss.gather(1, labels[:, None]).sum()
-        with torch.autocast(pixels.device.type, enabled=False):  # backward has the dtypes of forward
-            gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
-    if gradient is None:
-        raise ValueError(
-            "the logits do not depend on the pixels by operations of autograd, so this attack would leave the images "
-            "as they are, and the defense would look robust: the classifier or the denoiser detaches, rounds, leaves "
-            "torch or runs under torch.no_grad. Give it a derivative, or put a surrogate with one in its place"
-        )
-    return gradient
+_PARSERS: dict[str, Callable[[str], AttackLike]] = dict.fromkeys(ATTACKS, Attack.parse)
 
 
-@torch.no_grad()
-def _selection_rank(target: De3, pixels: Tensor, labels: Tensor, seeds: Tensor) -> Tensor:
-    """(B,), larger for candidates that mislead more draws; of equal ones, for those of larger mean loss."""
-    logits = target.draw_logits(pixels, seeds)
-    misled = (logits.argmax(dim=-1) != labels).float().mean(dim=0)
-    expanded = labels.expand(len(logits), -1)
-    loss = F.cross_entropy(logits.flatten(0, 1), expanded.flatten(), reduction="none").view_as(expanded).mean(dim=0)
-    # 1 - 1 / (1 + loss) lies in [0, 1], also for an infinite loss: it orders equal counts, and never exceeds a draw.
-    return misled * len(logits) + torch.nan_to_num(1 - 1 / (1 + loss), nan=0.0)
+def register_attack(name: str, parse: Callable[[str], AttackLike]) -> None:
+    """Make an attack known by a name, for text forms that begin with it.
+
+    Args:
+        name: what stands before the colon.
+        parse: gives the attack of a text form, and raises ValueError for another text. `str` of the attack must give a
+            text form back.
+
+    Raises:
+        ValueError: the name is taken, or holds a colon or a comma.
+    """
+    if name in _PARSERS or not name or set(name) & set(":,"):
+        raise ValueError(f"an attack needs a name of its own without colon and comma, got {name!r}")
+    _PARSERS[name] = parse
+
+
+def parse_attack(text: str) -> AttackLike:
+    """An attack from its text form, by the parser of its name.
+
+    Raises:
+        ValueError: unknown name, or not of the form of that name.
+    """
+    parse = _PARSERS.get(text.partition(":")[0])
+    if parse is None:
+        raise ValueError(f"attack {text!r} is not of the form {_FORM}")
+    return parse(text)

@@ -597,7 +597,7 @@ def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
         ({"examples": -1}, "examples must not be negative, got -1"),
         ({"seed": -(2**63) - 1}, "seed must be an int64"),
-        ({"attacks": ("cw:4/255",)}, "unknown attack 'cw'; choose fgsm or pgd"),
+        ({"attacks": ("cw:4/255",)}, "unknown attack 'cw'; choose one of fgsm, pgd, mpgd"),
         ({"attacks": ("pgd",)}, "is not of the form"),
         ({"attacks": ("pgd:4/255", "pgd:4/255,steps=20")}, "attacks must differ"),
     ],

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from denim.defense import Attack, De3
+from denim.defense.attacks import ATTACKS
+from denim.defense.attacks.losses import scale_of
 from denim.kernels import Domain, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig
 
@@ -79,16 +81,20 @@ def loss_of(model: nn.Module, pixels: Tensor, labels: Tensor = LABELS) -> Tensor
 
 @settings(deadline=None)
 @given(
-    name=st.sampled_from(["fgsm", "pgd"]),
+    name=st.sampled_from(sorted(ATTACKS)),
     epsilon=st.integers(1, 255).map(lambda level: level / 255) | st.floats(0, 1, exclude_min=True),
-    steps=st.integers(1, 500),
+    steps=st.none() | st.integers(1, 500),
     eot=st.integers(1, 500),
     restarts=st.integers(1, 9),
     gray=st.booleans(),
+    norm=st.sampled_from(["linf", "l2"]),
+    losses=st.lists(st.sampled_from(["ce", "mean-probability", "margin", "dlr"]), unique=True, max_size=3),
+    full=st.booleans(),
 )
-def test_the_text_form_gives_the_attack_back(name, epsilon, steps, eot, restarts, gray):
-    options = {"steps": steps, "restarts": restarts} if name == "pgd" else {}
-    attack = Attack(name, epsilon, eot=eot, gray=gray, **options)
+def test_the_text_form_gives_the_attack_back(name, epsilon, steps, eot, restarts, gray, norm, losses, full):
+    options = {"losses": losses} if ATTACKS[name].losses else {}
+    options["norm"] = "linf" if name == "square" else norm
+    attack = Attack(name, epsilon, steps, eot=eot, restarts=restarts, gray=gray, full=full, **options)
     assert Attack.parse(str(attack)) == attack
 
 
@@ -131,7 +137,7 @@ def test_texts_that_reports_show():
     ],
 )
 def test_other_texts_are_refused_with_the_form(text):
-    with pytest.raises(ValueError, match="is not of the form fgsm:EPSILON") as caught:
+    with pytest.raises(ValueError, match="is not of the form NAME:EPSILON") as caught:
         Attack.parse(text)
     assert repr(text) in str(caught.value)
 
@@ -139,7 +145,13 @@ def test_other_texts_are_refused_with_the_form(text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "apgd"}, "unknown attack 'apgd'; choose fgsm or pgd"),
+        ({"name": "cw"}, "unknown attack 'cw'; choose one of fgsm, pgd, mpgd, apgd, apgd-t, square, aa, aa-rand"),
+        ({"norm": "l1"}, "unknown norm 'l1'; choose linf or l2"),
+        ({"norm": "l2", "epsilon": 0.0}, "epsilon must be positive, such as 0.5 in the L2 norm, got 0"),
+        ({"name": "square", "norm": "l2"}, "square attacks in the L-infinity norm alone, got norm 'l2'"),
+        ({"losses": ("hinge",)}, "unknown loss 'hinge'; choose of ce, mean-probability, margin, dlr;"),
+        ({"losses": ("dlr-targeted",)}, "targeted ratios are what apgd-t raises"),
+        ({"name": "aa", "losses": ("ce",)}, "the losses of aa are fixed, got ce"),
         ({"epsilon": 0}, r"epsilon must be in \(0, 1\], such as 4/255, got 0"),
         ({"epsilon": 4}, r"epsilon must be in \(0, 1\], such as 4/255, got 4"),
         ({"epsilon": -0.1}, "epsilon"),
@@ -152,7 +164,8 @@ def test_other_texts_are_refused_with_the_form(text):
 def test_bad_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Attack(**{"name": "pgd", "epsilon": 4 / 255} | options)
-    if "name" not in options and math.isfinite(options.get("epsilon", 0)):
+    readable = math.isfinite(options.get("epsilon", 0))
+    if len(options) == 1 and options.keys() <= {"epsilon", "steps", "eot", "restarts"} and readable:
         (pair,) = options.items()
         text = f"pgd:{pair[1]}" if pair[0] == "epsilon" else f"pgd:4/255,{pair[0]}={pair[1]}"
         with pytest.raises(ValueError, match=message):
@@ -185,7 +198,9 @@ def test_candidates_lie_in_the_ball_and_in_the_range(name, epsilon, steps, resta
 
 
 @pytest.mark.parametrize("sigma", [None, 0, 35])
-@pytest.mark.parametrize("attack", [Attack("fgsm", 8 / 255, eot=3), Attack("pgd", 8 / 255, steps=8, eot=3)])
+@pytest.mark.parametrize(
+    "attack", [Attack("fgsm", 8 / 255, eot=3, full=True), Attack("pgd", 8 / 255, steps=8, eot=3, full=True)]
+)
 def test_a_linear_classifier_of_two_classes_is_driven_to_the_optimum(attack, sigma):
     model = linear(2)
     labels = LABELS.clamp(max=1)
@@ -201,7 +216,7 @@ def test_a_linear_classifier_of_two_classes_is_driven_to_the_optimum(attack, sig
     else:
         start_distance = 2 * 8 / 255
         assert ((attacked.pixels - optimum).abs() <= start_distance - 1.375 * 8 / 255 + ULP).all()
-        many = Attack("pgd", 8 / 255, steps=16, eot=3).run(
+        many = Attack("pgd", 8 / 255, steps=16, eot=3, full=True).run(
             De3(None, model, sigma), images(0.1, 0.9), labels, IDS, 0
         )  # 2.75 radii
         torch.testing.assert_close(many.pixels, optimum, rtol=0, atol=ULP)
@@ -220,7 +235,7 @@ def test_pgd_is_at_least_as_strong_as_fgsm(sigma):
         return F.cross_entropy(defense.draw_logits(attacked, seeds).mean(dim=0), labels)
 
     unattacked = F.cross_entropy(defense.draw_logits(clean, seeds).mean(dim=0), labels)
-    fgsm, pgd = strength(Attack("fgsm", 0.1)), strength(Attack("pgd", 0.1, steps=30))
+    fgsm, pgd = strength(Attack("fgsm", 0.1, full=True)), strength(Attack("pgd", 0.1, steps=30, full=True))
     assert unattacked < fgsm < pgd
 
 
@@ -228,7 +243,9 @@ def test_a_larger_radius_is_stronger_and_pgd_with_it_breaks_the_undefended_model
     model, clean = curved(), images(0.2, 0.8)
     labels = model(clean).argmax(dim=1)
     small, large = (
-        loss_of(model, Attack("pgd", radius).run(De3(None, model, None), clean, labels, IDS, 0).pixels, labels)
+        loss_of(
+            model, Attack("pgd", radius, full=True).run(De3(None, model, None), clean, labels, IDS, 0).pixels, labels
+        )
         for radius in (0.02, 0.5)
     )
     assert (large > small).all()
@@ -243,15 +260,19 @@ def test_the_gradient_is_the_mean_over_the_draws_of_the_stage():
     defense = De3(None, model, 70)
     attacked = Attack("fgsm", radius, eot=5).run(defense, clean, LABELS, IDS, 11).pixels
     seeds = draw_seeds(11, Domain.ATTACK, IDS, 5, 1)
+    selection = draw_seeds(11, Domain.SELECTION, IDS, 5)
+    scale = scale_of(torch.stack([model(noisy(clean, 70, draw)) for draw in seeds]))[:, None]
     leaf = clean.clone().requires_grad_()
-    singles = [torch.autograd.grad(loss_of(model, noisy(leaf, 70, draw)).sum(), leaf)[0] for draw in seeds]
-    mean_loss = torch.stack(singles).mean(dim=0)
-    probability = torch.stack([model(noisy(leaf, 70, draw)).softmax(dim=1) for draw in seeds]).mean(dim=0)
+
+    def single(draw: Tensor) -> Tensor:
+        return F.cross_entropy(scale * model(noisy(leaf, 70, draw)), LABELS, reduction="sum")
+
+    mean_loss = torch.stack([torch.autograd.grad(single(draw), leaf)[0] for draw in seeds]).mean(dim=0)
+    probability = torch.stack([(scale * model(noisy(leaf, 70, draw))).softmax(dim=1) for draw in seeds]).mean(dim=0)
     of_mean = torch.autograd.grad(F.nll_loss(probability.log(), LABELS, reduction="sum"), leaf)[0]
     candidates = [clean + radius * gradient.sign() for gradient in (mean_loss, of_mean)]
     assert not torch.equal(*candidates), "the two ways to average differ here, so the choice can be seen"
     # Of the two, by image, the one that misleads more selection draws, then the one with the larger mean loss.
-    selection = draw_seeds(11, Domain.SELECTION, IDS, 5)
     ranks = []
     for candidate in candidates:
         logits = torch.stack([model(noisy(candidate, 70, draw)) for draw in selection])
@@ -272,13 +293,14 @@ def test_every_step_and_restart_has_draws_of_its_own_and_none_is_a_score_draw():
             asked.append((domain, tuple(seeds.flatten().tolist())))
             return seeds
 
-    Attack("pgd", 0.1, steps=3, eot=4, restarts=2).run(Spy(None, curved(), 35), images(), LABELS, IDS, 0)
+    attack = Attack("pgd", 0.1, steps=3, eot=4, restarts=2, losses=("ce",))
+    attack.run(Spy(None, curved(), 35), images(), LABELS, IDS, 0)
     gradients = [seeds for domain, seeds in asked if domain == Domain.ATTACK]
     selection = [seeds for domain, seeds in asked if domain == Domain.SELECTION]
     assert len(gradients) == 2 * 2 * 3  # restarts x ways to average x steps
     distinct = {seed for seeds in gradients for seed in seeds}
     assert len(distinct) == 2 * 3 * 4 * BATCH  # the two ways to average share their draws
-    assert len(selection) == 4
+    assert len(selection) == 1 + 2 * 4  # the clean image, and of each search the last and the best iterate
     assert len(set(selection)) == 1, "candidates are compared on the same draws"
     assert not distinct & set(selection[0])
     assert {domain for domain, _ in asked} == {Domain.ATTACK, Domain.SELECTION}
@@ -298,7 +320,7 @@ def test_an_attack_on_a_sample_does_not_depend_on_its_batch(order, keep, name):
 
 
 def test_ids_and_seed_decide_about_the_start():
-    defense, attack = De3(None, curved(), None), Attack("pgd", 0.1, steps=1)
+    defense, attack = De3(None, curved(), None), Attack("pgd", 0.1, steps=1, full=True)
     clean, same = images()[[0, 0]], torch.tensor([0, 0])
 
     def run(ids, seed):
@@ -326,15 +348,19 @@ def test_white_box_goes_through_the_denoiser_and_gray_box_never_calls_it():
     denoiser, classifier, inputs = seeded(lambda: Autoencoder(CONFIG)), Recorder(curved()), []
     denoiser.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     defense = De3(denoiser, classifier, 35)
-    white = Attack("pgd", 0.1, steps=3, eot=2).run(defense, images(), LABELS, IDS, 0).pixels
-    assert len(inputs) == 2 * (3 + 1)  # ways to average x (steps and selection)
+    white = Attack("pgd", 0.1, steps=3, eot=2, losses=("ce",)).run(defense, images(), LABELS, IDS, 0).pixels
+    assert len(inputs) == 1 + 2 * (3 + 2)  # the clean image, ways to average x (steps and candidates)
     assert {len(batch) for batch in inputs} == {2 * BATCH}
     inputs.clear()
     classifier.inputs.clear()
-    gray = Attack("pgd", 0.1, steps=3, eot=2, gray=True).run(defense, images(), LABELS, IDS, 0).pixels
+    gray = Attack("pgd", 0.1, steps=3, eot=2, losses=("ce",), gray=True).run(defense, images(), LABELS, IDS, 0).pixels
     assert inputs == []
-    assert [len(batch) for batch in classifier.inputs] == [BATCH] * 4
-    undefended = Attack("pgd", 0.1, steps=3, eot=2).run(De3(None, curved(), None), images(), LABELS, IDS, 0).pixels
+    assert [len(batch) for batch in classifier.inputs] == [BATCH] * (1 + 3 + 2)
+    undefended = (
+        Attack("pgd", 0.1, steps=3, eot=2, losses=("ce",), full=True)
+        .run(De3(None, curved(), None), images(), LABELS, IDS, 0)
+        .pixels
+    )
     assert torch.equal(gray, undefended)
     assert not torch.equal(gray, white)
 
@@ -350,22 +376,24 @@ def test_white_box_goes_through_the_denoiser_and_gray_box_never_calls_it():
 )
 def test_a_deterministic_defense_is_attacked_with_one_draw(make):
     classifier = Recorder(curved())
-    Attack("pgd", 0.1, steps=3, eot=20).run(make(classifier), images(), LABELS, IDS, 0)
-    assert [len(batch) for batch in classifier.inputs] == [BATCH] * 4
+    Attack("pgd", 0.1, steps=3, eot=20, losses=("ce",), full=True).run(make(classifier), images(), LABELS, IDS, 0)
+    assert [len(batch) for batch in classifier.inputs] == [BATCH] * (1 + 3 + 2)
 
 
 def test_draws_of_the_defense_are_all_attacked():
     classifier = Recorder(curved())
-    Attack("pgd", 0.1, steps=2, eot=1).run(De3(None, classifier, 35, draws=3), images(), LABELS, IDS, 0)
+    attack = Attack("pgd", 0.1, steps=2, eot=1, losses=("ce",))
+    attack.run(De3(None, classifier, 35, draws=3), images(), LABELS, IDS, 0)
     # One gradient draw is one call of the defense with its three draws; one way to average, since there is one draw.
-    assert [len(batch) for batch in classifier.inputs] == [3 * BATCH] * 3
+    assert [len(batch) for batch in classifier.inputs] == [3 * BATCH] * (1 + 2 + 2)
 
 
 def test_frozen_is_attacked_through_its_own_noise():
     frozen, clean = De3(None, curved(), 140).frozen(2), images(0.2, 0.8)
-    attacked = Attack("fgsm", 0.1, eot=20).run(frozen, clean, LABELS, IDS, 5).pixels
+    attacked = Attack("fgsm", 0.1, eot=20, full=True).run(frozen, clean, LABELS, IDS, 5).pixels
     leaf = clean.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(F.cross_entropy(frozen(leaf), LABELS, reduction="sum"), leaf)
+    scale = scale_of(frozen(clean)[None])[:, None]
+    (gradient,) = torch.autograd.grad(F.cross_entropy(scale * frozen(leaf), LABELS, reduction="sum"), leaf)
     torch.testing.assert_close(attacked, clean + 0.1 * gradient.sign(), rtol=0, atol=ULP)
 
 
@@ -376,6 +404,8 @@ def test_a_vote_is_attacked_through_the_mean_probability():
     leaf = clean.clone().requires_grad_()
     draws = draw_seeds(5, Domain.ATTACK, IDS, 5, 1)
     probability = torch.stack([model(noisy(leaf, 70, draw)).softmax(dim=1) for draw in draws]).mean(dim=0)
+    logs = probability.log()
+    probability = (scale_of(logs.detach()[None])[:, None] * logs).softmax(dim=1)
     (gradient,) = torch.autograd.grad(F.nll_loss(probability.log(), LABELS, reduction="sum"), leaf)
     torch.testing.assert_close(attacked, clean + 0.1 * gradient.sign(), rtol=0, atol=ULP)
 
@@ -387,7 +417,13 @@ def test_the_best_of_several_restarts_is_kept():
     )
     labels, defense = torch.zeros(BATCH, dtype=torch.int64), De3(None, model, None)
     one, many = (
-        loss_of(model, Attack("pgd", 0.2, steps=1, restarts=n).run(defense, images(), labels, IDS, 0).pixels, labels)
+        loss_of(
+            model,
+            Attack("pgd", 0.2, steps=1, restarts=n, full=True, losses=("ce",))
+            .run(defense, images(), labels, IDS, 0)
+            .pixels,
+            labels,
+        )
         for n in (1, 20)
     )
     assert (many >= one).all()
@@ -404,7 +440,10 @@ def test_a_candidate_of_infinite_loss_is_worse_than_a_finite_one():
     clean = torch.full((BATCH, 1, 8, 8), 0.5)
     # One step of 0.025 up from a start whose brightness is 0.5 +- 0.007: half of the candidates pass 0.525.
     brightness = [
-        Attack("pgd", 0.1, steps=1, restarts=n).run(defense, clean, labels, IDS, 0).pixels.flatten(1).mean(dim=1)
+        Attack("pgd", 0.1, steps=1, restarts=n, full=True, losses=("ce",))
+        .run(defense, clean, labels, IDS, 0)
+        .pixels.flatten(1)
+        .mean(dim=1)
         for n in (1, 30)
     ]
     assert (brightness[0] < 0.525).any()
@@ -418,7 +457,7 @@ def test_zero_gradients_are_counted_by_image():
     """A dead unit: dark images have gradient zero, bright ones do not."""
     model = Function(lambda pixels: F.pad((pixels.flatten(1).mean(dim=1, keepdim=True) - 0.5).relu(), (1, 1)))
     clean = torch.tensor([0.2, 0.8, 0.1, 0.9]).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    for text in ("fgsm:4/255", "pgd:4/255,steps=3"):
+    for text in ("fgsm:4/255,full", "pgd:4/255,steps=3,full"):
         attacked = Attack.parse(text).run(De3(None, model, None), clean, LABELS, IDS, 0)
         assert attacked.zero_gradients.tolist() == [True, False, True, False]
         assert not attacked.bad_gradients.any()
@@ -430,7 +469,7 @@ def test_gradients_that_are_not_finite_are_counted_and_never_become_steps():
         return F.pad(((brightness - 0.5) * (brightness > 0.5)).sqrt(), (1, 1))  # infinite slope times zero is NaN
 
     clean = torch.tensor([0.2, 0.8, 0.1, 0.9]).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    for text in ("fgsm:4/255", "pgd:4/255,steps=3"):
+    for text in ("fgsm:4/255,full", "pgd:4/255,steps=3,full"):
         attacked = Attack.parse(text).run(De3(None, Function(function), None), clean, LABELS, IDS, 0)
         assert attacked.bad_gradients.tolist() == [True, False, True, False]
         assert not attacked.zero_gradients.any()
