@@ -7,13 +7,13 @@ from typing import Annotated
 
 import tyro
 
-DEMO_DENOISER = Path("runs/demo/pretraining/model")
+DEMO_DENOISER = "runs/demo/pretraining/model"
 
 
 def main(
     photo: Annotated[Path, tyro.conf.Positional],
     sigma: tuple[float, ...] = (70.0, 140.0),
-    denoiser: Path = DEMO_DENOISER,
+    denoiser: str = DEMO_DENOISER,
     out: Path | None = None,
     statistics: str = "input",
     seed: int = 0,
@@ -25,7 +25,8 @@ def main(
     Args:
         photo: Image file; its shorter side is resized to the image size of the denoiser, and its centre is cut out.
         sigma: Noise levels, standard deviations in 0-255 pixel levels.
-        denoiser: Folder of the denoiser, or owner/name on the Hugging Face hub.
+        denoiser: The denoiser: folder of a model or a run, name of a model that ships with Denim, or owner/name on the
+            Hugging Face hub.
         out: File of the picture, a PNG; without it, PHOTO-denoised.png in the current folder.
         statistics: Image that gives the patch means and standard deviations of the reconstruction: input or noisy. A
             denoiser with target raw needs none.
@@ -54,11 +55,11 @@ def main(
         )
     for level in sigma:
         warn_of_unit_sigma(level)
-    if denoiser == DEMO_DENOISER and not denoiser.exists():
-        raise ValueError(f"no denoiser in {denoiser}: run `denim demo`, or give --denoiser FOLDER")
+    if denoiser == DEMO_DENOISER and not Path(denoiser).exists():
+        raise ValueError(f"no denoiser in {denoiser}: run `denim demo`, or give --denoiser")
     where = pick_device(device)
     resolve_precision(precision, where)
-    model = Autoencoder.from_pretrained(str(denoiser)).to(where)
+    model = Autoencoder.from_pretrained(denoiser).to(where)
     if model.config.channels not in (1, 3):
         raise ValueError(f"photos have 1 or 3 channels, this denoiser takes {model.config.channels}")
     image = read_image(photo, model.config.channels)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def main(
-    classifier: Path,
-    denoiser: Path | None = None,
+    classifier: str,
+    denoiser: str | None = None,
     out: Path = Path("runs/evaluation"),
     data: str = "digits",
     split: str = "test",
@@ -18,7 +18,7 @@ def main(
     mask_ratios: tuple[float, ...] = (),
     degrade: str = "noise",
     statistics: str = "input",
-    clean_classifier: Path | None = None,
+    clean_classifier: str | None = None,
     attacks: tuple[str, ...] = ("fgsm:4/255", "pgd:4/255,steps=20,eot=20", "pgd:4/255,steps=20,eot=20,gray"),
     score_draws: int = 20,
     max_batch: int = 256,
@@ -35,8 +35,9 @@ def main(
     The same command with the same options goes on where an earlier one stopped.
 
     Args:
-        classifier: Folder of the fine-tuned classifier, or owner/name on the Hugging Face hub.
-        denoiser: Folder of the denoiser, or owner/name on the hub; without it, the defense is noise alone.
+        classifier: The fine-tuned classifier: folder of a model or a run, name of a model that ships with Denim, or
+            owner/name on the Hugging Face hub.
+        denoiser: The denoiser, likewise; without it, the defense is noise alone.
         out: Folder that gets the evaluation.
         data: Images to evaluate on: digits, cifar10, cifar100 or a folder.
         split: Split of the data, such as train or test.
@@ -48,8 +49,7 @@ def main(
         degrade: How images are degraded before the denoiser: noise, mask or both.
         statistics: Image that gives the patch means and standard deviations of a reconstruction: input or noisy. A
             denoiser with target raw needs none.
-        clean_classifier: Folder of a classifier that was trained on clean images, or owner/name on the hub, for a
-            reference row without defense.
+        clean_classifier: A classifier that was trained on clean images, likewise, for a reference row without defense.
         attacks: Attacks, such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray.
         score_draws: Fresh draws of noise per image for the score.
         max_batch: Images per forward pass; a smaller number takes less memory.
@@ -75,11 +75,11 @@ def main(
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
     settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision)
-    model = Classifier.from_pretrained(str(classifier)).to(where)
-    rebuild = None if denoiser is None else Autoencoder.from_pretrained(str(denoiser)).requires_grad_(False).to(where)
+    model = Classifier.from_pretrained(classifier).to(where)
+    rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False).to(where)
     defenses: dict[str, De3] = {}
     if clean_classifier is not None:
-        reference = Classifier.from_pretrained(str(clean_classifier)).to(where)
+        reference = Classifier.from_pretrained(clean_classifier).to(where)
         named = reference.config.classes and model.config.classes
         if reference.config.num_classes != model.config.num_classes or (named and named != reference.config.classes):
             raise ValueError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,13 +19,49 @@ from torch import Tensor, nn
 from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
 from denim.kernels.seeds import check_seed
-from denim.nim import Autoencoder, Classifier, Mask, add_noise, reconstruct
+from denim.nim import Autoencoder, CheckpointError, Classifier, Mask, add_noise, reconstruct
+from denim.nim.checkpoint import CARD_FILE, CONFIG_FILE, DEFENSE_FILE, WEIGHTS_FILE, check_entries, find_folder
 from denim.nim.classifier import PatchEmbed
+from denim.nim.files import DamagedFileError, atomic_folder, read_json
 from denim.nim.lean import is_plain
 from denim.nim.reconstruction import case_of, check_degradation, same_patches
 from denim.nim.sigma import MAX_SIGMA, is_level, warn_of_unit_sigma
 
 __all__ = ["De3"]
+
+CARD = """---
+{data}
+---
+
+# De3 of Denim
+
+Noise of level sigma, a denoiser, a classifier: a defense against adversarial images.
+
+```python
+from denim.defense import De3
+
+defense = De3.from_pretrained("owner/name", sigma={sigma})  # or a folder; pixels in [0, 1] -> logits
+```
+
+The models are in denoiser/ and classifier/, each with a card of its own; the settings are in {file}. Method:
+https://arxiv.org/abs/2302.01056
+"""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The entries of de3.json: the arguments of a `De3`, and its `case`."""
+
+    case: str
+    sigma: float | None
+    draws: int
+    aggregate: str
+    degrade: str
+    mask_ratio: float
+    statistics: str
+
+    def __post_init__(self) -> None:
+        check_entries(self)
 
 
 def _entropy() -> int:
@@ -150,6 +190,95 @@ class De3(nn.Module):
             f"sigma={self.sigma}, draws={self.draws}, aggregate={self.aggregate!r}, degrade={self.degrade!r}{ratio}, "
             f"case={self.case!r}, frozen={f'seed {self.seed}' if self._is_frozen else False}"
         )
+
+    def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> None:
+        """Write the defense: its models in denoiser/ and classifier/, its settings in de3.json, and a card, README.md.
+
+        The folder appears in one step. `from_pretrained` takes it, and so do those of `Autoencoder` and `Classifier`.
+        A seed is not written: with one, all that load the defense would draw the same noise.
+
+        Args:
+            folder: made by this call; it may exist if it is empty.
+            license: of all weights, by the hub's names such as "mit", for the cards.
+
+        Raises:
+            TypeError: the classifier is no `Classifier`.
+            ValueError: the defense is frozen, whose noise is not written; or the folder is not empty.
+            FloatingPointError: a weight is not finite; nothing is written then.
+            WriteError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        if not isinstance(self.classifier, Classifier):
+            raise TypeError(
+                f"a {type(self.classifier).__name__} cannot be written: only a Classifier of Denim can; save your own "
+                "modules as their library does"
+            )
+        if self._is_frozen:
+            raise ValueError("the noise of a frozen defense is not written: save the defense that it was made of")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} holds something already; choose a new folder, or remove it first")
+        settings = {field.name: getattr(self, field.name) for field in fields(_Settings)}
+        content = json.dumps({"model": "De3", **asdict(_Settings(**settings))}, indent=2)
+        with atomic_folder(folder) as staged:
+            if self.denoiser is not None:
+                self.denoiser.save_pretrained(staged / self.denoiser.part, model_card_kwargs={"license": license})
+            self.classifier.save_pretrained(staged / self.classifier.part, model_card_kwargs={"license": license})
+            (staged / DEFENSE_FILE).write_text(content + "\n")
+            data = huggingface_hub.ModelCardData(library_name="denim", tags=["denim"], license=license).to_yaml()
+            card = CARD.format(data=data, sigma=self.sigma, file=DEFENSE_FILE)
+            (staged / CARD_FILE).write_text(card, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, token: str | None = None, **settings: Any
+    ) -> Self:
+        """A defense from a folder, of those that ship with Denim, or of a repository on the Hugging Face hub.
+
+        Args:
+            source: what `save_pretrained` wrote: a folder, the name of a defense that ships with Denim, or "owner/name"
+                on the hub (see `find_folder`).
+            revision: branch, tag or commit on the hub.
+            token: for private repositories.
+            settings: sigma and other arguments of `De3`, in place of those that were saved.
+
+        Returns:
+            The defense, on the CPU, in evaluation mode.
+
+        Raises:
+            CheckpointError: nothing there, damaged files, models of another kind, or settings that do not fit.
+        """
+        parts = [kind.part for kind in (Autoencoder, Classifier)]
+        files = [DEFENSE_FILE, *(f"{part}/{file}" for part in parts for file in (CONFIG_FILE, WEIGHTS_FILE))]
+        folder = find_folder(source, files, revision, token)
+        file = folder / DEFENSE_FILE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder} holds no {DEFENSE_FILE}, so it is no defense: De3(denoiser, classifier, sigma) makes one of "
+                "two models"
+            )
+        try:
+            content = read_json(file)
+            if (kind := content.pop("model", None)) != "De3":
+                raise CheckpointError(f"{file} describes a {kind or 'model of another library'}, expected De3")
+            known = {field.name for field in fields(_Settings)}
+            if different := sorted(known ^ content.keys()):
+                raise CheckpointError(f"{file} must have the entries {sorted(known)}; missing or unknown: {different}")
+            saved = _Settings(**content)
+        except (DamagedFileError, ValueError) as error:
+            raise error if isinstance(error, CheckpointError) else CheckpointError(f"{file}: {error}") from error
+        place = folder / Autoencoder.part
+        denoiser = Autoencoder.from_pretrained(place) if place.exists() else None
+        if (case := case_of(denoiser, saved.degrade, saved.statistics)) != saved.case:
+            raise CheckpointError(
+                f"{file} was written for images of the kind {saved.case!r}, and {place} makes {case!r}: files of two "
+                "defenses, or some are missing"
+            )
+        classifier = Classifier.from_pretrained(folder / Classifier.part)
+        arguments = {name: value for name, value in asdict(saved).items() if name != "case"}
+        try:
+            return cls(denoiser, classifier, **{**arguments, **settings}).eval()
+        except ValueError as error:
+            raise CheckpointError(f"no defense can be made of {source}: {error}") from error
 
     def frozen(self, seed: int = 0) -> De3:
         """The same defense with noise that is fixed and known to an attacker.

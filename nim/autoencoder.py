@@ -232,6 +232,7 @@ class Autoencoder(Pretrained, nn.Module):
     """
 
     config_class: ClassVar[type[Any]] = AutoencoderConfig
+    part: ClassVar[str] = "denoiser"
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()

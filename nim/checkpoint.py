@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import types
 import typing
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from denim.nim.files import DamagedFileError, atomic_write, check_path, read_json
+from denim.nim.models import shipped_models
 
 __all__ = [
     "CheckpointError",
@@ -26,6 +28,7 @@ __all__ = [
     "as_numbers",
     "check_archive",
     "check_entries",
+    "find_folder",
     "first_words",
     "not_finite",
     "read_safetensors",
@@ -35,6 +38,7 @@ __all__ = [
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+DEFENSE_FILE = "de3.json"  # of a De3, whose models lie beside it
 MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -57,7 +61,7 @@ Licence of the weights: {{ license or "not stated" }}.
 ```python
 from denim.nim import {{ kind }}
 
-model = {{ kind }}.from_pretrained("owner/name")  # or a folder
+model = {{ kind }}.from_pretrained("owner/name")  # or a folder, or the name of a model that ships with Denim
 ```
 
 Pixels are given in [0, 1]. Method: {{ paper_url }}
@@ -91,9 +95,15 @@ class Pretrained(
     """`save_pretrained`, `from_pretrained` and `push_to_hub` for a model that is built from one config dataclass.
 
     `push_to_hub` is that of the mixin of huggingface_hub. The other two write each file in one step and read strictly.
+
+    Attributes:
+        config_class: of the configuration.
+        part: what the model is in a defense; its folder in that of a De3 has this name.
+        config: the configuration.
     """
 
     config_class: ClassVar[type[Any]]
+    part: ClassVar[str] = ""
     config: Any
 
     def save_pretrained(  # type: ignore[override]
@@ -173,10 +183,12 @@ class Pretrained(
     def from_pretrained(  # type: ignore[override]
         cls, source: str | Path, *, revision: str | None = None, token: str | None = None
     ) -> Self:
-        """A model from a local folder (nothing is downloaded) or a repository on the Hugging Face hub.
+        """A model from a local folder, of those that ship with Denim, or of a repository on the Hugging Face hub.
+
+        A folder may also be that of a finished run, or of a De3: its model of this kind is taken.
 
         Args:
-            source: folder, or "owner/name" on the hub.
+            source: see `find_folder`.
             revision: branch, tag or commit on the hub.
             token: for private repositories.
 
@@ -187,7 +199,11 @@ class Pretrained(
             CheckpointError: nothing there, truncated files, another kind of model or another architecture, or weights
                 that are not finite numbers.
         """
-        folder = _fetch(source, revision, token)
+        files = [CONFIG_FILE, WEIGHTS_FILE]
+        files += [f"{cls.part}/{file}" for file in files] if cls.part else []
+        found = find_folder(source, files, revision, token)
+        folders = (found, found / "model", found / cls.part)
+        folder = next((each for each in folders if (each / CONFIG_FILE).is_file()), found)
         config = cls._read_config(folder)
         file, complaint = folder / WEIGHTS_FILE, f"is of another architecture than its {CONFIG_FILE}"
         model = cls.build(config, _read_shapes(file), file, complaint)
@@ -294,6 +310,8 @@ def check_entries(config: Any) -> None:
 
 def _is_of(kind: Any, value: Any) -> bool:
     arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is types.UnionType:
+        return any(_is_of(each, value) for each in arguments)
     if typing.get_origin(kind) is typing.Literal:
         return isinstance(value, str)
     if typing.get_origin(kind) is tuple:
@@ -409,30 +427,45 @@ def _safetensors_errors(file: Path) -> Iterator[None]:
 
 def _what_else(folder: Path) -> str:
     """What a folder is that is no checkpoint, and what to do."""
-    if (folder / "model" / CONFIG_FILE).is_file():
-        return f"it is a run, and its model is {folder / 'model'}: give that folder"
+    if (folder / DEFENSE_FILE).is_file():
+        return "it is a defense, and has no such model"
     if (folder / "run.json").is_file():
         return "it is a run that has not finished: resume it first, or give one of its checkpoints"
     return "not a checkpoint folder of Denim"
 
 
-def _fetch(source: str | Path, revision: str | None, token: str | None) -> Path:
-    folder = Path(source)
+def find_folder(
+    source: str | Path, files: Sequence[str], revision: str | None = None, token: str | None = None
+) -> Path:
+    """The folder that a name stands for.
+
+    Args:
+        source: a local folder, which comes first; the name of a model that ships with Denim (`shipped_models`); or
+            "owner/name" on the Hugging Face hub. A `Path` is a folder alone.
+        files: what is downloaded from the hub.
+        revision: branch, tag or commit on the hub.
+        token: for private repositories.
+
+    Raises:
+        CheckpointError: it is none of these; the message lists the models that ship with Denim.
+    """
+    folder, shipped = Path(source), shipped_models()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise CheckpointError(f"{source} is a file; a checkpoint of Denim is a folder (foreign files: `load_foreign`)")
+    if source in shipped:
+        return shipped[str(source)]
+    names = f"with Denim ship {', '.join(shipped)}" if shipped else "no models ship with this version of Denim"
     if isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise CheckpointError(
-            f"no folder {source}, and it does not have the form owner/name of a repository on the hub"
+            f"no folder {source}, and it does not have the form owner/name of a repository on the hub; {names}"
         )
     try:
         return Path(
-            huggingface_hub.snapshot_download(
-                source, revision=revision, token=token, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]
-            )
+            huggingface_hub.snapshot_download(source, revision=revision, token=token, allow_patterns=list(files))
         )
     except (OSError, HFValidationError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise CheckpointError(
-            f"no folder {source}, and no repository of that name could be fetched from the hub: {error}"
+            f"no folder {source}, and no repository of that name could be fetched from the hub: {error}; {names}"
         ) from error

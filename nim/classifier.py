@@ -97,6 +97,7 @@ class Classifier(Pretrained, VisionTransformer):
     """
 
     config_class: ClassVar[type[Any]] = ClassifierConfig
+    part: ClassVar[str] = "classifier"
     head: nn.Linear
     mean: Tensor
     std: Tensor

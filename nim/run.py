@@ -171,8 +171,6 @@ def settings_of_run(run: Path, kind: type[Config]) -> Config:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()
     }
-    if values.get("denoiser") is not None:
-        values["denoiser"] = Path(values["denoiser"])
     return kind(**{**values, "out": run, "resume": True})
 
 

@@ -202,9 +202,9 @@ class PretrainConfig(TrainConfig):
         img_size: Side of the images in pixels; without it, that of the preset.
         patch_size: Side of the patches in pixels; without it, that of the preset.
         channels: Channels that the images are converted to, 1 or 3; without it, those of the data.
-        init: Weights to start from, in place of random ones: the folder of a denoiser, owner/name on the Hugging Face
-            hub, or a file of MAE, timm or transformers. The encoder is taken, and the decoder where it fits; positions
-            and patches of another size are resampled.
+        init: Weights to start from, in place of random ones: folder of a denoiser or of its run, name of one that
+            ships with Denim, owner/name on the Hugging Face hub, or a file of MAE, timm or transformers. The encoder
+            is taken, and the decoder where it fits; positions and patches of another size are resampled.
     """
 
     PUBLISHED_BATCH = 4096
@@ -244,8 +244,9 @@ class FinetuneConfig(TrainConfig):
     Attributes:
         epochs: Passes over the training images; without it, the published number for the denoiser's size: 50 from the
             width of ViT-L (embed_dim 1024) on, else 100.
-        denoiser: Folder of the pretrained denoiser, which stays frozen. The classifier starts from its encoder, and it
-            denoises the training images with trained_on denoised.
+        denoiser: The pretrained denoiser, which stays frozen: folder of a model or a run, name of a model that ships
+            with Denim, or owner/name on the Hugging Face hub. The classifier starts from its encoder, and it denoises
+            the training images with trained_on denoised.
         trained_on: Training images: denoised, noisy (not denoised) or clean.
         sigma: Noise levels of the training images in 0-255 pixel levels, such as 70, gamma:25,3 or uniform:0,30.
         degrade: How images are degraded before the denoiser: noise, mask or both.
@@ -276,7 +277,7 @@ class FinetuneConfig(TrainConfig):
 
     PUBLISHED_BATCH = 1024
 
-    denoiser: Path
+    denoiser: str | Path
     trained_on: str = "denoised"
     sigma: str = "uniform:0,30"
     degrade: str = "noise"

@@ -22,9 +22,9 @@ def warm_start(model: Autoencoder, source: str) -> str:
 
     Args:
         model: takes the weights; in place, and not at all where an error is raised.
-        source: folder of an autoencoder that Denim has saved, owner/name on the hub, or a file that `read_state_dict`
-            reads. Of a file the image size is taken to be square, and the heads and pixel statistics to be the model's,
-            since weights do not tell them.
+        source: an autoencoder of Denim (see `find_folder`), or a file that `read_state_dict` reads. Of a file the
+            image size is taken to be square, and the heads and pixel statistics to be the model's, since weights do
+            not tell them.
 
     Returns:
         What was taken, what was resampled and what was not, in one line.

@@ -11,6 +11,8 @@ from PIL import Image
 
 from denim import cli
 from denim.cli import demo
+from denim.defense import De3
+from denim.nim import Autoencoder, Classifier, models
 
 FAST = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "256", "--crop-scale", "None", "--no-flip"]
 PLAIN = ["--drop-path", "0", "--auto-augment", "None", "--erasing", "0", "--mixup", "0", "--cutmix", "0"]
@@ -250,6 +252,49 @@ def test_models_may_be_on_the_hub(runs, tmp_path, photo, capsys, monkeypatch):
     )
     denim("finetune", "--out", tmp_path / "ft", "--denoiser", "owner/denoiser", *FAST, *PLAIN)
     assert asked == ["owner/denoiser", "owner/classifier", "owner/denoiser", "owner/classifier", "owner/denoiser"]
+
+
+@pytest.mark.slow
+def test_models_may_be_runs_or_ship_with_the_package(runs, tmp_path, photo, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse_hub)
+    defense = De3(Autoencoder.from_pretrained(runs / "nim"), Classifier.from_pretrained(runs / "ft"), 70)
+    defense.save_pretrained(tmp_path / "models" / "tiny")
+    monkeypatch.setattr(models, "FOLDER", tmp_path / "models")
+    for denoiser in ("tiny", runs / "nim"):
+        denim("denoise", photo, "--denoiser", denoiser, "--out", tmp_path / "picture.png")
+    denim("pretrain", "--out", tmp_path / "nim", "--preset", "micro", "--target", "raw", "--init", "tiny", *FAST)
+    denim("finetune", "--out", tmp_path / "ft", "--denoiser", "tiny", *FAST, *PLAIN)
+    shutil.rmtree(tmp_path / "ft" / "model")
+    denim("finetune", "--resume", tmp_path / "ft")
+    words = (
+        "--frozen",
+        "None",
+        "--attacks",
+        "fgsm:4/255",
+        "--num-images",
+        "4",
+        "--score-draws",
+        "2",
+        "--examples",
+        "0",
+    )
+    denim("evaluate", "--classifier", "tiny", "--denoiser", "tiny", "--clean-classifier", tmp_path / "ft",
+          "--out", tmp_path / "evaluation", "--sigmas", "70", *words)  # fmt: skip
+    capsys.readouterr()
+    for command in (
+        ("denoise", photo, "--denoiser"),
+        ("finetune", "--out", tmp_path / "new", "--denoiser"),
+        ("pretrain", "--out", tmp_path / "new", "--preset", "micro", "--init"),
+        ("evaluate", "--classifier"),
+        ("evaluate", "--classifier", "tiny", "--denoiser"),
+        ("evaluate", "--classifier", "tiny", "--clean-classifier"),
+    ):
+        for name in ("tinny", "owner/tinny"):
+            denim(*command, name, status=2)
+            error = capsys.readouterr().err
+            assert f"no folder {name}, " in error
+            assert error.splitlines()[-2].endswith("; with Denim ship tiny")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(("sigma", "message"), [("-1", "0 or more"), ("nan", "finite"), ("10001", "at most 10000")])

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import math
 import pickle
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from denim.benchmarks.launches import ImaginedGPU
 from denim.defense import Attack, De3
 from denim.kernels import Domain, draw_seeds, normal_noise
-from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, Mask
+from denim.nim import Autoencoder, AutoencoderConfig, CheckpointError, Classifier, ClassifierConfig, Mask, models
 from denim.nim.attention import Attention
 
 CONFIG = AutoencoderConfig((8, 12), 4, 16, 1, 2, 16, 1, 2, mean=(0.4, 0.5), std=(0.2, 0.3))
@@ -901,3 +905,136 @@ def test_an_empty_batch_gives_empty_logits(options, frozen):
     assert defense.denoise(pixels).shape == pixels.shape
     for attack in (Attack("fgsm", 0.1, eot=2), Attack("pgd", 0.1, steps=2, restarts=2, gray=True)):
         assert [len(part) for part in attack.run(defense, pixels.detach(), none, none, 0)] == [0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------- saved and loaded
+
+
+def pair(target: str = "raw", case: str = "noise, raw target") -> tuple[Autoencoder, Classifier]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        classifier = Classifier(ClassifierConfig.for_encoder(CONFIG, CLASSES, trained_on=case))
+        return Autoencoder(replace(CONFIG, target=target)).eval(), classifier.eval()
+
+
+def edit(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_saved_defense_answers_the_same(tmp_path, new, global_rng_untouched):
+    folder = tmp_path / "defense"
+    if not new:
+        folder.mkdir()
+    denoiser, classifier = pair("norm", "both, noisy statistics")
+    options = {"draws": 2, "aggregate": "vote", "degrade": "both", "mask_ratio": 0.5, "statistics": "noisy"}
+    defense = De3(denoiser, classifier, 70, **options, seed=4)
+    defense.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = De3.from_pretrained(str(folder))
+    seeds, images = torch.arange(2 * BATCH).view(2, BATCH), pixels().float()
+    assert torch.equal(loaded.draw_logits(images, seeds), defense.draw_logits(images, seeds))
+    assert {name: getattr(loaded, name) for name in options} == options
+    assert (loaded.sigma, loaded.seed, loaded.training) == (70.0, None, False)
+    # One name serves all three.
+    assert torch.equal(Autoencoder.from_pretrained(folder).cls_token, denoiser.cls_token)
+    assert torch.equal(Classifier.from_pretrained(folder).head.weight, classifier.head.weight)
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {"README.md", "de3.json"} | {
+        f"{part}/{file}"
+        for part in ("denoiser", "classifier")
+        for file in ("README.md", "config.json", "model.safetensors")
+    }
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert 'De3.from_pretrained("owner/name", sigma=70.0)' in card.text
+    assert (card.data.license, card.data.library_name) == (None, "denim")
+
+
+def test_settings_may_be_others_than_those_that_were_saved(tmp_path):
+    De3(*pair(), 70).save_pretrained(tmp_path / "defense")
+    loaded = De3.from_pretrained(tmp_path / "defense", sigma=35, draws=3, seed=5)
+    assert (loaded.sigma, loaded.draws, loaded.seed, loaded.aggregate) == (35.0, 3, 5, "logits")
+    assert De3.from_pretrained(tmp_path / "defense", sigma=None).sigma is None
+    with pytest.raises(CheckpointError, match=r"no defense can be made of .*draws must be at least 1, got 0"):
+        De3.from_pretrained(tmp_path / "defense", draws=0)
+    with pytest.raises(TypeError, match="levels"):
+        De3.from_pretrained(tmp_path / "defense", levels=3)
+
+
+def test_a_defense_without_a_denoiser_has_none_when_it_is_loaded(tmp_path):
+    De3(None, pair(case="noisy")[1], None).save_pretrained(tmp_path / "defense", license="mit")
+    for card in (tmp_path / "defense", tmp_path / "defense" / "classifier"):
+        assert huggingface_hub.ModelCard.load(card / "README.md").data.license == "mit"
+    loaded = De3.from_pretrained(tmp_path / "defense")
+    assert (loaded.denoiser, loaded.sigma) == (None, None)
+    with pytest.raises(CheckpointError, match="it is a defense, and has no such model"):
+        Autoencoder.from_pretrained(tmp_path / "defense")
+
+
+def test_a_defense_has_a_name_like_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    De3(*pair(), 70).save_pretrained(tmp_path / "tiny")
+    assert De3.from_pretrained("tiny", sigma=140).sigma == 140
+    assert Classifier.from_pretrained("tiny").config.num_classes == CLASSES
+    asked = []
+
+    def download(*names, allow_patterns, **_):
+        asked.append((names, sorted(allow_patterns)))
+        return str(tmp_path / "tiny")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert De3.from_pretrained("owner/tiny").sigma == 70
+    wanted = ["classifier/config.json", "classifier/model.safetensors", "de3.json", "denoiser/config.json",
+              "denoiser/model.safetensors"]  # fmt: skip
+    assert asked == [(("owner/tiny",), wanted)]
+    with pytest.raises(CheckpointError, match=r"no folder large, .*; with Denim ship tiny$"):
+        De3.from_pretrained("large")
+
+
+def test_what_cannot_be_loaded_again_is_not_saved(tmp_path):
+    denoiser, classifier = pair()
+    with pytest.raises(TypeError, match="a Sequential cannot be written: only a Classifier of Denim can"):
+        De3(build(), linear(), 70).save_pretrained(tmp_path / "defense")
+    with pytest.raises(ValueError, match="noise of a frozen defense is not written"):
+        De3(denoiser, classifier, 70).frozen().save_pretrained(tmp_path / "defense")
+    broken = copy.deepcopy(classifier)
+    broken.head.bias.data[1] = math.nan
+    with pytest.raises(FloatingPointError, match=r"head\.bias"):
+        De3(denoiser, broken, 70).save_pretrained(tmp_path / "defense")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "thesis.txt").write_text("precious")
+    for taken in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(ValueError, match="holds something already; choose a new folder"):
+            De3(denoiser, classifier, 70).save_pretrained(taken)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "de3.json").unlink(), r"holds no de3\.json, so it is no defense"),
+        (lambda folder: (folder / "de3.json").write_text("{"), r"de3\.json is not valid JSON"),
+        (lambda folder: edit(folder / "de3.json", model="Classifier"), "describes a Classifier, expected De3"),
+        (lambda folder: edit(folder / "de3.json", level=3), r"missing or unknown: \['level'\]"),
+        (lambda folder: edit(folder / "de3.json", sigma="70"), "sigma must be of type float . None, got '70'"),
+        (lambda folder: edit(folder / "de3.json", sigma=True), "sigma must be of type float . None, got True"),
+        (lambda folder: edit(folder / "de3.json", sigma=-1), r"no defense can be made of .*0 or more"),
+        (lambda folder: edit(folder / "de3.json", draws=2.0), "draws must be of type int"),
+        (lambda folder: edit(folder / "de3.json", aggregate="mean"), '"logits" or "vote"'),
+        (
+            lambda folder: edit(folder / "de3.json", case="noisy"),
+            r"for images of the kind 'noisy', and .* makes 'noise, raw",
+        ),
+        (lambda folder: edit(folder / "denoiser/config.json", target="norm"), "makes 'noise, input statistics'"),
+        (
+            lambda folder: shutil.rmtree(folder / "denoiser"),
+            "makes 'noisy': files of two defenses, or some are missing",
+        ),
+        (lambda folder: (folder / "classifier/model.safetensors").write_bytes(b"x"), "truncated or not a safetensors"),
+    ],
+)
+def test_a_damaged_defense_is_refused(tmp_path, damage, message):
+    De3(*pair(), 70).save_pretrained(tmp_path / "defense")
+    damage(tmp_path / "defense")
+    with pytest.raises(CheckpointError, match=message):
+        De3.from_pretrained(tmp_path / "defense")

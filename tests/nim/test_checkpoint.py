@@ -122,13 +122,14 @@ def edit(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps({**content, **changes}))
 
 
-def test_a_run_in_place_of_its_model_is_recognised(tmp_path):
+def test_a_run_stands_for_its_model(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(CheckpointError, match="a run that has not finished: resume it first"):
         Autoencoder.from_pretrained(tmp_path)
-    Autoencoder(CONFIG).save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=f"it is a run, and its model is {tmp_path / 'model'}: give that folder"):
-        Autoencoder.from_pretrained(tmp_path)
+    build(1).save_pretrained(tmp_path / "model")
+    assert same(Autoencoder.from_pretrained(tmp_path), build(1))
+    with pytest.raises(CheckpointError, match=r"model/config\.json describes a Autoencoder, expected Classifier"):
+        Classifier.from_pretrained(tmp_path)
 
 
 def truncate(file: Path, size: int) -> None:
@@ -217,7 +218,8 @@ def test_the_hub_gives_a_folder(saved, monkeypatch):
     assert same(Autoencoder.from_pretrained("owner/name", revision="v1"), build())
     assert asked["repo"] == "owner/name"
     assert asked["revision"] == "v1"
-    assert asked["allow_patterns"] == ["config.json", "model.safetensors"]
+    wanted = ["config.json", "model.safetensors"]
+    assert asked["allow_patterns"] == [*wanted, *(f"denoiser/{file}" for file in wanted)]
 
 
 @pytest.mark.parametrize(
