@@ -248,7 +248,7 @@ class De3(nn.Module):
             CheckpointError: nothing there, damaged files, models of another kind, or settings that do not fit.
         """
         parts = [kind.part for kind in (Autoencoder, Classifier)]
-        files = [DEFENSE_FILE, *(f"{part}/{file}" for part in parts for file in (CONFIG_FILE, WEIGHTS_FILE))]
+        files = [DEFENSE_FILE, *(f"{part}/{file}" for part in parts for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE))]
         folder = find_folder(source, files, revision, token)
         file = folder / DEFENSE_FILE
         if not file.is_file():

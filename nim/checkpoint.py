@@ -50,7 +50,16 @@ MODEL_CARD = """---
 fine-tuned on images of the kind "{{ entries.trained_on }}".{% endif %}
 
 Noise levels of the training, in 0-255 pixel levels: {{ sigma or "not recorded here" }}.
-Licence of the weights: {{ license or "not stated" }}.
+{% if training %}
+## Training
+
+{{ training.data }}; {{ training.course }}.
+
+```
+{{ training.command }}
+```
+{% endif %}
+## Architecture
 
 | entry of config.json | value |
 |---|---|
@@ -100,11 +109,13 @@ class Pretrained(
         config_class: of the configuration.
         part: what the model is in a defense; its folder in that of a De3 has this name.
         config: the configuration.
+        card: text of the model card in the folder that the model was loaded from; None where there is none.
     """
 
     config_class: ClassVar[type[Any]]
     part: ClassVar[str] = ""
     config: Any
+    card: str | None = None
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -118,7 +129,7 @@ class Pretrained(
 
         Args:
             folder: made where absent; files of an earlier model in it are replaced, but for a README.md, which may have
-                been edited.
+                been edited. A model that was loaded with a card takes it along.
             weights: what is written in place of the model's own, by the same names: of a model that FSDP has sharded,
                 the whole weights.
             config: for the mixin, which gives None: the configuration of a model is its own.
@@ -126,12 +137,13 @@ class Pretrained(
 
         Raises:
             FloatingPointError: a weight is not finite; nothing is written then.
-            ValueError: another `config`.
+            ValueError: another `config`; or see `generate_model_card`.
         """
         if config is not None:
             raise ValueError(f"the configuration of a model is its own, got config={config!r}")
         folder = Path(folder)
-        card = str(self.generate_model_card(**(model_card_kwargs or {})))
+        about = {name: value for name, value in (model_card_kwargs or {}).items() if value is not None}
+        card = self.card if self.card is not None and not about else str(self.generate_model_card(**about))
         weights = self.state_dict() if weights is None else weights
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         self.check_weights(tensors)
@@ -144,13 +156,29 @@ class Pretrained(
             with atomic_write(folder / CARD_FILE) as staged:
                 staged.write_text(card, encoding="utf-8")
 
-    def generate_model_card(self, *, license: str | None = None, sigma: str | None = None) -> huggingface_hub.ModelCard:
-        """The page of the model on the hub: what it is, what it was trained for, and how it is loaded.
+    def generate_model_card(
+        self, *, license: str | None = None, sigma: str | None = None, training: Mapping[str, str] | None = None
+    ) -> huggingface_hub.ModelCard:
+        """The page of the model on the hub: what it is, how it was trained, and how it is loaded.
+
+        A model that was loaded with a card keeps that card, unless `sigma` or `training` is given.
 
         Args:
-            license: of the weights, by the hub's names such as "mit"; without it, the card says that there is none yet.
+            license: of the weights, by the hub's names such as "mit"; without it, the card states none.
             sigma: noise levels of its training, in 0-255 pixel levels, such as "gamma:25,3".
+            training: "data" and "course" of the training in words, and the "command" that made the model.
+
+        Raises:
+            ValueError: the card that the model was loaded with is damaged.
         """
+        if self.card is not None and sigma is None and training is None:
+            try:
+                kept = huggingface_hub.ModelCard(self.card, ignore_metadata_errors=True)
+            except Exception as error:  # of its YAML, from a library that is not ours
+                raise ValueError(f"the {CARD_FILE} of this model has a damaged head: {error}") from error
+            if license is not None:
+                kept.data["license"] = license
+            return kept
         kind, entries = self._kind().__name__, dataclasses.asdict(self.config)
         data = huggingface_hub.ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), "license": license})
         card: huggingface_hub.ModelCard = huggingface_hub.ModelCard.from_template(
@@ -160,7 +188,7 @@ class Pretrained(
             kind=kind,
             entries={name: value for name, value in entries.items() if name != "classes"},
             sigma=sigma,
-            license=license,
+            training=training,
         )
         return card
 
@@ -199,7 +227,7 @@ class Pretrained(
             CheckpointError: nothing there, truncated files, another kind of model or another architecture, or weights
                 that are not finite numbers.
         """
-        files = [CONFIG_FILE, WEIGHTS_FILE]
+        files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
         files += [f"{cls.part}/{file}" for file in files] if cls.part else []
         found = find_folder(source, files, revision, token)
         folders = (found, found / "model", found / cls.part)
@@ -208,6 +236,8 @@ class Pretrained(
         file, complaint = folder / WEIGHTS_FILE, f"is of another architecture than its {CONFIG_FILE}"
         model = cls.build(config, _read_shapes(file), file, complaint)
         model.load_weights(read_safetensors(file), file, complaint)
+        if (card := folder / CARD_FILE).is_file():
+            model.card = card.read_text(encoding="utf-8", errors="replace")
         return model.eval()
 
     @classmethod

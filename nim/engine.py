@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +47,13 @@ class Task(nn.Module):
 
     Args:
         model: what is trained. What else the task holds must not be parameters that learn.
+        card: what the model's card says of the training; arguments of `Pretrained.generate_model_card`.
     """
 
-    def __init__(self, model: Pretrained) -> None:
+    def __init__(self, model: Pretrained, card: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.card = card
 
     def prepare(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
         """The arguments of `forward` by name, from a part of a batch and its epoch; may run in a thread of its own."""
@@ -421,6 +423,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
         keep=config.keep_checkpoints,
         keep_every=config.keep_every,
         in_background=device.type == "cuda",
+        card=task.card,
     )
     writer.remove_old()
     # Where reading a number waits for nothing, each update is checked; elsewhere those that are logged or saved.
@@ -505,5 +508,5 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
     state.model.eval()
     weights = {name: whole(tensor) for name, tensor in {**state.model.state_dict(), **(state.average or {})}.items()}
     if ranks.is_first:
-        state.model.save_pretrained(config.out / "model", weights)
+        state.model.save_pretrained(config.out / "model", weights, model_card_kwargs=task.card)
     ranks.barrier()

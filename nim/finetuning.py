@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from denim.nim.plan import with_fitting_micro_batch
 from denim.nim.precision import resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
-from denim.nim.run import RESULT_FILE, fitted, training_source
+from denim.nim.run import RESULT_FILE, card_of_run, fitted, training_source
 from denim.nim.runs import draw_curve
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
@@ -45,14 +47,20 @@ class FinetuneTask(Task):
         autoencoder: the denoiser, frozen, on the device of the classifier.
         config: the settings.
         augmentation: erasing, mixing and the soft targets.
+        card: see `Task`.
     """
 
     model: Classifier
 
     def __init__(
-        self, model: Classifier, autoencoder: Autoencoder, config: FinetuneConfig, augmentation: Augmentation
+        self,
+        model: Classifier,
+        autoencoder: Autoencoder,
+        config: FinetuneConfig,
+        augmentation: Augmentation,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, card)
         self.autoencoder = autoencoder
         self.config = config
         self.augmentation = augmentation
@@ -192,7 +200,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         except ValueError as error:
             raise CheckpointError(f"{config.denoiser} cannot start this classifier: {error}") from error
         model.to(device)
-        task = FinetuneTask(model, autoencoder.to(device), config, augmentation)
+        is_noisy = config.trained_on != "clean" and config.degrade != "mask"
+        card = card_of_run(config, source, config.sigma if is_noisy else "none")
+        task = FinetuneTask(model, autoencoder.to(device), config, augmentation, card)
         groups = param_groups_layer_decay(
             model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
         )

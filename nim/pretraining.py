@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from rich.console import Console
 from timm.optim import param_groups_weight_decay
@@ -18,7 +21,7 @@ from denim.nim.plan import with_fitting_micro_batch
 from denim.nim.precision import autocast, resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, reconstruct
-from denim.nim.run import fitted, training_source
+from denim.nim.run import card_of_run, fitted, training_source
 from denim.nim.runs import draw_curve
 from denim.nim.saving import latest_checkpoint
 from denim.nim.settings import PretrainConfig, pick_device
@@ -39,6 +42,7 @@ class PretrainTask(Task):
         seed: of the run.
         precision: of pictures.
         examples: images of the model's size, for pictures; None for none.
+        card: see `Task`.
     """
 
     model: Autoencoder
@@ -50,8 +54,9 @@ class PretrainTask(Task):
         seed: int,
         precision: str = "fp32",
         examples: Batch | None = None,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, card)
         self.objective = objective
         self.seed = seed
         self.precision = precision
@@ -146,7 +151,8 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         # One rank reads them: all must call the model, or none.
         with ranks.together():
             examples = _examples(source, architecture.img_size[0], config.seed) if ranks.is_first else None
-        task = PretrainTask(model, objective, config.seed, config.precision, ranks.share(examples))
+        card = card_of_run(config, source, "none" if objective.sigma is None else str(objective.sigma))
+        task = PretrainTask(model, objective, config.seed, config.precision, ranks.share(examples), card)
         groups = param_groups_weight_decay(model, config.weight_decay)
         title = f"pretraining {config.preset} ({config.objective})"
         train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import shlex
 import sys
 import time
 import warnings
@@ -32,6 +33,8 @@ __all__ = [
     "MEASURED",
     "Metrics",
     "Waits",
+    "card_of_run",
+    "command_line",
     "fitted",
     "peak_memory",
     "prepare_folder",
@@ -172,6 +175,36 @@ def settings_of_run(run: Path, kind: type[Config]) -> Config:
         name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()
     }
     return kind(**{**values, "out": run, "resume": True})
+
+
+def command_line(config: TrainConfig) -> str:
+    """The command that trains with these settings, in a folder RUN; what does not change the weights is left out."""
+    words = ["denim", config.COMMAND, "--out", "RUN"]
+    for field in dataclasses.fields(config):
+        value, option = getattr(config, field.name), field.name.replace("_", "-")
+        if field.name in FREE_SETTINGS or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def card_of_run(config: TrainConfig, source: Source, sigma: str) -> dict[str, Any]:
+    """What the card of a run's model says of the training: arguments of `Pretrained.generate_model_card`.
+
+    Args:
+        config: the settings, with numbers for the batch and the epochs.
+        source: the images that are trained on.
+        sigma: noise levels of the training, in 0-255 pixel levels.
+    """
+    training = {
+        "data": f"Trained on {printable(source.name)}, {len(source):,} images",
+        "course": f"{config.epochs} epochs in batches of {config.batch_size}, learning rate {config.lr:.3g}",
+        "command": printable(command_line(config)),
+    }
+    return {"sigma": sigma, "training": training}
 
 
 class Metrics:

@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -259,16 +259,25 @@ class CheckpointWriter:
         keep: how many of the newest stay.
         keep_every: updates; a checkpoint whose number is a multiple stays for good. None: no such.
         in_background: write in a thread, from copies in the host's memory, while the training goes on.
+        card: what the model's card says of the training; arguments of `Pretrained.generate_model_card`.
     """
 
     def __init__(
-        self, run: Path, ranks: Ranks, *, keep: int = 2, keep_every: int | None = None, in_background: bool = False
+        self,
+        run: Path,
+        ranks: Ranks,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        in_background: bool = False,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = run
         self.ranks = ranks
         self.keep = keep
         self.keep_every = keep_every
         self.in_background = in_background
+        self.card = card
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -333,7 +342,7 @@ class CheckpointWriter:
                 save(state, storage_writer=writer, process_group=group, no_dist=self.ranks.world == 1)
             self.ranks.barrier(group)
             if self.ranks.is_first:
-                model.save_pretrained(staged, weights)
+                model.save_pretrained(staged, weights, model_card_kwargs=self.card)
                 (staged / TRAINING_FILE).write_text(json.dumps(asdict(progress)) + "\n")
                 # Read back from the files: what was written wrongly is found when the run is resumed.
                 sums = _sums(staged)

@@ -28,6 +28,7 @@ class TrainConfig:
     """Settings that pretraining and fine-tuning share.
 
     Attributes:
+        COMMAND: of `denim` that takes these settings.
         PUBLISHED_BATCH: images of an update in the published recipe.
         out: Folder of the run.
         data: Training images: digits, cifar10, cifar100 or a folder.
@@ -72,6 +73,7 @@ class TrainConfig:
         log_every: Updates between lines of metrics.
     """
 
+    COMMAND: ClassVar[str]
     PUBLISHED_BATCH: ClassVar[int]
 
     out: Path
@@ -207,6 +209,7 @@ class PretrainConfig(TrainConfig):
             is taken, and the decoder where it fits; positions and patches of another size are resampled.
     """
 
+    COMMAND = "pretrain"
     PUBLISHED_BATCH = 4096
 
     preset: str = "base"
@@ -275,6 +278,7 @@ class FinetuneConfig(TrainConfig):
         trades_beta: Weight of the divergence between clean and attacked images in TRADES.
     """
 
+    COMMAND = "finetune"
     PUBLISHED_BATCH = 1024
 
     denoiser: str | Path

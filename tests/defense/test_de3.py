@@ -985,8 +985,8 @@ def test_a_defense_has_a_name_like_a_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert De3.from_pretrained("owner/tiny").sigma == 70
-    wanted = ["classifier/config.json", "classifier/model.safetensors", "de3.json", "denoiser/config.json",
-              "denoiser/model.safetensors"]  # fmt: skip
+    parts, files = ("classifier", "denoiser"), ("README.md", "config.json", "model.safetensors")
+    wanted = sorted(["de3.json", *(f"{part}/{file}" for part in parts for file in files)])
     assert asked == [(("owner/tiny",), wanted)]
     with pytest.raises(CheckpointError, match=r"no folder large, .*; with Denim ship tiny$"):
         De3.from_pretrained("large")

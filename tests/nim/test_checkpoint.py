@@ -218,7 +218,7 @@ def test_the_hub_gives_a_folder(saved, monkeypatch):
     assert same(Autoencoder.from_pretrained("owner/name", revision="v1"), build())
     assert asked["repo"] == "owner/name"
     assert asked["revision"] == "v1"
-    wanted = ["config.json", "model.safetensors"]
+    wanted = ["config.json", "model.safetensors", "README.md"]
     assert asked["allow_patterns"] == [*wanted, *(f"denoiser/{file}" for file in wanted)]
 
 
@@ -269,7 +269,7 @@ def test_the_card_says_what_the_model_is_and_how_to_load_it(saved):
     assert {"denim", "pytorch_model_hub_mixin"} <= set(card.data.tags)
     assert card.data.license is None
     for words in ("# Autoencoder of Denim", "objective nim, target raw.", "pixel levels: not recorded here.",
-                  "Licence of the weights: not stated.", 'Autoencoder.from_pretrained("owner/name")',
+                  'Autoencoder.from_pretrained("owner/name")',
                   "| img_size | (8, 12) |", "https://arxiv.org/abs/2302.01056"):  # fmt: skip
         assert words in card.text
     classifier = Classifier(ClassifierConfig.for_encoder(CONFIG, 2, trained_on="noise, raw target"))
@@ -281,6 +281,17 @@ def test_a_card_that_was_edited_stays(saved):
     build(1).save_pretrained(saved)
     assert (saved / "README.md").read_text() == "mine"
     assert same(Autoencoder.from_pretrained(saved), build(1))
+
+
+def test_a_card_that_is_damaged_is_taken_along_and_named(saved, tmp_path):
+    damaged = b"---\n: [\n---\n"
+    (saved / "README.md").write_bytes(damaged + b"\xff")
+    model = Autoencoder.from_pretrained(saved)
+    model.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_bytes() == damaged + "\ufffd".encode()
+    with pytest.raises(ValueError, match=r"the README\.md of this model has a damaged head"):
+        model.save_pretrained(tmp_path / "other", model_card_kwargs={"license": "mit"})
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_without_a_card_is_read(saved):
