@@ -188,9 +188,8 @@ class Augmentation:
         """int32 (B, 4). Word 0 says whether; try t has words 4 t + 4 to 4 t + 7: area, ratio, row, column."""
         size = np.array(self.img_size)
         boxes = np.zeros((len(seeds), 4), dtype=np.int32)
-        uniforms = _uniforms(seeds, 8, Stream.ERASE)
-        rows = np.flatnonzero(uniforms[:, 0] < self.erasing)
-        tries = uniforms[rows, None, 4:]
+        rows = np.flatnonzero(_uniforms(seeds, 1, Stream.ERASE)[:, 0] < self.erasing)
+        tries = _uniforms(seeds[rows], 8, Stream.ERASE)[:, None, 4:]
         low, high = np.log(ERASED_RATIO)
         for number in range(ERASING_TRIES):
             area = size.prod() * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * tries[:, 0, 0])
