@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from denim.defense.replay import number_of_call
 from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
 from denim.kernels.seeds import check_seed
@@ -80,6 +81,8 @@ class De3(nn.Module):
     from its own stream: the global torch generator is neither read nor seeded, every call draws afresh, and copies of
     the module and ranks of a job draw differently. `frozen` gives a deterministic function of the image instead.
 
+    It starts in training mode if every module in it is in training mode, and in evaluation mode if one is not.
+
     A `Classifier` of the denoiser's image and patch size gets patches, with the same logits: pixels are not assembled
     between the two networks. It gets pixels if calling it would run more than `Classifier.forward`: that of a subclass
     or a wrapper, hooks or a replaced `forward`, in the classifier or in its patch embedding.
@@ -137,6 +140,9 @@ class De3(nn.Module):
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
         self.denoiser, self.classifier = denoiser, classifier
+        # A client that notes this, evaluates, and calls `train` with what it noted leaves every module as it was, or in
+        # evaluation mode.
+        self.training = all(part.training for part in self.modules() if part is not self)
         self.draws, self.aggregate = draws, aggregate
         self.degrade, self.mask_ratio, self.statistics = degrade, mask_ratio, statistics
         self.seed = seed
@@ -350,9 +356,15 @@ class De3(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             first += torch.distributed.get_rank() << 32
         ids = torch.arange(first, first + batch, dtype=torch.int64, device=self._key.device)
-        seeds = self.seeds(self._key, Domain.DEFENSE, ids, 1, self._calls)
-        with torch.no_grad():
-            self._calls += 1
+        if not self.is_random:
+            return self.seeds(self._key, Domain.DEFENSE, ids)
+        number, is_new = number_of_call(self._calls)
+        seeds = self.seeds(self._key, Domain.DEFENSE, ids, 1, number)
+        if is_new:
+            with torch.no_grad():
+                # An attribute is set, which dynamo refuses in a checkpointed region: such a region then runs eagerly.
+                # Compiled, its recomputation would read the counter after it has been changed (torch 2.14).
+                self._calls += 1
         return seeds
 
     def _check_sigma(self, sigma: float) -> None:

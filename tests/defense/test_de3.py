@@ -753,6 +753,43 @@ def test_frozen_shares_the_modules():
     assert defense.frozen().classifier is defense.classifier
 
 
+# Training and evaluation mode
+
+
+def normalizing(training: bool) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)).double().train(training)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_defense_is_in_the_mode_of_its_modules(frozen):
+    def mode(denoiser: nn.Module | None, classifier: nn.Module) -> bool:
+        defense = De3(denoiser, classifier, 70)
+        return (defense.frozen() if frozen else defense).training
+
+    assert not mode(build(), normalizing(False))
+    assert mode(None, normalizing(True))
+    assert mode(build().train(), normalizing(True))
+    assert not mode(build(), normalizing(True)), "one part is not in training mode"
+    assert not mode(build().train(), normalizing(False))
+    partly = normalizing(True)
+    partly[1].eval()  # a frozen batch norm in a network that is trained
+    assert not mode(None, partly)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_client_that_restores_the_mode_does_not_train_the_batch_norm(frozen):
+    classifier = normalizing(False)
+    defense = De3(build(), classifier, 70)
+    defense = defense.frozen() if frozen else defense
+    noted = defense.training
+    defense.eval()
+    defense(pixels())
+    defense.train(noted)
+    defense(pixels())
+    assert not any(part.training for part in defense.modules())
+    assert torch.equal(classifier[1].running_mean, torch.zeros(192, dtype=torch.float64))
+
+
 # Several draws
 
 
