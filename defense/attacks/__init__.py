@@ -1,7 +1,7 @@
 """Attacks on defenses.
 
 `attack` says what an attack is, `search` runs one rule and one loss on many images, `rules` and `square` say how an
-attack moves, `losses` what it raises, and `balls` where it may go.
+attack moves, `losses` what it raises, and `balls` where it may go. `foreign` runs the attacks of other libraries.
 """
 
 from denim.defense.attacks.attack import (
@@ -13,6 +13,7 @@ from denim.defense.attacks.attack import (
     radius_text,
     register_attack,
 )
+from denim.defense.attacks.foreign import ForeignAttack
 from denim.defense.attacks.search import Target
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Attack",
     "AttackLike",
     "Attacked",
+    "ForeignAttack",
     "Target",
     "parse_attack",
     "radius_text",
