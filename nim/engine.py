@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -37,7 +36,10 @@ from denim.nim.settings import TrainConfig
 from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import printable
 
-__all__ = ["Task", "TrainState", "begin", "keyed_torch", "train", "training_loader", "training_step"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Task", "TrainState", "begin", "keyed_torch", "train", "training_loader", "training_parts", "training_step"]
 
 READS_ARE_FREE = ("cpu",)  # devices that nobody waits for
 
@@ -314,6 +316,24 @@ def begin(
     )
 
 
+def training_parts(state: TrainState, task: Task, loader: Loader) -> Generator[Inputs, None, None]:
+    """The inputs of all updates that are left, part by part, for `training_step`. Close it at the end.
+
+    Args:
+        state: of the training.
+        task: makes tensors of a batch.
+        loader: this rank's.
+    """
+    return prefetched(
+        loader,
+        task.prepare,
+        state.losses.device,
+        first=state.update * state.passes,
+        per_epoch=state.updates_per_epoch * state.passes,
+        stop=state.total * state.passes,
+    )
+
+
 def _check_finite(state: TrainState) -> None:
     """Raise FloatingPointError where a loss or a norm of the gradients since the last line of metrics is not finite."""
     updates = max(1, state.update - state.logged)
@@ -428,16 +448,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
     writer.remove_old()
     # Where reading a number waits for nothing, each update is checked; elsewhere those that are logged or saved.
     check_always = device.type in READS_ARE_FREE
-    parts = Waits(
-        prefetched(
-            loader,
-            task.prepare,
-            device,
-            first=state.update * state.passes,
-            per_epoch=state.updates_per_epoch * state.passes,
-            stop=state.total * state.passes,
-        )
-    )
+    parts = Waits(training_parts(state, task, loader))
     state.model.train()
     saved = time.monotonic()
     try:

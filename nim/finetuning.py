@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
@@ -31,6 +30,9 @@ from denim.nim.runs import draw_curve
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
 from denim.nim.text import open_console, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["FinetuneTask", "accuracy", "finetune"]
 

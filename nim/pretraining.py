@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
@@ -27,6 +26,9 @@ from denim.nim.saving import latest_checkpoint
 from denim.nim.settings import PretrainConfig, pick_device
 from denim.nim.text import open_console, printable
 from denim.nim.warm_start import warm_start
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["PretrainTask", "pretrain"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["LineClock", "ProgressReport", "clock_text"]
 
@@ -43,6 +43,8 @@ class ProgressReport:
     """
 
     def __init__(self, console: Console, title: str, done: int, total: int, batch_size: int, devices: int = 1) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self.console = console
         self.title = title
         self.total = total

@@ -16,18 +16,19 @@ import time
 import warnings
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from rich.console import Console
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from denim.nim.checkpoint import first_words, with_todays_names
 from denim.nim.data import ManifestError, ManifestSource, Source, open_source
 from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
 from denim.nim.settings import LEAST_UPDATES, TrainConfig
 from denim.nim.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "MEASURED",
@@ -220,6 +221,8 @@ class Metrics:
         kept = [record for record in read_json_lines(self.file, {"update": int}) if record["update"] <= update]
         with atomic_write(self.file) as staged:
             staged.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
+        from torch.utils.tensorboard import SummaryWriter  # a machine that only times steps may not have it
+
         self.events = SummaryWriter(run / "tensorboard", purge_step=update + 1)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["open_console", "printable"]
 
@@ -35,4 +36,6 @@ def open_console(*, stderr: bool = False, **options: Any) -> Console:
         stderr: print to stderr instead of stdout.
         options: further arguments of `rich.console.Console`.
     """
+    from rich.console import Console
+
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False, **options)

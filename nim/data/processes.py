@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from denim.nim.data.decode import PAUSES, Place, Verdict
 from denim.nim.text import open_console
@@ -54,6 +53,8 @@ def ask_processes(
     Raises:
         OSError: processes do not start.
     """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     if not rows:
         return
     chunks = [list(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]

@@ -32,7 +32,6 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import track
 
 from denim.nim.data.decode import EXTENSIONS
 from denim.nim.data.indexing import index
@@ -549,5 +548,7 @@ def _write(file: Path, manifest: Manifest, rows: npt.NDArray[np.int64]) -> list[
 
 
 def _progress(items: Sequence[_T], what: str) -> Iterable[_T]:
+    from rich.progress import track
+
     console = open_console(stderr=True)
     return track(items, what, console=console, disable=not console.is_terminal)
