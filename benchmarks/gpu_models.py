@@ -10,6 +10,8 @@ import functools
 import gc
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,17 +22,17 @@ from denim.benchmarks import baselines
 from denim.benchmarks.gpu_operators import relative_rms
 from denim.benchmarks.gpu_rows import SIZES, Row, Sizes
 from denim.benchmarks.timing import measure, step_seconds
+from denim.benchmarks.training import TOLERANCE, Workload, check_loss, flops_per_image, open_step, peak_flops
 from denim.kernels import Domain, derive_seeds, draw_seeds
-from denim.nim.gpus import gpu_of_driver
+from denim.nim.pretraining import PretrainTask
+from denim.nim.settings import PretrainConfig
 
 __all__ = [
-    "adamw",
     "attack",
     "attention_times",
     "autoencoder",
     "compiled_and_captured",
     "kernel_times",
-    "model_flops",
     "nim_loss",
     "pretraining",
     "random_batch",
@@ -150,26 +152,6 @@ def compiled_and_captured(device: str, sizes: str) -> Iterator[Row]:
             yield from _agreement(f"{name}, captured, replayed with draw {draw}", result, expected[draw])
 
 
-def model_flops(model: Any, loss: Callable[[], Tensor]) -> int:
-    """Floating point operations of the matrix products of one forward and backward pass."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from denim.nim.attention import set_attention
-    from denim.nim.block import set_lean
-
-    # Plain products, since the backward of fused attention computes products again, and some kernels are not counted:
-    # the counter does not see into operators of Denim's.
-    set_attention(model, "math")
-    set_lean(model, False)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss().backward()
-    set_attention(model, "auto")
-    set_lean(model, True)
-    model.zero_grad(set_to_none=True)
-    return int(counter.get_total_flops())
-
-
 def _free() -> None:
     """Give back the memory of what is no longer used, graphs of torch.compile included."""
     torch.compiler.reset()
@@ -204,8 +186,8 @@ def _speed(device: str, name: str, step: Callable[[], object], count: int, unit:
 def pretraining(device: str, sizes: str) -> Iterator[Row]:
     """A whole pretraining step in bf16: images per second, and the share of the device's arithmetic that is used.
 
-    Beside it, with noise and loss as chains of PyTorch operations: a step as published (attention of plain products,
-    AdamW that is not fused), a good one (SDPA, fused AdamW), and the good one under torch.compile.
+    Denim's step is that of `denim pretrain`, its blocks compiled on a GPU. Beside it are a published one, a good eager
+    one and the good one under torch.compile, see `denim.benchmarks.training`.
     """
     size = SIZES[sizes]
     batch = size.batch
@@ -223,126 +205,83 @@ def pretraining(device: str, sizes: str) -> Iterator[Row]:
         _free()
 
 
-def _steps_of(
-    model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, device: str
-) -> Callable[[], Tensor]:
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16):
-            value = loss()
-        value.backward()
-        optimizer.step()
-        return value.detach()
-
-    return step
+def _settings(size: Sizes, batch: int, device: str) -> PretrainConfig:
+    """Settings of `denim pretrain` in bf16, with a learning rate of 1e-4 from the start."""
+    return PretrainConfig(
+        out=Path("gpu-check"),  # not touched
+        preset=size.large,
+        sigma="uniform:20,130",  # those of the gamma distribution need scipy
+        batch_size=batch,
+        base_lr=1e-4 * 256 / batch,
+        warmup_epochs=0,
+        device=device,
+        precision="bf16",
+    )
 
 
 def _pretraining(device: str, size: Sizes, batch: int) -> Iterator[Row]:
-    model = autoencoder(device, size.large)
-    inputs = random_batch(device, model, batch)
-    few = tuple(value[: min(batch, 2)] for value in inputs)
-
-    def counted() -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return nim_loss(model, *few)
-
-    flops = model_flops(model, counted) / len(few[0])
-    yield from _denim_steps(device, size, model, inputs, flops)
+    work = Workload(_settings(size, batch, device), torch.device(device))
+    flops = flops_per_image(work)
+    yield from _denim_step(device, size, work, flops)
     yield Row("batch", batch, "images", note=size.large + (f"; {size.batch} did not fit" if batch < size.batch else ""))
     yield Row("model arithmetic", flops / 1e9, "GFLOP/image", note="matrix products, forward and backward")
-    for name, attention, fused, compiled in (
-        ("good eager", "sdpa", True, False),
-        ("published eager", "math", False, False),
-        ("good, compiled", "sdpa", True, True),
-    ):
+    for name, what in (("eager", "good eager"), ("published", "published eager"), ("compiled", "good, compiled")):
         _free()
-        backend = size.backend if compiled else None
-        yield from _chain_steps(device, size, model, inputs, flops, name, attention, fused, backend)
+        yield from _other_step(device, size, work, name, what, flops)
 
 
-def adamw(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused)
-
-
-def _denim_steps(
-    device: str, size: Sizes, model: Any, inputs: tuple[Tensor, Tensor, Tensor], flops: float
-) -> Iterator[Row]:
-    """Denim's operations in one graph with the model, checked in float32."""
-    batch = len(inputs[0])
+def _denim_step(device: str, size: Sizes, work: Workload, flops: float) -> Iterator[Row]:
+    """What `denim pretrain` runs; its first loss and gradients are compared with those in float32."""
+    inputs, task = work.inputs(), PretrainTask(work.model(), work.objective, work.config.seed)
+    batch = len(inputs["images"])
     # In parts of equal size: the activations of the whole batch may not fit.
     part = min(batch, 16)
     exact = 0.0
     for first in range(0, batch, part):
-        loss = nim_loss(model, *(value[first : first + part] for value in inputs)) * (part / batch)
+        loss = task(**{name: tensor[first : first + part] for name, tensor in inputs.items()}) * (part / batch)
         loss.backward()
         exact += loss.item()
-    gradients = _gradients(model)
-    model.zero_grad(set_to_none=True)
-    function = torch.compile(functools.partial(nim_loss, model), fullgraph=True, backend=size.backend)
-
-    def forward_backward() -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            value: Tensor = function(*inputs)
-        value.backward()
-        return value.detach()
-
-    before = forward_backward()
-    errors = before.item() / exact - 1, relative_rms(_gradients(model), gradients.double())
-    # Every product has inputs of 8 bits; the loss averages over very many of them, the gradient goes through 20 blocks.
-    yield Row("loss in bf16 against float32", abs(errors[0]), "relative error", 0.01)
-    yield Row("gradients in bf16 against float32", errors[1], "relative RMS error", 0.1)
-    del gradients
-    step = _steps_of(model, functools.partial(function, *inputs), adamw(model, fused=True), device)
-    rows = list(_speed(device, "pretraining, Denim compiled", step, batch, "images/s", size.steps))
-    after = forward_backward()
-    yield Row("loss after the steps over loss before them", after.item() / before.item(), "", 1.0)
+    gradients = _gradients(task.model)
+    del task
+    with closing(open_step("denim", work)) as step:
+        before = step.loss(inputs, True)
+        before.backward()
+        errors = before.item() / exact - 1, relative_rms(_gradients(step.model), gradients.double())
+        # Every product has inputs of 8 bits; the loss averages over very many, the gradient goes through 20 blocks.
+        yield Row("loss in bf16 against float32", abs(errors[0]), "relative error", TOLERANCE["bf16"])
+        yield Row("gradients in bf16 against float32", errors[1], "relative RMS error", 0.1)
+        before = before.detach()
+        del gradients
+        rows = list(_speed(device, "pretraining, Denim", step.run, batch, "images/s", size.steps))
+        after = step.loss(inputs, True).detach()
+        yield Row("loss after the steps over loss before them", after.item() / before.item(), "", 1.0)
     yield from rows
     if rows[0].unit:
-        yield _utilisation(device, "pretraining, Denim compiled", flops * rows[0].value)
-    model.zero_grad(set_to_none=True)
+        yield _utilisation(device, "pretraining, Denim", flops * rows[0].value)
 
 
-def _chain_steps(
-    device: str,
-    size: Sizes,
-    model: Any,
-    inputs: tuple[Tensor, Tensor, Tensor],
-    flops: float,
-    name: str,
-    attention: str,
-    fused: bool,
-    backend: str | None,
-) -> Iterator[Row]:
-    """Noise and loss as chains of PyTorch operations, with an attention backend, an AdamW and a backend of compile."""
-    from denim.nim.attention import set_attention
-
-    mean, std = (torch.tensor(values, device=device) for values in (model.config.mean, model.config.std))
-    layout = {"patch_size": model.config.patch_size}
-
-    def chain(images: Tensor, sigma: Tensor) -> Tensor:
-        patches = baselines.noisy_patches(images, sigma, mean, std, **layout)
-        return baselines.reconstruction_loss(model(patches), images, mean, std, **layout)
-
-    set_attention(model, attention)
-    function = chain if backend is None else torch.compile(chain, fullgraph=True, backend=backend)
-    step = _steps_of(model, functools.partial(function, *inputs[:2]), adamw(model, fused=fused), device)
-    steps = max(2, size.steps // 2)
-    rows = list(_speed(device, f"pretraining, {name}", step, len(inputs[0]), "images/s", steps))
+def _other_step(device: str, size: Sizes, work: Workload, name: str, what: str, flops: float) -> Iterator[Row]:
+    """One of `denim.benchmarks.training.BASELINES`, which must begin with the loss of Denim's step."""
+    step = open_step(name, work, backend=size.backend)
+    with closing(open_step("denim", work)) as reference:
+        error = check_loss(step, reference, work)
+    yield Row(f"{what}: first loss against Denim's", error, "relative error", TOLERANCE["bf16"])
+    del reference  # and its weights
+    batch, steps = work.batch, max(2, size.steps // 2)
+    rows = list(_speed(device, f"pretraining, {what}", step.run, batch, "images/s", steps))
     yield from rows
     if rows[0].unit:
-        yield _utilisation(device, f"pretraining, {name}", flops * rows[0].value)
-    set_attention(model, "auto")
-    model.zero_grad(set_to_none=True)
+        yield _utilisation(device, f"pretraining, {what}", flops * rows[0].value)
 
 
 def _utilisation(device: str, name: str, achieved: float) -> Row:
-    """Operations per second as a share of the device's peak, where that is known."""
+    """Operations per second as a share of the device's peak in bf16, where that is known."""
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    gpu = gpu_of_driver(where)
-    if gpu is None:
+    peak = peak_flops(torch.device(device), "bf16")
+    if peak is None:
         return Row(f"{name}: achieved", achieved / 1e12, "TFLOP/s", note=f"peak of {where!r} is not in the table")
-    note = f"of {gpu.bf16 / 1e12:g} TFLOP/s dense bf16"
-    return Row(f"{name}: model-FLOP utilisation", 100 * achieved / gpu.bf16, "%", note=note)
+    note = f"of {peak / 1e12:g} TFLOP/s dense bf16"
+    return Row(f"{name}: model-FLOP utilisation", 100 * achieved / peak, "%", note=note)
 
 
 class _Defense:

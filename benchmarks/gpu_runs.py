@@ -201,21 +201,26 @@ def two_equal_runs(device: str, sizes: str) -> Iterator[Row]:
 
 
 def _three_steps(device: str, preset: str, backend: str, bf16: bool) -> Tensor:
-    """All weights of a model after three updates."""
-    from denim.benchmarks import gpu_models
+    """All weights of a model after three updates of `denim pretrain` with an attention backend."""
+    from denim.benchmarks.training import Workload, open_step
+    from denim.nim import PretrainConfig
     from denim.nim.attention import set_attention
 
-    model = gpu_models.autoencoder(device, preset)
-    set_attention(model, backend)
-    images, sigma, seeds = gpu_models.random_batch(device, model, 8)
-    optimizer = gpu_models.adamw(model, fused=True)
-    for _ in range(3):
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = gpu_models.nim_loss(model, images, sigma, seeds)
-        loss.backward()
-        optimizer.step()
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    config = PretrainConfig(
+        out=Path("gpu-check"),  # not touched
+        preset=preset,
+        sigma="uniform:20,130",  # those of the gamma distribution need scipy
+        batch_size=8,
+        base_lr=1e-4 * 256 / 8,
+        warmup_epochs=0,
+        precision="bf16" if bf16 else "fp32",
+        compile=False,  # inside a compiled block attention is SDPA
+    )
+    with contextlib.closing(open_step("denim", Workload(config, torch.device(device)))) as step:
+        set_attention(step.model, backend)
+        for _ in range(3):
+            step.run()
+        return torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])
 
 
 def sanitizer(device: str, sizes: str) -> Iterator[Row]:

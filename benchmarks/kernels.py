@@ -18,7 +18,7 @@ from torch import Tensor
 
 from denim.benchmarks.case import BOTH, SIDE, Case, expected, passes, share_of_error
 from denim.benchmarks.cases import CASES
-from denim.benchmarks.timing import Times, measure, peak_memory
+from denim.benchmarks.timing import Times, WrongResultError, measure, peak_memory
 
 __all__ = [
     "BENCHMARKS",
@@ -35,10 +35,6 @@ __all__ = [
 # Images of 224 x 224. Of 32 x 32 there are 16 times as many, about a third of the pixels.
 BATCH = {"cpu": 16, "cuda": 256}
 SMALL_IMAGES = 16
-
-
-class WrongResultError(RuntimeError):
-    """A fused operation disagrees with its definition, so no time is given for it."""
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,24 @@ from unittest import mock
 
 import torch
 
-__all__ = ["DEVICE", "HOST", "WALL", "Times", "best_seconds", "environment", "measure", "peak_memory", "step_seconds"]
+__all__ = [
+    "DEVICE",
+    "HOST",
+    "PROCESSOR",
+    "WALL",
+    "Times",
+    "WrongResultError",
+    "best_seconds",
+    "check_clock",
+    "environment",
+    "measure",
+    "peak_memory",
+    "step_seconds",
+]
 
 # How a call was timed, in words.
 WALL = "wall clock"
+PROCESSOR = "processor time of one thread, which other work on the machine does not lengthen as it does the wall clock"
 DEVICE = "between events, behind a delay: the device's work alone"
 HOST = "between events: the call waits for the device, so the host's part is in it"
 # Seconds that the device spins before a call: at first, and at most. A call that is not enqueued by then waits for the
@@ -34,13 +48,17 @@ FLUSH = 2**28
 CLOCK = 3e9
 
 
+class WrongResultError(RuntimeError):
+    """What is to be timed computes something else than what it is compared with, so no time is given for it."""
+
+
 class Times(NamedTuple):
     """Times of one function."""
 
     seconds: list[float]
     """Of every call."""
     method: str
-    """`WALL`, `DEVICE` or `HOST`."""
+    """`WALL`, `PROCESSOR`, `DEVICE` or `HOST`."""
 
 
 class _Device:
@@ -73,6 +91,19 @@ class _Device:
             delay *= 2
 
 
+def check_clock(clock: str, device: torch.device) -> None:
+    """Check that times on a device can be taken by a clock, "wall" or "processor".
+
+    Raises:
+        ValueError: another word, or processor time of a GPU or of several threads, which it adds up.
+    """
+    if clock not in ("wall", "processor"):
+        raise ValueError(f"clock must be wall or processor, got {clock!r}")
+    if clock == "processor" and (device.type == "cuda" or torch.get_num_threads() > 1):
+        what = "a GPU" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        raise ValueError(f"processor time is that of one thread, not of {what}: set OMP_NUM_THREADS=1, or take wall")
+
+
 def measure(
     functions: Mapping[str, Callable[[], object]],
     device: torch.device,
@@ -80,6 +111,7 @@ def measure(
     seconds: float = 0.0,
     least: int = 5,
     cold: bool = False,
+    clock: str = "wall",
 ) -> dict[str, Times]:
     """Seconds of every call, in rounds in which each function has its turn.
 
@@ -89,10 +121,12 @@ def measure(
         seconds: after which no round begins.
         least: rounds at least.
         cold: on a GPU, the L2 cache is overwritten before every call. Otherwise a call finds what the one before left.
+        clock: on a CPU, "wall" or "processor": the time for which this process has had a processor.
 
     Raises:
-        ValueError: `cold` on a CPU, whose caches this does not control.
+        ValueError: `cold` on a CPU, whose caches this does not control; or see `check_clock`.
     """
+    check_clock(clock, device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
 
@@ -102,12 +136,13 @@ def measure(
     if device.type != "cuda":
         if cold:
             raise ValueError("cold overwrites the L2 cache of a GPU; on a CPU leave it out")
+        now = time.perf_counter if clock == "wall" else time.process_time
         while more():
             for name, function in functions.items():
-                start = time.perf_counter()
+                start = now()
                 function()
-                times[name].append(time.perf_counter() - start)
-        return {name: Times(values, WALL) for name, values in times.items()}
+                times[name].append(now() - start)
+        return {name: Times(values, WALL if clock == "wall" else PROCESSOR) for name, values in times.items()}
     with torch.cuda.device(device):
         timer, delays = _Device(device, cold), dict.fromkeys(functions, DELAY)
         while more():
