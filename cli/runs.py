@@ -21,7 +21,7 @@ def main(
         compare: Show the settings in which the runs differ, with their last numbers.
         plot: Draw the loss and the learning rate of each run into loss.png in its folder, which a run does at its end.
     """
-    from denim.nim.runs import differences, draw_curve, find_runs
+    from denim.nim.runs import differences, draw_curve, find_runs, tabulated
     from denim.nim.text import printable
 
     runs = list({run.folder.resolve(): run for folder in folders for run in find_runs(folder)}.values())
@@ -30,7 +30,7 @@ def main(
     if compare and len(runs) < 2:
         raise ValueError(f"{runs[0].folder} is the only run, and a comparison needs two: name more folders")
     names = [printable(run.folder) for run in runs]
-    results = [run.results() for run in runs]
+    results = tabulated(runs)
     if compare:
         rows = [["", *names], *([name, *values] for name, values in differences(runs).items())]
         rows += [row for name in results[0] if any((row := [name, *(result[name] for result in results)])[1:])]

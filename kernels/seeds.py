@@ -29,6 +29,7 @@ class Domain(IntEnum):
     FINETUNING = 10
     SUBSET = 11
     HELD_OUT = 12
+    VALIDATION = 13
 
 
 def _reference(

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from denim.nim.checkpoint import Pretrained
 from denim.nim.data import Batch, Loader, PlannedLoader, Source, TrainView, open_loader
 from denim.nim.owner import owned
-from denim.nim.parallel import distribute, whole, without_sync
+from denim.nim.parallel import alone, distribute, whole, without_sync
 from denim.nim.precision import autocast, resolve_precision, tf32_products
 from denim.nim.prefetch import Inputs, prefetched
 from denim.nim.progress import ProgressReport
@@ -64,6 +64,13 @@ class Task(nn.Module):
     def picture(self) -> Tensor | None:
         """A picture (C, H, W) in [0, 1] of what the model makes of a few images, at a checkpoint, on all ranks."""
         return None
+
+    def measure(self) -> dict[str, float]:
+        """Numbers by name that the model is worth on images that are not trained on, the same on all ranks.
+
+        It is called by all ranks, inside `alone` and in the precision of the training.
+        """
+        return {}
 
 
 @contextmanager
@@ -436,6 +443,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
     report.say(f"{title}: {precision} on {device}{f', {ranks.world} processes' if ranks.world > 1 else ''}")
     bad: dict[str, str] = state.loader["bad"]
     checkpoint_every = config.checkpoint_every or state.updates_per_epoch
+    measure_every = config.eval_every * state.updates_per_epoch
     minutes = config.checkpoint_minutes or math.inf
     writer = CheckpointWriter(
         config.out,
@@ -462,9 +470,18 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
                 if stopping and not stop:
                     stop.number = signal.SIGTERM  # another rank has received it
                 save = state.update % checkpoint_every == 0 or last or stopping or due
-                if log or save or check_always:
+                measure = bool(config.eval_sigmas) and (state.update % measure_every == 0 or last)
+                if log or save or measure or check_always:
                     # Before saving as well: two broken checkpoints would push out the last good one.
                     _check_finite(state)
+                if measure:
+                    began = time.perf_counter()
+                    with alone(state.model), autocast(config.precision, device):
+                        measured = task.measure()
+                    report.show_measured(measured, time.perf_counter() - began)
+                    if metrics:
+                        epoch = state.update / state.updates_per_epoch
+                        metrics.write({"update": state.update, "epoch": epoch, **measured})
                 if not (log or save):
                     report.tick(state.update)
                     continue

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,26 +16,24 @@ from denim.nim.augmentation import Augmentation, Draws
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
-from denim.nim.data import Batch, EvalView, Source, hold_out, open_loader, open_source
-from denim.nim.data.sources import splits
+from denim.nim.data import Batch, EvalView, Source, open_loader
 from denim.nim.engine import Task, keyed_torch, train, training_loader
-from denim.nim.files import atomic_write
+from denim.nim.parallel import alone
 from denim.nim.plan import with_fitting_micro_batch
-from denim.nim.precision import resolve_precision
+from denim.nim.precision import precise, resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
-from denim.nim.run import RESULT_FILE, card_of_run, fitted, training_source
+from denim.nim.run import card_of_run, fitted, training_source, write_result
 from denim.nim.runs import draw_curve
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
 from denim.nim.text import open_console, printable
+from denim.nim.validation import HeldOut, at_levels, divided
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["FinetuneTask", "accuracy", "finetune"]
-
-TEST_SPLITS = ("test", "testing", "val", "validation", "valid")  # that accuracy is stated on, the first that there is
+__all__ = ["FinetuneTask", "accuracy", "defended_accuracy", "finetune"]
 
 
 class FinetuneTask(Task):
@@ -50,6 +47,7 @@ class FinetuneTask(Task):
         config: the settings.
         augmentation: erasing, mixing and the soft targets.
         card: see `Task`.
+        held_out: labelled images that are not trained on, for `measure`; None where there are none.
     """
 
     model: Classifier
@@ -61,8 +59,10 @@ class FinetuneTask(Task):
         config: FinetuneConfig,
         augmentation: Augmentation,
         card: Mapping[str, Any] | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         super().__init__(model, card)
+        self.held_out = held_out
         self.autoencoder = autoencoder
         self.config = config
         self.augmentation = augmentation
@@ -104,14 +104,27 @@ class FinetuneTask(Task):
         with torch.no_grad():
             pixels = self.augmentation.images(images.permute(0, 3, 1, 2).float() / 255, draws)
             if sigma is not None and seeds is not None:
-                pixels = self._degraded(pixels, sigma, seeds)
+                pixels = self.degraded(pixels, sigma, seeds)
         targets = self.augmentation.targets(labels, draws)
         if self.adversarial is not None:
             # Erased pixels may lie outside of the range in which images are attacked.
             return self.adversarial.loss(self.model, pixels.clamp(0, 1), targets, augment_seeds)
         return F.cross_entropy(self.model(pixels, augment_seeds), targets)
 
-    def _degraded(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
+    def measure(self) -> dict[str, float]:
+        """See `defended_accuracy`."""
+        if self.held_out is None:
+            return {}
+        return defended_accuracy(self, self.model, self.held_out, self.config.eval_sigmas)
+
+    def degraded(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
+        """The images that the classifier gets in a defense: with noise and, but for trained_on noisy, denoised.
+
+        Args:
+            pixels: float (B, C, H, W) in [0, 1].
+            sigma: (B,), in 0-255 pixel levels; without effect with degrade mask.
+            seeds: int64 (B,).
+        """
         config = self.config
         if config.trained_on == "noisy":
             return add_noise(pixels, sigma, seeds)
@@ -131,8 +144,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
 
     What is learnt is a `FinetuneTask`. Under torchrun each process takes its share of every batch. At the end rank 0
     writes the accuracy on images that were not trained on to `config.out/result.json`, if there are any (see
-    `FinetuneConfig.val_split`): "source" (their name), "images" (how many) and "accuracy" (the share that is right,
-    without noise and without a defense).
+    `TrainConfig.val_split`): "source" (their name), "images" (how many) and "accuracy" (the share that is right,
+    without noise and without a defense); and with `eval_sigmas`, of "eval_images" of them, "accuracy_sigma_35" and so
+    on (see `defended_accuracy`).
 
     Returns:
         The model, in evaluation mode, on the device of training.
@@ -152,7 +166,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         console = console or open_console(stderr=True, quiet=not ranks.is_first)
         with ranks.in_turn():
             whole = training_source(config, body.channels, labelled=True)
-            source, validation = _divided(config, whole)
+            source, validation = divided(config, whole, labelled=True)
         config = fitted(config, source, console, is_first=ranks.is_first)
         if validation is None:
             console.print(
@@ -204,44 +218,63 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         model.to(device)
         is_noisy = config.trained_on != "clean" and config.degrade != "mask"
         card = card_of_run(config, source, config.sigma if is_noisy else "none")
-        task = FinetuneTask(model, autoencoder.to(device), config, augmentation, card)
+        held_out = None
+        if validation is not None and config.eval_sigmas:
+            held_out = HeldOut(validation, body.img_size[0], config, ranks, device)
+            len(held_out.batches)  # what cannot be read is known before any work
+        task = FinetuneTask(model, autoencoder.to(device), config, augmentation, card, held_out)
         groups = param_groups_layer_decay(
             model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
         )
         title = f"fine-tuning on {config.trained_on} images"
         train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=whole)
+        # As it was saved: the trained one may be sharded, and its blocks compiled.
+        model = Classifier.from_pretrained(config.out / "model").to(device)
+        measured: dict[str, float] = {}
+        if held_out is not None:
+            with alone(model), precise("fp32", device):
+                measured = defended_accuracy(task, model, held_out, config.eval_sigmas)
     if ranks.is_first:
         draw_curve(config.out)
-    # As it was saved: the trained one may be sharded, and its blocks compiled.
-    model = Classifier.from_pretrained(config.out / "model").to(device)
     if validation is not None and ranks.is_first:
         right, count = _count_right(model, validation, 256, config.loader, config.workers, config.max_bad)
-        result = {"source": validation.name, "images": count, "accuracy": right / count}
-        with atomic_write(config.out / RESULT_FILE) as staged:
-            staged.write_text(json.dumps(result, indent=2) + "\n")
+        stated: dict[str, str | float] = {"source": validation.name, "images": count, "accuracy": right / count}
+        write_result(config.out, {**measured, **stated})
     return model
 
 
-def _divided(config: FinetuneConfig, whole: Source) -> tuple[Source, Source | None]:
-    """The images to train on, and those that are not trained on, if there are any; see `FinetuneConfig.val_split`.
+def defended_accuracy(
+    task: FinetuneTask, model: Classifier, held_out: HeldOut, sigmas: Sequence[float]
+) -> dict[str, float]:
+    """Shares of clean images that a classifier gets right: as they are, and degraded and denoised as a `De3` does it.
+
+    Args:
+        task: says how: with its denoiser or, trained on noisy images, with noise alone.
+        model: in evaluation mode, on the device of the images.
+        held_out: labelled images that are not trained on.
+        sigmas: noise levels in 0-255 pixel levels.
+
+    Returns:
+        "accuracy", "accuracy_sigma_35" and so on, and "eval_images".
 
     Raises:
-        ValueError: there is no such split, it is trained on, or its classes are not those of the training.
+        FloatingPointError: logits are not finite.
     """
-    if (share := config.held_out) is not None:
-        return hold_out(whole, share, config.seed)
-    folder = Path(config.data).expanduser()
-    found = splits(folder) if folder.is_dir() else ["test", "train"]  # those of digits and CIFAR
-    split = config.val_split or next((name for name in TEST_SPLITS if name in found), None)
-    if split is None:
-        return whole, None
-    if split == "train" or not found:
-        reason = "its images are trained on" if found else f"{config.data} has no folders or shards of splits"
-        raise ValueError(
-            f"val_split {split!r} cannot be used: {reason}. Expected the name of another split, or a share such as 0.1 "
-            "that is held out of the training images"
-        )
-    return whole, open_source(config.data, split, whole.channels, classes=whole.classes, max_bad=config.max_bad)
+
+    def values(images: Tensor, labels: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        pixels = images.permute(0, 3, 1, 2).float() / 255
+
+        def right(pixels: Tensor) -> Tensor:
+            logits = model(pixels)
+            found: Tensor = (logits.argmax(dim=-1) == labels).double()
+            return torch.where(logits.isfinite().all(dim=-1), found, math.nan)
+
+        def at(level: Tensor) -> Tensor:
+            return right(task.degraded(pixels, level, seeds))
+
+        return {"accuracy": right(pixels), **at_levels("accuracy", sigmas, at, len(images), images.device)}
+
+    return held_out.measure(values)
 
 
 def accuracy(

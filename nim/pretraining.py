@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +17,15 @@ from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
 from denim.nim.parallel import alone
 from denim.nim.plan import with_fitting_micro_batch
-from denim.nim.precision import autocast, resolve_precision
+from denim.nim.precision import autocast, precise, resolve_precision
 from denim.nim.ranks import joined
 from denim.nim.reconstruction import add_noise, reconstruct
-from denim.nim.run import card_of_run, fitted, training_source
+from denim.nim.run import card_of_run, fitted, training_source, write_result
 from denim.nim.runs import draw_curve
 from denim.nim.saving import latest_checkpoint
 from denim.nim.settings import PretrainConfig, pick_device
 from denim.nim.text import open_console, printable
+from denim.nim.validation import HeldOut, at_levels, divided, psnr
 from denim.nim.warm_start import warm_start
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["PretrainTask", "pretrain"]
 
 EXAMPLES = 4  # images of a picture
+DEGRADATION = {"nim": "noise", "mae": "mask", "dmae": "both"}  # of an objective
+FINAL_SIGMAS = (70.0,)  # at which a finished model is measured where the settings name no others
 
 
 class PretrainTask(Task):
@@ -45,6 +48,8 @@ class PretrainTask(Task):
         precision: of pictures.
         examples: images of the model's size, for pictures; None for none.
         card: see `Task`.
+        held_out: images that are not trained on, for `measure`; None where there are none.
+        sigmas: noise levels at which it is measured.
     """
 
     model: Autoencoder
@@ -57,12 +62,16 @@ class PretrainTask(Task):
         precision: str = "fp32",
         examples: Batch | None = None,
         card: Mapping[str, Any] | None = None,
+        held_out: HeldOut | None = None,
+        sigmas: Sequence[float] = (),
     ) -> None:
         super().__init__(model, card)
         self.objective = objective
         self.seed = seed
         self.precision = precision
         self.examples = examples
+        self.held_out = held_out
+        self.sigmas = sigmas
         model.mask_token.requires_grad_(objective.name != "nim")
 
     def prepare(self, batch: Batch, epoch: int) -> dict[str, Tensor]:
@@ -90,7 +99,7 @@ class PretrainTask(Task):
         images, sigma, seeds = inputs["images"], inputs.get("sigma"), inputs["seeds"]
         clean = images.permute(0, 3, 1, 2) / 255
         degraded = clean if sigma is None else add_noise(images, sigma, seeds).clamp(0, 1)
-        degrade = {"nim": "noise", "mae": "mask", "dmae": "both"}[self.objective.name]
+        degrade = DEGRADATION[self.objective.name]
         if degrade != "noise":
             hidden = Mask.random(seeds, config.num_patches, self.objective.mask_ratio).hidden[..., None]
             every = hidden.expand(*hidden.shape[:-1], config.patch_size**2 * config.channels)
@@ -102,6 +111,43 @@ class PretrainTask(Task):
             )
         rows = torch.cat([degraded, rebuilt.float(), clean], dim=-1)
         return torch.cat(list(rows), dim=-2).cpu()
+
+    def measure(self) -> dict[str, float]:
+        """See `denoised_psnr`."""
+        return {} if self.held_out is None else denoised_psnr(self.model, self.held_out, self.sigmas, self.objective)
+
+
+def denoised_psnr(
+    model: Autoencoder, held_out: HeldOut, sigmas: Sequence[float], objective: Objective
+) -> dict[str, float]:
+    """Mean PSNR, in dB, of images that are degraded as in the pretraining, rebuilt and clamped, in [0, 1].
+
+    A model whose target is normalised gets each patch's mean and variance from the clean image, as in the published
+    defense, so its numbers cannot be compared with those of a raw target.
+
+    Args:
+        model: in evaluation mode, on the device of the images.
+        held_out: images that are not trained on.
+        sigmas: noise levels in 0-255 pixel levels.
+        objective: says whether patches are hidden, too.
+
+    Returns:
+        "psnr_sigma_35" and so on, and "eval_images".
+
+    Raises:
+        FloatingPointError: a number is not finite.
+    """
+    how: dict[str, Any] = {"degrade": DEGRADATION[objective.name], "mask_ratio": objective.mask_ratio}
+
+    def values(images: Tensor, labels: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        clean = images.permute(0, 3, 1, 2).float() / 255
+
+        def at(level: Tensor) -> Tensor:
+            return psnr(reconstruct(model, images, level, seeds, **how), clean)
+
+        return at_levels("psnr", sigmas, at, len(images), images.device)
+
+    return held_out.measure(values)
 
 
 def _examples(source: Source, size: int, seed: int) -> Batch | None:
@@ -115,6 +161,10 @@ def _examples(source: Source, size: int, seed: int) -> Batch | None:
 
 def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoencoder:
     """Pretrain an autoencoder; its run folder is `config.out`, the finished model `config.out/model`.
+
+    At the end rank 0 writes what the finished model is worth on images that were not trained on to
+    `config.out/result.json`, if there are any (see `TrainConfig.val_split`) and the objective adds noise: "source"
+    (their name), "eval_images" (how many) and "psnr_sigma_70" (see `denoised_psnr`), or that of `eval_sigmas`.
 
     Returns:
         The model, in evaluation mode, on the device of training.
@@ -130,7 +180,8 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
     with joined(device, config.stall_timeout, alone=config.fsdp) as ranks:
         console = console or open_console(stderr=True, quiet=not ranks.is_first)
         with ranks.in_turn():
-            source = training_source(config, config.channels, labelled=False)
+            whole = training_source(config, config.channels, labelled=False)
+            source, validation = divided(config, whole, labelled=False)
         config = fitted(config, source, console, is_first=ranks.is_first)
         architecture = preset(
             config.preset,
@@ -154,11 +205,24 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
         with ranks.together():
             examples = _examples(source, architecture.img_size[0], config.seed) if ranks.is_first else None
         card = card_of_run(config, source, "none" if objective.sigma is None else str(objective.sigma))
-        task = PretrainTask(model, objective, config.seed, config.precision, ranks.share(examples), card)
+        held_out = None
+        if validation is not None and objective.sigma is not None:
+            held_out = HeldOut(validation, architecture.img_size[0], config, ranks, device)
+            if config.eval_sigmas:
+                len(held_out.batches)  # what cannot be read is known before any work
+        task = PretrainTask(
+            model, objective, config.seed, config.precision, ranks.share(examples), card, held_out, config.eval_sigmas
+        )
         groups = param_groups_weight_decay(model, config.weight_decay)
         title = f"pretraining {config.preset} ({config.objective})"
-        train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=source)
+        train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=whole)
+        # As it was saved: the trained one may be sharded, and its blocks compiled.
+        model = Autoencoder.from_pretrained(config.out / "model").to(device)
+        if held_out is not None and validation is not None:
+            with alone(model), precise("fp32", device):
+                measured = denoised_psnr(model, held_out, config.eval_sigmas or FINAL_SIGMAS, objective)
+            if ranks.is_first:
+                write_result(config.out, {"source": validation.name, **measured})
     if ranks.is_first:
         draw_curve(config.out)
-    # As it was saved: the trained one may be sharded, and its blocks compiled.
-    return Autoencoder.from_pretrained(config.out / "model").to(device)
+    return model

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["LineClock", "ProgressReport", "clock_text"]
+__all__ = ["LineClock", "ProgressReport", "clock_text", "measured_texts"]
 
 # Seconds until the first line and between all others, where there is no bar.
 FIRST, BETWEEN = 3.0, 30.0
@@ -58,7 +59,7 @@ class ProgressReport:
         self._began, self._first = now, done
         self._measured, self._since = now, done
         self._lines = LineClock()
-        self._state = ""
+        self._state = self._worth = ""
         self._measures = False  # the first update starts workers and compiles: it tells nothing of the others
 
     def __enter__(self) -> Self:
@@ -83,15 +84,25 @@ class ProgressReport:
         """Take the numbers of a line of metrics, which are shown from now on."""
         self._state = f"loss {loss:.4f}  {rate:,.0f} images/s"
 
+    def show_measured(self, numbers: Mapping[str, float], seconds: float) -> None:
+        """Take what the model was measured to be worth, which is shown from now on.
+
+        Args:
+            numbers: by name, see `measured_texts`.
+            seconds: that it took; they are no time of training for `rate`.
+        """
+        self._measured += seconds
+        self._worth = "".join(f"  {name}: {text}" for name, text in measured_texts(numbers).items())
+
     def tick(self, update: int) -> None:
         """Note an update that is done. A line is due by the clock, and for the last update, where it has the cost."""
-        self._bar.update(self._task, completed=update, state=self._state)
+        self._bar.update(self._task, completed=update, state=self._state + self._worth)
         now, last = time.perf_counter(), update == self.total
         if last or (not self._has_bar and self._lines.due()):
             seconds = (now - self._began) / max(1, update - self._first)
             words = [f"{self.title}: {update}/{self.total}"]
             if self._state or self._measures or last:
-                words.append(self._state or f"{self.batch_size / seconds:,.0f} images/s")
+                words.append((self._state or f"{self.batch_size / seconds:,.0f} images/s") + self._worth)
             if last:
                 passed = now - self._started
                 words += [f"in {clock_text(passed)}", f"{self.devices * passed / 3600:.3g} device-hours"]
@@ -100,6 +111,20 @@ class ProgressReport:
             self.say("  ".join(words))
         if not self._measures:
             self._measures, self._began, self._first = True, now, update
+
+
+def measured_texts(numbers: Mapping[str, object]) -> dict[str, str]:
+    """What models are worth, for people: texts by "accuracy" (undefended) and "sigma 35" (PSNR, or accuracy defended).
+
+    Args:
+        numbers: by name: "accuracy", "accuracy_sigma_35" (shares) and "psnr_sigma_35" (dB); others are left out.
+    """
+    texts = {}
+    for name, value in numbers.items():
+        kind, _, level = name.partition("_sigma_")
+        if kind in ("accuracy", "psnr") and isinstance(value, float):
+            texts[f"sigma {level}" if level else kind] = f"{value:.2f} dB" if kind == "psnr" else f"{100 * value:.2f} %"
+    return texts
 
 
 def clock_text(seconds: float) -> str:

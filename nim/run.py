@@ -1,6 +1,6 @@
 """A run is a folder: run.json (settings), metrics.jsonl, tensorboard/, checkpoints/UPDATE/ and, at the end, model/.
 
-A fine-tuned classifier has result.json beside it: its accuracy on images that were not trained on.
+A finished model has result.json beside it: what it was measured to be worth on images that were not trained on.
 
 The checkpoints are those of `denim.nim.saving`.
 """
@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -41,6 +41,7 @@ __all__ = [
     "prepare_folder",
     "settings_of_run",
     "training_source",
+    "write_result",
 ]
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -58,6 +59,7 @@ FREE_SETTINGS = (
     "out", "resume", "workers", "loader", "max_bad", "log_every",
     "micro_batch", "accumulate", "lean", "compile", "grad_checkpointing", "fsdp", "stall_timeout",
     "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
+    "eval_sigmas", "eval_every", "eval_images",
 )  # fmt: skip
 
 
@@ -272,6 +274,12 @@ class Waits(Generic[_T]):
     def close(self) -> None:
         """Close what is iterated."""
         self._items.close()
+
+
+def write_result(run: Path, result: Mapping[str, str | float]) -> None:
+    """Write result.json: the images that a finished model was measured on, and the numbers by name."""
+    with atomic_write(run / RESULT_FILE) as staged:
+        staged.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 
 from denim.nim.files import DamagedFileError, atomic_write, read_json, read_json_lines
 from denim.nim.owner import is_owned
+from denim.nim.progress import measured_texts
 
-__all__ = ["CURVE_FILE", "RunSummary", "differences", "draw_curve", "find_runs"]
+__all__ = ["CURVE_FILE", "RunSummary", "differences", "draw_curve", "find_runs", "tabulated"]
 
 CURVE_FILE = "loss.png"
 
@@ -25,14 +26,15 @@ class RunSummary:
         settings: of run.json, by name; none where it is damaged.
         state: "running" (a process writes to it), "finished" (it has a model), "stopped", or "damaged: " and why.
         metrics: its last line of metrics with a loss; empty before the first.
-        accuracy: of a classifier, on images that were not trained on, a share; None where none is stated.
+        measured: what the model is worth on images that were not trained on, by name (see `measured_texts`): of
+            result.json or, before its end, of the last measurement.
     """
 
     folder: Path
     settings: dict[str, Any]
     state: str
     metrics: dict[str, Any]
-    accuracy: float | None
+    measured: dict[str, float]
 
     @property
     def command(self) -> str:
@@ -54,13 +56,13 @@ class RunSummary:
         return f"{update}/{round(self.settings['epochs'] * update / self.metrics['epoch'])}"
 
     def results(self) -> dict[str, str]:
-        """Progress and the last numbers, as texts by name; those that it has not are empty."""
+        """Progress and the last numbers, as texts by name."""
         loss, rate = self.metrics.get("loss"), self.metrics.get("images_per_second")
         return {
             "updates": self.progress,
             "loss": "" if loss is None else f"{loss:.4f}",
             "images/s": "" if rate is None else f"{rate:,.0f}",
-            "accuracy": "" if self.accuracy is None else f"{100 * self.accuracy:.2f} %",
+            **measured_texts(self.measured),
             "state": self.state,
         }
 
@@ -74,6 +76,18 @@ def find_runs(folder: Path) -> list[RunSummary]:
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: expected a run, or a folder with runs")
     return [_summary(run) for run in _run_folders(folder)]
+
+
+def tabulated(runs: Sequence[RunSummary]) -> list[dict[str, str]]:
+    """The results of each run, all with the same names in the same order; those that a run has not are empty."""
+    results = [run.results() for run in runs]
+    names = list(dict.fromkeys(name for result in results for name in result))
+
+    def place(name: str) -> tuple[bool, float, int]:
+        kind, _, level = name.partition(" ")
+        return name == "state", float(level) if kind == "sigma" else -1.0, names.index(name)
+
+    return [{name: result.get(name, "") for name in sorted(names, key=place)} for result in results]
 
 
 def differences(runs: Sequence[RunSummary]) -> dict[str, list[str]]:
@@ -132,11 +146,12 @@ def _losses(run: Path) -> list[dict[str, Any]]:
 def _summary(run: Path) -> RunSummary:
     try:
         settings = read_json(run / "run.json", {"epochs": int})
-        lines = _losses(run)
+        every = read_json_lines(run / "metrics.jsonl", {"update": int})
         result = run / "result.json"
-        accuracy = read_json(result, {"accuracy": float})["accuracy"] if result.exists() else None
+        measured = read_json(result) if result.exists() else next(filter(measured_texts, reversed(every)), {})
     except (DamagedFileError, OSError) as error:
-        return RunSummary(run, {}, f"damaged: {error}", {}, None)
+        return RunSummary(run, {}, f"damaged: {error}", {}, {})
+    lines = [line for line in every if "loss" in line]
     is_finished = (run / "model" / "model.safetensors").exists()
     state = "running" if is_owned(run) else "finished" if is_finished else "stopped"
-    return RunSummary(run, settings, state, lines[-1] if lines else {}, accuracy)
+    return RunSummary(run, settings, state, lines[-1] if lines else {}, measured)

@@ -71,6 +71,13 @@ class TrainConfig:
         keep_checkpoints: How many of the newest checkpoints stay.
         keep_every: Updates between checkpoints that stay for good, in multiples of checkpoint_every.
         log_every: Updates between lines of metrics.
+        val_split: Images that the model is measured on: the name of a split, such as val, or a share such as 0.1 of the
+            training images, which is held out of the training, by sample id and seed; without it, the split test,
+            val, validation or valid that the data has.
+        eval_sigmas: Noise levels, in 0-255 pixel levels, at which the model is measured while it learns, on images that
+            are not trained on: PSNR of denoised images, or accuracy behind the denoiser; without any, only at the end.
+        eval_every: Epochs between these measurements.
+        eval_images: Images that are measured, at most; which, depends on the seed.
     """
 
     COMMAND: ClassVar[str]
@@ -110,15 +117,20 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_every: int | None = None
     log_every: int = 10
+    val_split: str | None = None
+    eval_sigmas: tuple[float, ...] = ()
+    eval_every: int = 1
+    eval_images: int = 512
 
     def __post_init__(self) -> None:
         from denim.kernels.seeds import check_seed
         from denim.nim.files import check_path
         from denim.nim.precision import check_precision
+        from denim.nim.sigma import MAX_SIGMA, is_level, warn_of_unit_sigma
 
         check_path(self.out)
         for name in ("epochs", "batch_size", "micro_batch", "log_every", "checkpoint_every", "keep_checkpoints",
-                     "keep_every"):  # fmt: skip
+                     "keep_every", "eval_every", "eval_images"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:  # None: left to the size of the denoiser or of the data
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -140,8 +152,25 @@ class TrainConfig:
             _refuse_negative(self, "workers")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if not all(map(is_level, self.eval_sigmas)):
+            raise ValueError(
+                f"eval_sigmas takes noise levels of 0-255 pixel levels, 0 or more, at most {MAX_SIGMA:g}, got "
+                f"{self.eval_sigmas}"
+            )
+        for level in self.eval_sigmas:
+            warn_of_unit_sigma(level)
+        if self.held_out is not None and not 0 < self.held_out < 1:
+            raise ValueError(f"val_split must be the name of a split or a share between 0 and 1, got {self.val_split}")
         check_seed(self.seed)
         check_precision(self.precision)
+
+    @property
+    def held_out(self) -> float | None:
+        """The share of the training images that is held out of the training, where `val_split` is a number."""
+        try:
+            return None if self.val_split is None else float(self.val_split)
+        except ValueError:
+            return None
 
     @property
     def batch_unit(self) -> int:
@@ -237,7 +266,8 @@ class PretrainConfig(TrainConfig):
             raise ValueError(f"target must be norm or raw, got {self.target!r}")
         if self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}")
-        Objective.published(self.objective, self.sigma, self.mask_ratio)
+        if Objective.published(self.objective, self.sigma, self.mask_ratio).sigma is None and self.eval_sigmas:
+            raise ValueError(f"{self.objective} adds no noise, so there are no eval_sigmas to be measured at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,9 +297,6 @@ class FinetuneConfig(TrainConfig):
         mixup_group: Images that are mixed among each other, with one lambda: the published batch of one GPU. A
             forward pass holds whole groups.
         smoothing: Label smoothing.
-        val_split: Images for the accuracy at the end: the name of a split, such as val, or a share such as 0.1 of the
-            training images, which is held out of the training, by sample id and seed; without it, the split test,
-            val, validation or valid that the data has.
         adversarial: Adversarial training on clean images: pgd (Madry et al. 2018) or trades (Zhang et al. 2019); None
             is none.
         epsilon: Radius of its attack in 0-255 pixel levels.
@@ -302,7 +329,6 @@ class FinetuneConfig(TrainConfig):
     cutmix: float = 1.0
     mixup_group: int = 16
     smoothing: float = 0.1
-    val_split: str | None = None
     adversarial: str | None = None
     epsilon: float = 8.0
     attack_steps: int = 10
@@ -322,8 +348,8 @@ class FinetuneConfig(TrainConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
-        if self.held_out is not None and not 0 < self.held_out < 1:
-            raise ValueError(f"val_split must be the name of a split or a share between 0 and 1, got {self.val_split}")
+        if self.eval_sigmas and self.degrade == "mask":
+            raise ValueError("degrade=mask adds no noise, so there are no eval_sigmas to be measured at")
         _refuse_negative(self, "mixup", "cutmix")
         if not (math.isfinite(self.layer_decay) and self.layer_decay > 0):
             raise ValueError(f"layer_decay must be positive, got {self.layer_decay}")
@@ -357,14 +383,6 @@ class FinetuneConfig(TrainConfig):
 
         step_size = self.epsilon / 4 if self.attack_step_size is None else self.attack_step_size
         return AdversarialTraining(self.adversarial, self.epsilon, step_size, self.attack_steps, self.trades_beta)
-
-    @property
-    def held_out(self) -> float | None:
-        """The share of the training images that is held out of the training, where `val_split` is a number."""
-        try:
-            return None if self.val_split is None else float(self.val_split)
-        except ValueError:
-            return None
 
     @property
     def batch_unit(self) -> int:

@@ -111,7 +111,7 @@ def test_runs_are_listed_compared_and_drawn(runs, capsys, monkeypatch):
     (runs / "nim" / "loss.png").unlink()
     denim("runs", runs, "--plot")
     head, ft, nim, picture, _ = capsys.readouterr().out.replace("/nim/loss", "/ft/loss").splitlines()
-    assert head.split() == ["run", "command", "of", "updates", "loss", "images/s", "accuracy", "state"]
+    assert head.split() == ["run", "command", "of", "updates", "loss", "images/s", "accuracy", "sigma", "70", "state"]
     assert ft.split()[:4] == [str(runs / "ft"), "finetune", "denoised", "4/4"]
     assert nim.split()[:5] == [str(runs / "nim"), "pretrain", "micro", "nim", "4/4"]
     assert ft.endswith("finished")
@@ -145,9 +145,13 @@ def test_one_process_prints_for_all(tmp_path, capsys, monkeypatch):
     words = ("finetune", "--out", tmp_path, "--denoiser", tmp_path)
     denim(*words)
     assert "no accuracy is stated" in capsys.readouterr().out
-    (tmp_path / "result.json").write_text('{"source": "set/val", "images": 8, "accuracy": 0.75}')
+    result = {"source": "set/val", "images": 8, "accuracy": 0.75}
+    (tmp_path / "result.json").write_text(json.dumps(result))
     denim(*words)
     assert "accuracy on clean images of set/val, undefended: 75.00 % of 8\n" in capsys.readouterr().out
+    (tmp_path / "result.json").write_text(json.dumps({**result, "accuracy_sigma_35": 0.5, "eval_images": 4}))
+    denim(*words)
+    assert "% of 8\ndefended: 50.00 % at sigma 35, of 4 of them\n" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
     denim(*words)
     assert capsys.readouterr().out == ""
@@ -317,6 +321,8 @@ def test_a_run_is_resumed_by_its_folder_alone(tmp_path, capsys):
     words = ["--data", "digits", "--preset", "micro", *FAST, "--device", "cpu", "--base-lr", "1e-3"]
     run = tmp_path / "run"
     denim("pretrain", *words, "--out", run)
+    worth = json.loads((run / "result.json").read_text())["psnr_sigma_70"]
+    assert f"PSNR of 512 denoised images of digits/test: {worth:.2f} dB at sigma 70\n" in capsys.readouterr().out
     for path in ("model", "checkpoints"):
         shutil.rmtree(run / path)
     denim("pretrain", "--resume", run, "--log-every", "1")

@@ -177,9 +177,9 @@ def test_enumerations_are_pinned():
     names = ["NOISE", "SEED", "MASK", "START", "SIGMA", "ERASE", "MIX", "DROP_PATH"]
     assert [stream.name for stream in sorted(Stream)] == names
     stages = ["TRAINING", "DEFENSE", "ATTACK", "SELECTION", "CONFIRMATION", "SCORE", "CERTIFY"]
-    names = [*stages, "FROZEN", "COPY", "AUGMENT", "FINETUNING", "SUBSET", "HELD_OUT"]
+    names = [*stages, "FROZEN", "COPY", "AUGMENT", "FINETUNING", "SUBSET", "HELD_OUT", "VALIDATION"]
     assert [domain.name for domain in sorted(Domain)] == names
-    assert [int(domain) for domain in sorted(Domain)] == list(range(13))
+    assert [int(domain) for domain in sorted(Domain)] == list(range(14))
     assert [int(stream) for stream in sorted(Stream)] == list(range(8))
 
 

@@ -32,6 +32,25 @@ def test_lines_come_by_the_clock(clock):
     ]
 
 
+def test_what_the_model_is_worth_is_shown_and_is_no_time_of_training(clock):
+    console = Console(file=io.StringIO(), width=200)
+    with ProgressReport(console, "run", done=0, total=100, batch_size=64) as report:
+        for update in (1, 2, 3):
+            clock[0] += 1.0
+            report.tick(update)
+        clock[0] += 7.0
+        report.show_measured({"accuracy": 0.5, "accuracy_sigma_35": 0.25, "eval_images": 8}, 7.0)
+        assert report.rate(3) == 64
+        report.show(0.25, 64.0)
+        clock[0] += 30.0
+        report.tick(4)
+    assert (
+        console.file.getvalue()
+        .splitlines()[-1]
+        .startswith("run: 4/100  loss 0.2500  64 images/s  accuracy: 50.00 %  sigma 35: 25.00 %  ")
+    )
+
+
 def test_the_last_update_has_a_line(clock):
     console = Console(file=io.StringIO(), width=200)
     with ProgressReport(console, "[run]", done=0, total=2, batch_size=64, devices=8) as report:

@@ -91,7 +91,7 @@ def test_messages(two):
 
 
 def assert_equal(run, other):
-    """The same weights and losses, but for the rounding of sums in another order.
+    """The same weights, losses and measurements, but for the rounding of sums in another order.
 
     The gradient of a key's bias is zero (softmax ignores what is added to all scores of a query): what is computed is
     rounding alone, whose sign Adam follows. So these numbers are left out.
@@ -103,11 +103,15 @@ def assert_equal(run, other):
         if name.endswith("qkv.bias"):
             mine, theirs = (part.unflatten(0, (3, -1))[[0, 2]] for part in (mine, theirs))
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-    losses = [
-        [json.loads(line)["loss"] for line in (each / "metrics.jsonl").read_text().splitlines()]
-        for each in (run, other)
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    lines = [[json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()] for each in (run, other)]
+    for name, count in (("loss", 6), ("psnr_sigma_70", 2)):
+        mine, theirs = ([line[name] for line in each if name in line] for each in lines)
+        assert len(mine) == count
+        # A weight that differs by 1e-6 moves the PSNR, in dB, by no more than some 1e-5.
+        assert mine == pytest.approx(theirs, abs=1e-6 if name == "loss" else 1e-4)
+    assert [line["eval_images"] for line in lines[1] if "eval_images" in line] == [33, 33]
+    results = [json.loads((each / "result.json").read_text()) for each in (run, other)]
+    assert results[0] == {**results[1], "psnr_sigma_70": pytest.approx(results[1]["psnr_sigma_70"], abs=1e-4)}
 
 
 @pytest.mark.parametrize("layout", ["ddp", "parts", "fsdp", "fsdp-parts", "moved"])

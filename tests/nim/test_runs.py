@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from denim.nim.owner import owned
-from denim.nim.runs import differences, draw_curve, find_runs
+from denim.nim.runs import differences, draw_curve, find_runs, tabulated
 
 
 def make_run(folder, *, settings=None, updates=(10, 20), finished=False, accuracy=None):
@@ -45,7 +45,7 @@ def test_runs_are_found_at_any_depth_with_their_state(folder):
     assert [run.command for run in (a, nim, tuned)] == ["pretrain", "pretrain", "finetune"]
     assert [run.what for run in (a, nim, tuned)] == ["micro nim", "micro nim", "clean"]
     assert a.results() == {
-        "updates": "40/40", "loss": "0.2500", "images/s": "1,234", "accuracy": "", "state": "finished",
+        "updates": "40/40", "loss": "0.2500", "images/s": "1,234", "state": "finished",
     }  # fmt: skip
     assert (nim.progress, nim.state) == ("20/40", "running")
     assert tuned.results() == {
@@ -53,6 +53,22 @@ def test_runs_are_found_at_any_depth_with_their_state(folder):
     }  # fmt: skip
     assert find_runs(folder / "b" / "nim")[0].state == "stopped"
     assert find_runs(folder / "c") == []
+
+
+def test_what_models_are_worth_has_a_column_for_each_level(folder):
+    """Of the result or, before the end of a run, of the last measurement."""
+    lines = [{"update": 10, "psnr_sigma_140": 9.5}, {"update": 20, "psnr_sigma_140": 19.5, "eval_images": 8}]
+    with (folder / "b" / "nim" / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    result = {"source": "s", "images": 8, "accuracy": 0.5, "accuracy_sigma_70": 0.25, "eval_images": 4}
+    (folder / "b" / "tuned" / "result.json").write_text(json.dumps(result))
+    a, nim, tuned = tabulated(find_runs(folder))
+    assert list(a) == ["updates", "loss", "images/s", "accuracy", "sigma 70", "sigma 140", "state"]
+    assert [row["accuracy"] for row in (a, nim, tuned)] == ["", "", "50.00 %"]
+    assert [row["sigma 70"] for row in (a, nim, tuned)] == ["", "", "25.00 %"]
+    assert [row["sigma 140"] for row in (a, nim, tuned)] == ["", "19.50 dB", ""]
+    (folder / "b" / "tuned" / "result.json").write_text("[")
+    assert find_runs(folder / "b" / "tuned")[0].state.startswith("damaged: ")
 
 
 def test_a_damaged_run_hides_no_other(folder):
