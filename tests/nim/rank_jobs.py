@@ -8,25 +8,60 @@ import time
 from pathlib import Path
 
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
+import denim.nim.parallel
 import denim.nim.ranks
-from denim.nim import PretrainConfig, pretrain
+from denim.nim import (
+    Autoencoder,
+    Classifier,
+    ClassifierConfig,
+    FinetuneConfig,
+    Objective,
+    PretrainConfig,
+    finetune,
+    preset,
+    pretrain,
+)
+from denim.nim.augmentation import Augmentation
+from denim.nim.data import Batch
+from denim.nim.finetuning import FinetuneTask
+from denim.nim.parallel import distribute
+from denim.nim.pretraining import PretrainTask
 from denim.nim.ranks import RankError, Ranks, joined
 from denim.nim.stopping import Stopped
 from denim.nim.text import open_console
 
 CPU = torch.device("cpu")
 QUIET = open_console(quiet=True)
+# 50 updates of 160 images, at a rate at which weights move by some percent. After each 10 there is a checkpoint, and a
+# measurement on a number of images that no number of ranks divides.
+BASE = {
+    "epochs": 5, "warmup_epochs": 1, "batch_size": 16, "base_lr": 1e-2, "loader": "torch", "device": "cpu",
+    "log_every": 1, "keep_checkpoints": 9, "eval_sigmas": (70.0,), "eval_images": 9,
+}  # fmt: skip
+LAYOUTS = {
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+    "parts": {"micro_batch": 4},
+    "fsdp-parts": {"fsdp": True, "micro_batch": 4, "grad_checkpointing": True},
+}
 
 
-def settings(out, **changes):
-    """Six updates of a micro model on digits, which is measured after each epoch."""
-    base = {
-        "preset": "micro", "data": "digits", "epochs": 2, "warmup_epochs": 1, "batch_size": 320, "base_lr": 1e-3,
-        "crop_scale": (0.8, 1.0), "loader": "torch", "device": "cpu", "log_every": 1,
-        "eval_sigmas": (70.0,), "eval_images": 33,
-    }  # fmt: skip
-    return PretrainConfig(out=out, **{**base, **changes})
+def pretraining(folder, name, **changes):
+    """A micro model on the images in a folder."""
+    settings = {"preset": "micro", "crop_scale": (0.5, 1.0), "data": str(folder / "images"), **BASE, **changes}
+    pretrain(PretrainConfig(out=folder / f"pretraining-{name}", **settings), QUIET)
+
+
+def finetuning(folder, name, **changes):
+    """The full recipe, with more drop path and erasing than is published: mixing, erasing, levels, layer decay."""
+    settings = {"data": str(folder / "images"), "mixup_group": 4, "drop_path": 0.3, "erasing": 0.5, **BASE, **changes}
+    finetune(FinetuneConfig(out=folder / f"finetuning-{name}", denoiser=folder / "denoiser", **settings), QUIET)
+
+
+KINDS = {"pretraining": pretraining, "finetuning": finetuning}
 
 
 def messages(folder):
@@ -51,23 +86,63 @@ def messages(folder):
 
 
 def trainings(folder):
-    """The same training in several layouts, and one that is stopped to be resumed on another number of ranks."""
-    for name, changes in {
-        "ddp": {},
-        "parts": {"micro_batch": 40},
-        "fsdp": {"fsdp": True},
-        "ema": {"ema": 0.5},
-        "fsdp-ema": {"fsdp": True, "ema": 0.5},
-        "fsdp-parts": {"fsdp": True, "micro_batch": 80, "grad_checkpointing": True},
-    }.items():
-        pretrain(settings(folder / name, **changes), QUIET)
+    """The same trainings in several layouts; on two ranks also in parts."""
+    world = int(os.environ["WORLD_SIZE"])
+    for kind, train in KINDS.items():
+        parts = {"pretraining": "fsdp-parts", "finetuning": "parts"}[kind]
+        for name in ("ddp", "fsdp", parts)[: 3 if world == 2 else 2]:
+            train(folder, f"{name}-{world}", **LAYOUTS[name])
+    return {}
+
+
+def averages(folder):
+    """Moving averages of the weights, over 10 updates."""
+    for name in ("ddp", "fsdp"):
+        pretraining(folder, f"{name}-ema", epochs=1, ema=0.5, **LAYOUTS[name])
     return {}
 
 
 def moved(folder):
-    """Go on with FSDP where one rank has stopped."""
-    pretrain(settings(folder / "moved", resume=True, fsdp=True), QUIET)
+    """Go on with FSDP where one process has stopped."""
+    for train in KINDS.values():
+        train(folder, "moved", resume=True, fsdp=True)
     return {}
+
+
+def graphs(folder):
+    """For each way of training the numbers of graphs after a first size of the batch and after two more, and of breaks
+    in them. The first size is compiled for itself.
+    """
+    real, found = torch.compile, {}
+    with joined(CPU) as ranks:
+        for kind in KINDS:
+            for layout in ("ddp", "fsdp"):
+                torch._dynamo.reset()
+                counters.clear()
+                counter = CompileCounterWithBackend("eager")
+                denim.nim.parallel.torch.compile = lambda block, **options: real(block, backend=counter, **options)  # noqa: B023
+                task = task_of(kind)
+                config = PretrainConfig(out=folder, batch_size=16, warmup_epochs=1, compile=True, **LAYOUTS[layout])
+                module, numbers = distribute(task, config, ranks, CPU, "fp32"), []
+                for count in (8, 4, 12):
+                    images = torch.zeros(count, 16, 16, 1, dtype=torch.uint8)
+                    batch = Batch(images, torch.arange(count) % 2, torch.arange(count))
+                    module(**task.prepare(batch, 0)).backward()
+                    numbers.append(counter.frame_count)
+                found[f"{kind}-{layout}"] = [numbers[0], numbers[-1], sum(counters["graph_break"].values())]
+    denim.nim.parallel.torch.compile = real
+    return found
+
+
+def task_of(kind):
+    """What is learnt, of a micro model."""
+    model = Autoencoder(preset("micro")).train()
+    if kind == "pretraining":
+        return PretrainTask(model, Objective.published("nim"), 0)
+    classifier = Classifier(ClassifierConfig.for_encoder(model.config, 2, drop_path=0.3)).train()
+    config = FinetuneConfig(out=Path(), denoiser=Path(), mixup_group=4)
+    augmentation = Augmentation(0, (16, 16), (0.5,), (0.25,), 2, mixup_group=4)
+    return FinetuneTask(classifier, model.requires_grad_(False), config, augmentation)
 
 
 def terminated(folder):
@@ -75,7 +150,7 @@ def terminated(folder):
     if os.environ["RANK"] == "1":
         at_update(1, signal.SIGTERM)
     try:
-        pretrain(settings(folder / "stopped"), QUIET)
+        pretraining(folder, "stopped")
     except Stopped as stop:
         return {"stopped": stop.number}
     return {}
@@ -97,9 +172,9 @@ def at_update(number, signal_number):
 def killed(folder):
     """Rank 1 is killed in the second epoch."""
     if os.environ["RANK"] == "1":
-        at_update(5, signal.SIGKILL)
+        at_update(15, signal.SIGKILL)
     try:
-        pretrain(settings(folder / "killed", stall_timeout=20.0), QUIET)
+        pretraining(folder, "killed", stall_timeout=20.0)
     except RankError as error:
         return {"error": str(error)}
     return {}
