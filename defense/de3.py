@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from denim.defense.replay import number_of_call
+from denim.defense.replay import member_of_vmap, number_of_call
 from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
 from denim.kernels.seeds import check_seed
@@ -69,9 +69,14 @@ def _entropy() -> int:
     return int.from_bytes(os.urandom(8), "little", signed=True)
 
 
+def _single_dtype(like: Tensor) -> torch.dtype:
+    """float32 where a tensor is half precision, in which a noise level would be rounded to 8 bits."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
 def _single(logits: Tensor) -> Tensor:
     """Logits in float32 where they are half precision, in which classes would tie and means would round."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(_single_dtype(logits))
 
 
 class De3(nn.Module):
@@ -148,11 +153,14 @@ class De3(nn.Module):
         self.seed = seed
         self._is_frozen = False
         self._copies = self._replica = 0
-        # Tensors, so that seeds are derived on the device and a compiled or captured call still draws afresh.
+        self._replica_dtype: torch.dtype | None = None
         key = _entropy() if seed is None else seed
         check_seed(key)
-        self.register_buffer("_key", torch.tensor(key, dtype=torch.int64), persistent=False)
-        self.register_buffer("_calls", torch.tensor(0, dtype=torch.int64), persistent=False)
+        # Tensors, so that seeds are derived on the device and a compiled or captured call still draws afresh. Those
+        # that inference mode makes cannot be changed outside of it.
+        with torch.inference_mode(False):
+            self.register_buffer("_key", torch.tensor(key, dtype=torch.int64), persistent=False)
+            self.register_buffer("_calls", torch.tensor(0, dtype=torch.int64), persistent=False)
         self.sigma = sigma
         trained_on = getattr(getattr(classifier, "config", None), "trained_on", None)
         if sigma is not None and trained_on is not None and trained_on != self.case:
@@ -329,6 +337,7 @@ class De3(nn.Module):
         self._copies += 1
         replica = super()._replicate_for_data_parallel()
         replica._replica = self._copies
+        replica._replica_dtype = self._pixel_dtype()  # a replica's weights are no parameters
         return replica
 
     def seeds(
@@ -351,21 +360,37 @@ class De3(nn.Module):
             return draw_seeds(self._key, Domain.FROZEN, torch.zeros_like(ids), self.draws).repeat(draws, 1)
         return draw_seeds(run_seed, domain, ids, count, step)
 
-    def _next_seeds(self, batch: int) -> Tensor:
-        first = self._replica << 48
+    def _next_seeds(self, pixels: Tensor) -> Tensor:
+        """Seeds (self.draws, B) of a call on these pixels, on their device."""
+        batch, first = pixels.shape[0], self._replica << 48
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             first += torch.distributed.get_rank() << 32
         ids = torch.arange(first, first + batch, dtype=torch.int64, device=self._key.device)
         if not self.is_random:
-            return self.seeds(self._key, Domain.DEFENSE, ids)
+            return self.seeds(self._key, Domain.DEFENSE, ids).to(pixels.device)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            ids = ids + member_of_vmap(pixels.detach()).to(ids.device) * batch
         number, is_new = number_of_call(self._calls)
-        seeds = self.seeds(self._key, Domain.DEFENSE, ids, 1, number)
+        seeds = self.seeds(self._key, Domain.DEFENSE, ids, 1, number).to(pixels.device)
         if is_new:
+            self._count_call()
+        return seeds
+
+    def _count_call(self) -> None:
+        if torch.compiler.is_compiling():
             with torch.no_grad():
                 # An attribute is set, which dynamo refuses in a checkpointed region: such a region then runs eagerly.
                 # Compiled, its recomputation would read the counter after it has been changed (torch 2.14).
                 self._calls += 1
-        return seeds
+            return
+        # The transformations of torch.func refuse changes in place of what they do not know, such as this counter, and
+        # torch those of a tensor that inference mode has made (a copy or a move of this module in that mode).
+        outside = torch._C._DisableFuncTorch()
+        with torch.no_grad():
+            if self._calls.is_inference() and not torch.is_inference_mode_enabled():
+                self._calls = self._calls.clone()
+            self._calls += 1
+        del outside
 
     def _check_sigma(self, sigma: float) -> None:
         if not is_level(sigma):
@@ -379,8 +404,9 @@ class De3(nn.Module):
     def _check(self, pixels: Tensor) -> None:
         if pixels.dim() != 4:
             raise ValueError(f"pixels must have shape (B, C, H, W), got {tuple(pixels.shape)}")
-        capturing = pixels.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not torch.compiler.is_compiling() and not capturing:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return  # no values can be read
+        if not (pixels.is_cuda and torch.cuda.is_current_stream_capturing()):
             check_pixels(pixels)
 
     def _rebuild(self, pixels: Tensor, sigma: Tensor, seeds: Tensor, classifier: Classifier | None = None) -> Tensor:
@@ -402,6 +428,9 @@ class De3(nn.Module):
 
     def _classify(self, images: Tensor) -> Tensor:
         """(..., C, H, W) -> (..., K)."""
+        dtype = self._replica_dtype or self._pixel_dtype()
+        if dtype is not None and not torch.is_autocast_enabled(images.device.type):
+            images = images.to(dtype)
         logits: Tensor = self.classifier(images.reshape(-1, *images.shape[-3:]))
         return logits.reshape(*images.shape[:-3], logits.shape[-1])
 
@@ -413,6 +442,12 @@ class De3(nn.Module):
         patches = self._rebuild(pixels, sigma, seeds, model)
         logits = model.forward_patches(patches.reshape(-1, *patches.shape[-2:]))
         return logits.reshape(*patches.shape[:-2], logits.shape[-1])
+
+    def _pixel_dtype(self) -> torch.dtype | None:
+        """The dtype of a foreign classifier's first weight; None for a `Classifier`, which takes pixels of any."""
+        if isinstance(self.classifier, Classifier):
+            return None
+        return next((weight.dtype for weight in self.classifier.parameters() if weight.is_floating_point()), None)
 
     def _takes_patches(self) -> Classifier | None:
         """The classifier, if it can take the denoiser's patches and none of its code expects pixels; else None."""
@@ -452,7 +487,7 @@ class De3(nn.Module):
         """
         if self.sigma is None:
             return _single(self._classify(pixels)).expand(seeds.shape[0] // self.draws, -1, -1)
-        sigma = torch.full((pixels.shape[0],), self.sigma, dtype=pixels.dtype, device=pixels.device)
+        sigma = torch.full((pixels.shape[0],), self.sigma, dtype=_single_dtype(pixels), device=pixels.device)
         return self._aggregate(self._defended(pixels, sigma, seeds), surrogate)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -464,7 +499,7 @@ class De3(nn.Module):
         self._check(pixels)
         if self.sigma is None:
             return self._classify(pixels)
-        return self.draw_logits(pixels, self._next_seeds(pixels.shape[0]).to(pixels.device))[0]
+        return self.draw_logits(pixels, self._next_seeds(pixels))[0]
 
     def degraded(self, pixels: Tensor, seeds: Tensor) -> Tensor:
         """The degraded images that `denoise` rebuilds, for display: noisy pixels, hidden patches grey; not clipped.
@@ -475,7 +510,7 @@ class De3(nn.Module):
         """
         images = pixels
         if self.sigma:
-            images = add_noise(images, torch.full_like(seeds, self.sigma, dtype=pixels.dtype), seeds)
+            images = add_noise(images, torch.full_like(seeds, self.sigma, dtype=_single_dtype(pixels)), seeds)
         if self.sigma is None or self.degrade == "noise" or self.denoiser is None:
             return images
         config = self.denoiser.config
@@ -499,8 +534,8 @@ class De3(nn.Module):
         if level is None:
             return pixels
         self._check_sigma(level)
-        chosen = self._next_seeds(pixels.shape[0])[0] if seeds is None else seeds
-        levels = torch.full((pixels.shape[0],), level, dtype=pixels.dtype, device=pixels.device)
+        chosen = self._next_seeds(pixels)[0] if seeds is None else seeds
+        levels = torch.full((pixels.shape[0],), level, dtype=_single_dtype(pixels), device=pixels.device)
         return self._rebuild(pixels, levels, chosen.to(pixels.device).unsqueeze(0))[0]
 
     @torch.no_grad()
@@ -543,9 +578,9 @@ class De3(nn.Module):
         if seeds is not None and seeds.shape != (draws * self.draws, batch):
             raise ValueError(f"seeds must have shape {(draws * self.draws, batch)}, got {tuple(seeds.shape)}")
         if seeds is None:
-            seeds = torch.cat([self._next_seeds(batch) for _ in range(draws)])
+            seeds = torch.cat([self._next_seeds(pixels) for _ in range(draws)])
         seeds = seeds.to(pixels.device)
-        levels = torch.tensor(list(sigmas), dtype=pixels.dtype, device=pixels.device)
+        levels = torch.tensor(list(sigmas), dtype=_single_dtype(pixels), device=pixels.device)
         logits: Tensor | None = None
         # The largest blocks of (images, draws, levels) that fit. Levels come first: they share the noise of a draw.
         level_block = min(len(levels), max_batch)

@@ -1,4 +1,8 @@
-"""Draws in regions of activation checkpointing, whose forward pass runs once more in the backward pass."""
+"""Which draws a call of a random defense makes, where torch runs a function twice or for many members at once.
+
+A region of activation checkpointing runs once more in the backward pass and repeats its draws. Members of
+`torch.func.vmap` draw like the images of one batch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from denim.kernels.dispatch import register
 
-__all__ = ["number_of_call"]
+__all__ = ["member_of_vmap", "number_of_call"]
 
 
 class _Regions(NamedTuple):
@@ -103,3 +107,23 @@ def number_of_call(calls: Tensor) -> tuple[Tensor, bool]:
             "hand it the draws: seeds = defense.seeds(...) outside, and inside defense.draw_logits(pixels, seeds)"
         )
     return number, is_new
+
+
+def _member_reference(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=like.device)
+
+
+def _member_fake(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.int64)
+
+
+def _member_rule(info: Any, in_dims: tuple[int | None, ...], like: Tensor) -> tuple[Tensor, int | None]:
+    outer = member_of_vmap(like.select(in_dims[0] or 0, 0))
+    if info.randomness == "same":
+        return outer, None
+    return torch.arange(info.batch_size, device=like.device) + outer * info.batch_size, 0
+
+
+member_of_vmap = register("member_of_vmap", _member_reference, _member_fake, vmap=_member_rule)
+"""(like) -> int64 (): the number of the member of `torch.func.vmap` that a tensor belongs to; 0 outside, and where vmap
+was called with randomness="same". Members of a vmap within a vmap are numbered as if they were one row."""

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from denim.kernels.dispatch import in_forward_mode
+
 __all__ = ["attention", "attention_backends", "attention_kernel", "check_backend"]
 
 
@@ -132,11 +134,17 @@ def _order(query: Tensor, key: Tensor) -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Answer:
+    if in_forward_mode():
+        return ["its fused kernels have no derivative in forward mode (torch 2.14)"]
+    return _SDPA
+
+
 _SDPA, _MATH = _Kernel("sdpa", F.scaled_dot_product_attention), _Kernel("math", _math)
 # The order in which "auto" tries them, unless `_order` has another.
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], Answer]] = {
     "xformers": _xformers,
-    "sdpa": lambda query, key, value: _SDPA,
+    "sdpa": _sdpa,
     "math": lambda query, key, value: _MATH,
 }
 

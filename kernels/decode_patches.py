@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -247,6 +247,29 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch's own signatu
     return to_prediction, to_source if need_source else None, *(None,) * 10
 
 
+def _tangent(inputs: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tensor:
+    """The derivative in the direction of tangents of prediction and source: `_reference`, differentiated by hand."""
+    prediction, source, sigma, height, width, patch_size, mean, std, statistics, _, normal_std, dtype = inputs
+    working, repeat = _working_dtype(prediction, source), patch_size * patch_size
+    stats = _source_statistics(source, sigma, patch_size, mean, std, statistics, working)
+    patches = prediction.to(working)
+    moved = torch.zeros_like(patches) if tangents[0] is None else tangents[0].to(working)
+    if stats is not None:
+        moved = moved * stats.deviation
+        if tangents[1] is not None:
+            given = tangents[1].to(working)
+            if statistics == "input":
+                given = clean_patches(given, patch_size=patch_size, mean=[0.0] * len(mean), std=std)
+            to_variance = (stats.centred * given).sum(dim=-1, keepdim=True) * (2 / (given.shape[-1] - 1))
+            to_deviation = to_variance * stats.slope / (2 * stats.deviation)
+            moved = moved + given.mean(dim=-1, keepdim=True) + patches * to_deviation
+    pixels = _unclamped(patches, stats, repeat, mean, std)
+    moved = torch.where(pixels.clamp(0, 1) == pixels, moved * channel_vector(std, moved, repeat), 0)
+    if normal_std:
+        return (moved / channel_vector(normal_std, moved, repeat)).to(dtype)
+    return unpatchify(moved, (height, width), patch_size).movedim(-1, -3).to(dtype).contiguous()
+
+
 _decode_patches = register(
     "decode_patches",
     _reference,
@@ -254,6 +277,7 @@ _decode_patches = register(
     triton="decode_patches_triton",
     backward=_backward,
     setup_context=_setup_context,
+    tangent=_tangent,
 )
 
 

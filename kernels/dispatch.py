@@ -12,13 +12,14 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad
 
-__all__ = ["GPU", "gpu_of", "launcher", "register", "triton_on_cpu"]
+__all__ = ["GPU", "gpu_of", "in_forward_mode", "launcher", "register", "triton_on_cpu"]
 
 
 class GPU(NamedTuple):
@@ -96,6 +97,8 @@ def register(
     part: str = "",
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    tangent: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register `torch.ops.denim.NAME`.
 
@@ -111,6 +114,9 @@ def register(
             `launch_backward`.
         backward: gradient formula of `torch.library.register_autograd`. None: not differentiable.
         setup_context: saves what `backward` needs.
+        tangent: of forward mode; takes the operator's arguments in a tuple, and their tangents (None where there is
+            none) in another, and is written in operations of torch. None: forward mode is refused by torch.
+        vmap: the rule of `torch.library.register_vmap`. None: the operator runs for one member after the other.
 
     Returns:
         The operator, to be called with positional arguments.
@@ -119,10 +125,94 @@ def register(
     definition.register_fake(fake)
     if backward is not None:
         definition.register_autograd(backward, setup_context=setup_context)
+    definition.register_vmap(vmap or functools.partial(_one_by_one, definition))
     if triton is not None:
         _OPERATORS[name] = _Operator(definition, reference, triton, part)
         definition.register_kernel("cuda", functools.partial(_dispatch, name, None))
-    return definition
+    return _transformable(name, definition, backward, setup_context, tangent, vmap)
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives may be carried forward: inside of `torch.func.jvp` or `torch.autograd.forward_ad`."""
+    return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
+def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+    """The result of an operator under `vmap`, and in which dimension its members lie."""
+    members = [
+        operator(
+            *(
+                value.select(dim, member) if isinstance(dim, int) else value
+                for value, dim in zip(arguments, in_dims, strict=True)
+            )
+        )
+        for member in range(info.batch_size)
+    ]
+    if isinstance(members[0], torch.Tensor):
+        return torch.stack(members), 0
+    results = tuple(torch.stack(parts) for parts in zip(*members, strict=True))
+    return results, (0,) * len(results)
+
+
+def _transformable(
+    name: str,
+    definition: Callable[..., Any],
+    backward: Callable[..., Any] | None,
+    setup_context: Callable[..., Any] | None,
+    tangent: Callable[..., Any] | None,
+    vmap: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """An operator that the transformations of `torch.func` and forward mode can differentiate.
+
+    An operator of torch.library serves backward passes of autograd alone: torch.func refuses it, and in forward mode
+    its derivative is silently zero (torch 2.14). There it runs inside of an `autograd.Function`.
+    """
+
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return definition(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+            ctx.set_materialize_grads(False)
+            ctx.others = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+            ctx.places = [place for place, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
+            ctx.save_for_forward(*(inputs[place] for place in ctx.places))
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            if all(gradient is None for gradient in gradients):
+                return (None,) * len(ctx.others)
+            if backward is None:
+                raise RuntimeError(f"denim::{name} has no derivative")
+            return backward(ctx, *gradients)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+            return rule(info, in_dims, *arguments)
+
+    rule = vmap or functools.partial(_one_by_one, Transformed.apply)
+
+    if tangent is not None:
+
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            arguments = list(ctx.others)
+            for place, value in zip(ctx.places, ctx.saved_tensors, strict=True):
+                arguments[place] = value
+            return tangent(tuple(arguments), tangents)
+
+        Transformed.jvp = staticmethod(jvp)  # type: ignore[method-assign]
+
+    def call(*arguments: Any) -> Any:
+        transformed = not torch.compiler.is_compiling() and (
+            torch._C._are_functorch_transforms_active() or in_forward_mode()
+        )
+        return Transformed.apply(*arguments) if transformed else definition(*arguments)
+
+    return call
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,18 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]  # torch's own signatu
     return pixels, None, None, None, None, None, None
 
 
+def _tangent(inputs: tuple[Any, ...], tangents: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The derivative in the direction of tangents of the images; the noise does not depend on them."""
+    _, sigma, seeds, patch_size, mean, std, dtype = inputs
+    if tangents[1] is not None:
+        raise ValueError("noise_patchify is not differentiable in sigma; detach it")
+    if tangents[0] is None:
+        return None
+    moved = clean_patches(tangents[0], patch_size=patch_size, mean=[0.0] * len(mean), std=std).to(dtype)
+    outer = () if seeds is None else (*sigma.shape[:-1], *seeds.shape[:-1])
+    return moved.expand(*outer, *moved.shape).contiguous()
+
+
 _noise_patchify = register(
     "noise_patchify",
     _reference,
@@ -119,6 +132,7 @@ _noise_patchify = register(
     triton="noise_patchify_triton",
     backward=_backward,
     setup_context=_setup_context,
+    tangent=_tangent,
 )
 
 

@@ -151,5 +151,6 @@ def test_compiled_calls_are_repeated_too(reentrant, inside):
 
 
 @pytest.mark.slow
-def test_the_operator_is_one_that_torch_can_trace():
-    opcheck(torch.ops.denim.number_of_call.default, (torch.tensor(3),))
+@pytest.mark.parametrize("name", ["number_of_call", "member_of_vmap"])
+def test_the_operators_are_such_that_torch_can_trace_them(name):
+    opcheck(getattr(torch.ops.denim, name).default, (torch.tensor(3),))
