@@ -12,6 +12,7 @@ _MODULES = {
     "Evaluation": "evaluation",
     "EvaluationSettings": "evaluation",
     "HealthWarning": "evaluation",
+    "check_health": "health",
     "evaluate": "evaluation",
     "print_table": "report",
     "write_report": "report",
@@ -28,6 +29,7 @@ __all__ = [
     "HealthWarning",
     "Interval",
     "Scores",
+    "check_health",
     "evaluate",
     "paired_difference",
     "print_table",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from denim.defense.attacks import Attack
     from denim.defense.de3 import De3
     from denim.defense.evaluation import Evaluation, EvaluationSettings, HealthWarning, evaluate
+    from denim.defense.health import check_health
     from denim.defense.report import print_table, write_report
     from denim.defense.scores import Interval, Scores, paired_difference, score
 
