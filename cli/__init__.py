@@ -36,7 +36,7 @@ COMMANDS = {
     "denoise": "show what a denoiser makes of a photo",
     "data": "index, check, describe, show and pack a data set",
     "kernels": "build the GPU kernels without a GPU, count their machine code, hold it against budgets",
-    "bench": "check and time the kernels and the loaders on this machine",
+    "bench": "check and time the kernels, training steps and the loaders on this machine",
     "doctor": "say what is usable on this machine, and why the rest is not",
     "completion": "print a completion script for bash, zsh or fish",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from denim.benchmarks import kernels as bench
+    from denim.benchmarks import training
 
 COMMANDS = {
     "kernels": "time the fused operations beside PyTorch, torch.compile and a naive kernel",
+    "train": "time a pretraining step of your settings beside published, eager and compiled PyTorch",
     "data": "time the loaders on your images beside torchvision and DALI's own reader",
 }
 
@@ -36,6 +39,23 @@ COLUMNS = {
     "naive": "likewise a kernel that is written naively",
     "MB": "allocated at once by the fused operation",
     "chain's": "likewise by the chain, MB",
+}
+# Steps of `denim bench train`, in words, and the headings of its table behind them.
+STEPS = {
+    "denim": "what `denim pretrain` runs, by the same functions, its inputs included",
+    "published": "attention by plain products, AdamW that is not fused, noise and loss as chains of operations",
+    "eager": "a good engineer's: SDPA, fused AdamW, noise and loss as chains of operations",
+    "compiled": "the same, model and loss in one graph of torch.compile",
+    "floor": "the model's matrix products and attention alone, forward and backward",
+}
+RATES = {
+    "images/s": "of the median turn",
+    "ms": "the median turn, one update",
+    "Denim's speed": "Denim's images/s over those of this step",
+    "of the floor": "the floor's time over the time of this step",
+    "MB": "allocated at once by an update, beyond weights and optimizer",
+    "Denim's memory": "Denim's MB over those of this step",
+    "of the peak": "operations of the model's products per second over what the GPU's data sheet states",
 }
 # Seconds between two lines of progress, where there is no terminal.
 EVERY = 10.0
@@ -148,6 +168,141 @@ def kernels(
         console.print(line, soft_wrap=True)
     for name, reason in sorted({pair for record in records for pair in record.absent.items()}):
         console.print(f"{name}: {printable(reason)}")
+    if json is not None:
+        console.print(f"written: {printable(json)}")
+
+
+def _steps_table(records: Sequence[training.Record], title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, box=None)
+    table.add_column("step", no_wrap=True)
+    for heading in RATES:
+        table.add_column(heading, justify="right", no_wrap=True)
+    named = {record.name: record for record in records}
+    denim, floor = named["denim"], named.get("floor")
+    for record in records:
+        memory = (record.peak_bytes, denim.peak_bytes)
+        table.add_row(
+            record.name,
+            f"{record.images_per_second:.1f}",
+            f"{statistics.median(record.seconds) * 1e3:.1f}",
+            "-" if record in (denim, floor) else f"{denim.images_per_second / record.images_per_second:.2f}x",
+            "-" if floor is None else f"{record.images_per_second / floor.images_per_second:.2f}",
+            "-" if memory[0] is None else f"{memory[0] / 1e6:.1f}",
+            "-" if record in (denim, floor) or not memory[0] or memory[1] is None else f"{memory[1] / memory[0]:.2f}x",
+            "-" if record.utilisation is None else f"{record.utilisation:.1%}",
+        )
+    return table
+
+
+def train(
+    preset: str = "base",
+    img_size: int | None = None,
+    patch_size: int | None = None,
+    channels: int | None = None,
+    objective: str = "nim",
+    target: str = "norm",
+    mask_ratio: float = 0.75,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    lean: bool = True,
+    compile: bool | None = None,
+    grad_checkpointing: bool = False,
+    against: tuple[str, ...] = ("published", "eager", "compiled", "floor"),
+    rounds: int = 10,
+    memory: bool = True,
+    clock: str = "wall",
+    json: Path | None = None,
+) -> None:
+    """Time a pretraining step of your settings beside published, eager and compiled PyTorch, and a floor.
+
+    All steps must begin with the same loss. Then they take turns in one process. The images are random bytes in memory:
+    `denim bench data` times loaders.
+
+    Args:
+        preset: Size of the model: micro, mini, tiny, small, base, large or huge.
+        img_size: Side of the images in pixels; without it, that of the preset.
+        patch_size: Side of the patches in pixels; without it, that of the preset.
+        channels: Channels of the images, 1 or 3; without it, those of the preset.
+        objective: What is learnt: nim (remove noise), mae (fill in hidden patches) or dmae (both).
+        target: Target of the loss: norm (each patch normalised by its own mean and variance) or raw pixels.
+        mask_ratio: Share of hidden patches, for mae and dmae.
+        batch_size: Images per update; without it, 8 on a CPU and 256 on a GPU.
+        micro_batch: Images per forward pass; without it, all of an update.
+        device: Device to train on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
+        precision: Precision of all steps: fp32, tf32, bf16, or auto: bf16 where a GPU has it, else fp32.
+        lean: Of Denim's step, as in `denim pretrain`.
+        compile: Of Denim's step, as in `denim pretrain`.
+        grad_checkpointing: Of Denim's step, as in `denim pretrain`.
+        against: Other steps: published, eager, compiled, floor.
+        rounds: Turns of every step.
+        memory: Also measure the memory.
+        clock: On a CPU, wall, or processor: the processor time of one thread, for busy machines (OMP_NUM_THREADS=1).
+        json: JSON file that gets everything that was measured.
+    """
+    from denim.benchmarks.timing import WrongResultError, environment
+    from denim.benchmarks.training import compare
+    from denim.nim import PretrainConfig
+    from denim.nim.files import atomic_write
+    from denim.nim.precision import resolve_precision
+    from denim.nim.settings import pick_device
+    from denim.nim.text import open_console, printable
+
+    console = open_console()
+    if not console.is_terminal:
+        console = open_console(width=150)
+    where = pick_device(device)
+    if json is not None and not json.parent.is_dir():
+        raise ValueError(f"--json {json}: there is no folder {json.parent}")
+    config = PretrainConfig(
+        out=Path("bench"),  # nothing is written there
+        preset=preset,
+        img_size=img_size,
+        patch_size=patch_size,
+        channels=channels,
+        objective=objective,
+        target=target,
+        mask_ratio=mask_ratio,
+        batch_size=batch_size or (256 if where.type == "cuda" else 8),
+        micro_batch=micro_batch,
+        device=device,
+        precision=precision,
+        lean=lean,
+        compile=compile,
+        grad_checkpointing=grad_checkpointing,
+    )
+    made = environment(where)
+    with console.status("") as status:
+
+        def report(text: str) -> None:
+            status.update(text)
+            if not console.is_terminal:
+                print(text, file=sys.stderr, flush=True)
+
+        try:
+            records = compare(config, where, against, rounds=rounds, memory=memory, clock=clock, report=report)
+        except WrongResultError as error:
+            print(f"denim: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+    if json is not None:  # before anything is printed: what was measured must not be lost with the terminal
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+        content = {
+            "environment": made,
+            "settings": settings,
+            "records": [dataclasses.asdict(record) for record in records],
+        }
+        with atomic_write(json) as staged:
+            staged.write_text(dumps(content, indent=1) + "\n")
+    made |= {"precision": resolve_precision(precision, where), "preset": preset, "batch": config.batch_size}
+    console.print(_steps_table(records, ", ".join(f"{name} {value}" for name, value in made.items())))
+    for name in (record.name for record in records):
+        console.print(f"{name}: {STEPS[name]}", soft_wrap=True)
+    for heading, what in RATES.items():
+        console.print(f"{heading}: {what}", soft_wrap=True)
+    console.print(f"times: {records[0].method}; {rounds} turns of each step", soft_wrap=True)
     if json is not None:
         console.print(f"written: {printable(json)}")
 

@@ -1,4 +1,4 @@
-"""`denim bench kernels` on a CPU."""
+"""`denim bench kernels` and `denim bench train` on a CPU."""
 
 import json
 import sys
@@ -112,3 +112,53 @@ def test_cuda_without_a_gpu_is_refused(denim, monkeypatch):
     status, _, errors = denim("kernels", "--device", "cuda")
     assert status == 2
     assert "torch sees no CUDA device" in errors
+
+
+SMALL = ("train", "--preset", "micro", "--batch-size", 4, "--device", "cpu", "--rounds", 1, "--against")
+
+
+def test_steps_of_training_are_compared(denim, tmp_path):
+    status, shown, errors = denim(*SMALL, "eager", "floor", "--json", tmp_path / "train.json")
+    assert status == 0
+    assert errors.splitlines()[0] == "denim: building and checking"
+    written = json.loads((tmp_path / "train.json").read_text())
+    assert (written["settings"]["preset"], written["settings"]["batch_size"]) == ("micro", 4)
+    denims, eager, floor = written["records"]
+    cells = [text.split() for text in shown.splitlines() if text.strip()]
+    line = {name: next(row for row in cells if row[0] == name) for name in ("denim", "eager", "floor")}
+    assert line["denim"][1] == f"{denims['images_per_second']:.1f}"
+    assert line["eager"][3] == f"{denims['images_per_second'] / eager['images_per_second']:.2f}x"
+    assert line["eager"][4] == f"{floor['seconds'][0] / eager['seconds'][0]:.2f}"
+    assert line["eager"][6] == f"{denims['peak_bytes'] / eager['peak_bytes']:.2f}x"
+    assert line["floor"][3] == line["denim"][3] == "-"
+    for heading in ("images/s", "of the floor", "Denim's memory", "published"):
+        assert any(text.startswith(f"{heading}: ") for text in shown.splitlines()) == (heading != "published")
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
+
+
+def test_a_step_of_training_that_differs_has_no_time(denim, monkeypatch, tmp_path):
+    from denim.benchmarks import baselines
+
+    real = baselines.reconstruction_loss
+    monkeypatch.setattr(baselines, "reconstruction_loss", lambda *args, **options: 1.01 * real(*args, **options))
+    status, shown, errors = denim(*SMALL, "eager", "--json", tmp_path / "train.json")
+    assert (status, shown) == (1, "")
+    assert "eager: the first loss differs from Denim's" in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("eager", "--preset", "enormous"), "unknown preset"),
+        (("fastest",), "unknown step 'fastest'"),
+        (("eager", "--clock", "sun"), "clock must be wall or processor"),
+        (("eager", "--json", "no/such/folder/bench.json"), "there is no folder no/such/folder"),
+        (("eager", "--batch-size", "4", "--micro-batch", "3"), "must be a multiple of micro_batch 3"),
+    ],
+)
+def test_mistakes_in_training_settings_end_in_one_message(denim, words, message):
+    status, shown, errors = denim(*SMALL, *words)
+    assert (status, shown) == (2, "")
+    assert message in errors
+    assert "Traceback" not in errors
