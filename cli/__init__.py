@@ -157,9 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     choose_waiting(others)
-    if settings := getattr(importlib.import_module(f"denim.cli.{name}"), "SETTINGS", None):
-        from denim.cli.resume import with_settings_of_run
+    module = importlib.import_module(f"denim.cli.{name}")
+    if settings := getattr(module, "SETTINGS", None):
+        from denim.cli.resume import with_recipe, with_settings_of_run
 
+        for option, recipe in getattr(module, "RECIPES", {}).items():
+            if option in words:
+                command = with_recipe(command, recipe)
         command, words = with_settings_of_run(command, settings, words)
     tyro.cli(command, args=words, prog=program)
 

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import tyro
 
-from denim.nim import FinetuneConfig
+from denim.nim import FinetuneConfig, LinearProbeConfig
 
 SETTINGS = FinetuneConfig  # what `--resume RUN` takes from the run
+RECIPES = {"--linear-probe": LinearProbeConfig}  # options that choose other settings, with other defaults
 
 
 def main(config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]) -> None:

@@ -1,4 +1,4 @@
-"""`denim pretrain --resume RUN` and `denim finetune --resume RUN`: the options are those of the run."""
+"""Options that choose the settings: `--resume RUN` takes those of the run, `--linear-probe` those of a linear probe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-__all__ = ["with_settings_of_run"]
+import tyro
+
+__all__ = ["with_recipe", "with_settings_of_run"]
+
+
+def with_recipe(command: Callable[[Any], None], kind: type[Any]) -> Callable[..., None]:
+    """The command with settings of another class, which has other defaults.
+
+    Args:
+        command: takes settings.
+        kind: class of the settings.
+    """
+
+    def chosen(config: Any) -> None:
+        command(config)
+
+    chosen.__doc__ = command.__doc__
+    chosen.__annotations__ = {"config": Annotated[kind, tyro.conf.arg(name="")], "return": None}
+    return chosen
 
 
 def with_settings_of_run(
@@ -28,8 +46,6 @@ def with_settings_of_run(
     place = words.index("--resume") if "--resume" in words else len(words)
     if not words[place + 1 :] or words[place + 1].startswith("-"):
         return command, words
-    import tyro
-
     from denim.nim.run import settings_of_run
 
     settings = settings_of_run(Path(words[place + 1]), kind)
@@ -38,5 +54,5 @@ def with_settings_of_run(
         command(config)
 
     resumed.__doc__ = command.__doc__
-    resumed.__annotations__ = {"config": Annotated[kind, tyro.conf.arg(name="")], "return": None}
+    resumed.__annotations__ = {"config": Annotated[type(settings), tyro.conf.arg(name="")], "return": None}
     return resumed, words[:place] + words[place + 2 :]

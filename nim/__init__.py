@@ -21,6 +21,7 @@ _MODULES = {
     "add_noise": "reconstruction",
     "reconstruct": "reconstruction",
     "FinetuneConfig": "settings",
+    "LinearProbeConfig": "settings",
     "PretrainConfig": "settings",
     "Sigma": "sigma",
 }
@@ -32,6 +33,7 @@ __all__ = [
     "Classifier",
     "ClassifierConfig",
     "FinetuneConfig",
+    "LinearProbeConfig",
     "Mask",
     "Objective",
     "PretrainConfig",
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from denim.nim.objectives import Objective
     from denim.nim.pretraining import pretrain
     from denim.nim.reconstruction import add_noise, reconstruct
-    from denim.nim.settings import FinetuneConfig, PretrainConfig
+    from denim.nim.settings import FinetuneConfig, LinearProbeConfig, PretrainConfig
     from denim.nim.sigma import Sigma
 
 else:

@@ -12,19 +12,21 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
 from denim.kernels import Domain, derive_seeds
+from denim.nim.adversarial import evaluating
 from denim.nim.augmentation import Augmentation, Draws
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
-from denim.nim.data import Batch, EvalView, Source, open_loader
+from denim.nim.data import Batch, EvalView, Source, Subset, TorchLoader, open_loader
 from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.parallel import alone
 from denim.nim.plan import with_fitting_micro_batch
 from denim.nim.precision import precise, resolve_precision
-from denim.nim.ranks import joined
+from denim.nim.ranks import Ranks, joined
 from denim.nim.reconstruction import add_noise, case_of, check_degradation, reconstruct
 from denim.nim.run import card_of_run, fitted, training_source, write_result
 from denim.nim.runs import draw_curve
+from denim.nim.saving import latest_checkpoint
 from denim.nim.settings import FinetuneConfig, pick_device
 from denim.nim.sigma import Sigma
 from denim.nim.text import open_console, printable
@@ -33,7 +35,10 @@ from denim.nim.validation import HeldOut, at_levels, divided
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["FinetuneTask", "accuracy", "defended_accuracy", "finetune"]
+__all__ = ["FinetuneTask", "accuracy", "defended_accuracy", "finetune", "standardise_features"]
+
+# Of a linear probe: images whose features are standardised, and what is added to their variance, as in MAE.
+PROBE_IMAGES, PROBE_EPS = 4096, 1e-6
 
 
 class FinetuneTask(Task):
@@ -216,6 +221,9 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         except ValueError as error:
             raise CheckpointError(f"{config.denoiser} cannot start this classifier: {error}") from error
         model.to(device)
+        if config.linear_probe:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith("head."))
         is_noisy = config.trained_on != "clean" and config.degrade != "mask"
         card = card_of_run(config, source, config.sigma if is_noisy else "none")
         held_out = None
@@ -223,10 +231,13 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
             held_out = HeldOut(validation, body.img_size[0], config, ranks, device)
             len(held_out.batches)  # what cannot be read is known before any work
         task = FinetuneTask(model, autoencoder.to(device), config, augmentation, card, held_out)
+        if config.linear_probe and not (config.resume and latest_checkpoint(config.out)):
+            standardise_features(task, source, ranks)
         groups = param_groups_layer_decay(
             model, config.weight_decay, model.no_weight_decay(), layer_decay=config.layer_decay
         )
-        title = f"fine-tuning on {config.trained_on} images"
+        what = "linear probe" if config.linear_probe else "fine-tuning"
+        title = f"{what} on {config.trained_on} images"
         train(config, task, groups, loader, title=title, console=console, ranks=ranks, source=whole)
         # As it was saved: the trained one may be sharded, and its blocks compiled.
         model = Classifier.from_pretrained(config.out / "model").to(device)
@@ -241,6 +252,52 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
         stated: dict[str, str | float] = {"source": validation.name, "images": count, "accuracy": right / count}
         write_result(config.out, {**measured, **stated})
     return model
+
+
+@torch.no_grad()
+def standardise_features(task: FinetuneTask, source: Source, ranks: Ranks) -> None:
+    """Give the norm before the head weights with which each feature has mean 0 and variance 1 over training images.
+
+    For this MAE's linear probe has a BatchNorm without weights of its own before the linear layer (He et al. 2022,
+    appendix A.1). Behind a frozen encoder the statistics do not change, so here they are those of up to 4,096 training
+    images, computed once, in place of each batch's: training does not depend on how a batch is cut, and the model stays
+    a plain ViT.
+
+    Args:
+        task: with the classifier, in any mode, whose head is new.
+        source: the training images. Which are taken depends on the seed; they are degraded as in the training.
+        ranks: the processes of the training; rank 0 computes for all.
+
+    Raises:
+        BadSamplesError: too many of the images cannot be read.
+    """
+    model, config = task.model, task.config
+    statistics = None
+    with ranks.together(), evaluating(model):
+        if ranks.is_first:
+            chosen = Subset(source, min(PROBE_IMAGES, len(source)), config.seed)
+            size, (micro_batch, _) = model.config.img_size[0], config.passes(ranks.world)
+            batch_size = min(micro_batch, len(chosen))
+            loader = TorchLoader(chosen, EvalView(size), batch_size, shuffle=False, last="keep", max_bad=config.max_bad)
+            features = [_features(task, batch.counted()) for batch in loader.epoch(0)]
+            statistics = torch.var_mean(torch.cat(features), dim=0, correction=0)
+    variance, mean = ranks.share(statistics)
+    norm: Any = model.fc_norm
+    deviation = (variance + PROBE_EPS).sqrt()
+    norm.weight.copy_(norm.weight.double().cpu() / deviation)
+    norm.bias.copy_((norm.bias.double().cpu() - mean) / deviation)
+
+
+def _features(task: FinetuneTask, batch: Batch) -> Tensor:
+    """What the head gets of images, which are degraded as in the training: float64 (B, embed_dim), on the host."""
+    device = next(task.model.parameters()).device
+    seeds = derive_seeds(task.config.seed, Domain.FINETUNING, batch.ids, 0)
+    pixels = batch.images.to(device).permute(0, 3, 1, 2).float() / 255
+    if task.config.trained_on != "clean":
+        pixels = task.degraded(pixels, task.levels.sample(seeds).to(device), seeds.to(device))
+    model: Any = task.model
+    features: Tensor = model.forward_head(model.forward_features(pixels), pre_logits=True)
+    return features.double().cpu()
 
 
 def defended_accuracy(

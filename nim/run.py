@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch import Tensor
 from denim.nim.checkpoint import first_words, with_todays_names
 from denim.nim.data import ManifestError, ManifestSource, Source, open_source
 from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
-from denim.nim.settings import LEAST_UPDATES, TrainConfig
+from denim.nim.settings import LEAST_UPDATES, LinearProbeConfig, TrainConfig
 from denim.nim.text import printable
 
 if TYPE_CHECKING:
@@ -177,12 +177,14 @@ def settings_of_run(run: Path, kind: type[Config]) -> Config:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()
     }
+    if issubclass(LinearProbeConfig, kind) and values.get("linear_probe"):
+        return cast(Config, LinearProbeConfig(**{**values, "out": run, "resume": True}))
     return kind(**{**values, "out": run, "resume": True})
 
 
 def command_line(config: TrainConfig) -> str:
     """The command that trains with these settings, in a folder RUN; what does not change the weights is left out."""
-    words = ["denim", config.COMMAND, "--out", "RUN"]
+    words = ["denim", *config.COMMAND.split(), "--out", "RUN"]
     for field in dataclasses.fields(config):
         value, option = getattr(config, field.name), field.name.replace("_", "-")
         if field.name in FREE_SETTINGS or value == field.default:

@@ -45,7 +45,8 @@ class RunSummary:
     def what(self) -> str:
         """What is learnt: preset and objective, or the images that a classifier is trained on."""
         names = {"finetune": ("trained_on",), "pretrain": ("preset", "objective")}.get(self.command, ())
-        return " ".join(str(self.settings.get(name, "")) for name in names)
+        probe = "linear probe, " if self.settings.get("linear_probe") else ""
+        return probe + " ".join(str(self.settings.get(name, "")) for name in names)
 
     @property
     def progress(self) -> str:

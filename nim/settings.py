@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from denim.nim.adversarial import AdversarialTraining
     from denim.nim.autoencoder import AutoencoderConfig
 
-__all__ = ["FinetuneConfig", "PretrainConfig", "TrainConfig", "pick_device"]
+__all__ = ["FinetuneConfig", "LinearProbeConfig", "PretrainConfig", "TrainConfig", "pick_device"]
 
 LEAST_UPDATES = 10  # of an epoch, where the batch is chosen for the data
 
@@ -28,7 +28,7 @@ class TrainConfig:
     """Settings that pretraining and fine-tuning share.
 
     Attributes:
-        COMMAND: of `denim` that takes these settings.
+        COMMAND: of `denim` that takes these settings, with the option that chooses them where there is one.
         PUBLISHED_BATCH: images of an update in the published recipe.
         out: Folder of the run.
         data: Training images: digits, cifar10, cifar100 or a folder.
@@ -286,6 +286,8 @@ class FinetuneConfig(TrainConfig):
         mask_ratio: Share of hidden patches, for degrade mask and both.
         statistics: Image that gives the patch means and standard deviations of a reconstruction: input or noisy. A
             denoiser with target raw needs none.
+        linear_probe: Train a linear classifier on features of the frozen encoder, with the settings of MAE's linear
+            probe in place of those of fine-tuning.
         layer_decay: Learning rate of a layer relative to the layer above it.
         drop_path: Largest rate of stochastic depth, that of the last block; without it, the published rate for the
             denoiser's size: 0.2 from the width of ViT-H (embed_dim 1280) on, else 0.1.
@@ -309,6 +311,7 @@ class FinetuneConfig(TrainConfig):
     PUBLISHED_BATCH = 1024
 
     denoiser: str | Path
+    linear_probe: bool = False
     trained_on: str = "denoised"
     sigma: str = "uniform:0,30"
     degrade: str = "noise"
@@ -348,6 +351,12 @@ class FinetuneConfig(TrainConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
+        if self.linear_probe and (self.layer_decay != 1 or self.drop_path):
+            raise ValueError(
+                "a linear probe trains one layer behind a frozen encoder: layer_decay must be 1 and drop_path 0, got "
+                f"{self.layer_decay} and {self.drop_path}; the settings of `LinearProbeConfig`, which `denim finetune "
+                "--linear-probe` takes, fit"
+            )
         if self.eval_sigmas and self.degrade == "mask":
             raise ValueError("degrade=mask adds no noise, so there are no eval_sigmas to be measured at")
         _refuse_negative(self, "mixup", "cutmix")
@@ -392,7 +401,7 @@ class FinetuneConfig(TrainConfig):
     def for_denoiser(self, denoiser: AutoencoderConfig) -> FinetuneConfig:
         """The same settings, with published values for the denoiser's size where epochs, warm-up or drop path is None.
 
-        The published warm-up is 5 epochs; of other epochs than the published ones it is the same share.
+        The published warm-up is 5 epochs (10 of 90 for a linear probe); of other epochs it is the same share.
 
         Args:
             denoiser: architecture of the denoiser.
@@ -401,11 +410,34 @@ class FinetuneConfig(TrainConfig):
             ValueError: more warm-up epochs than epochs.
         """
         width = denoiser.embed_dim
-        published = 50 if width >= 1024 else 100
+        published, rising, dropped = 50 if width >= 1024 else 100, 5, 0.2 if width >= 1280 else 0.1
+        if self.linear_probe:
+            published, rising, dropped = 90, 10, 0.0
         epochs = published if self.epochs is None else self.epochs
-        warmup = 5 * epochs / published if self.warmup_epochs is None else self.warmup_epochs
-        drop_path = (0.2 if width >= 1280 else 0.1) if self.drop_path is None else self.drop_path
+        warmup = rising * epochs / published if self.warmup_epochs is None else self.warmup_epochs
+        drop_path = dropped if self.drop_path is None else self.drop_path
         return replace(self, epochs=epochs, warmup_epochs=warmup, drop_path=drop_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeConfig(FinetuneConfig):
+    """Settings of a linear probe; the defaults are those of MAE (He et al. 2022, appendix A.1), but for the optimizer.
+
+    Images are clean, cropped and mirrored, and nothing else. MAE takes LARS with batches of 16384; here AdamW trains
+    as everywhere, without weight decay.
+    """
+
+    COMMAND = "finetune --linear-probe"
+
+    linear_probe: bool = True
+    trained_on: str = "clean"
+    weight_decay: float = 0.0
+    layer_decay: float = 1.0
+    auto_augment: str | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.0
 
 
 def _refuse_negative(config: TrainConfig, *names: str) -> None:

@@ -301,6 +301,23 @@ def test_models_may_be_runs_or_ship_with_the_package(runs, tmp_path, photo, caps
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
+def test_a_linear_probe_is_an_option_of_fine_tuning(runs, tmp_path, capsys):
+    words = ("finetune", "--linear-probe", "--out", tmp_path / "probe", "--denoiser", runs / "nim", *FAST)
+    denim(*words)
+    assert "accuracy on clean images of digits/test, undefended: " in capsys.readouterr().out
+    settings = json.loads((tmp_path / "probe" / "run.json").read_text())
+    assert (settings["linear_probe"], settings["layer_decay"], settings["trained_on"]) == (True, 1.0, "clean")
+    shutil.rmtree(tmp_path / "probe" / "model")
+    for again in (("--resume", tmp_path / "probe"), (*words[1:], "--resume")):
+        denim("finetune", *again)
+        denim("runs", tmp_path / "probe")
+        assert " linear probe, clean " in capsys.readouterr().out
+    denim(*words, "--layer-decay", "0.75", "--out", tmp_path / "other", status=2)
+    assert "layer_decay must be 1 and drop_path 0, got 0.75" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(("sigma", "message"), [("-1", "0 or more"), ("nan", "finite"), ("10001", "at most 10000")])
 def test_denoise_checks_sigma(runs, photo, capsys, sigma, message):
     denim("denoise", photo, "--sigma", sigma, "--denoiser", runs / "nim" / "model", status=2)

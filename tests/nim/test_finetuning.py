@@ -20,6 +20,7 @@ from denim.nim import (
     Classifier,
     ClassifierConfig,
     FinetuneConfig,
+    LinearProbeConfig,
     add_noise,
     finetune,
     preset,
@@ -27,7 +28,10 @@ from denim.nim import (
 )
 from denim.nim.adversarial import AdversarialTraining
 from denim.nim.data import EvalView, TorchLoader, hold_out, open_source
-from denim.nim.finetuning import FinetuneTask, accuracy
+from denim.nim.finetuning import FinetuneTask, accuracy, standardise_features
+from denim.nim.ranks import Ranks
+from denim.nim.run import settings_of_run
+from denim.nim.saving import latest_checkpoint
 
 QUIET = Console(quiet=True)
 PLAIN = {"drop_path": 0.0, "auto_augment": None, "erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
@@ -318,6 +322,84 @@ def test_a_step_on_a_gpu_waits_for_nothing(
     assert counted.total() == launches, counted
     noises = (trained_on != "clean") + (settings["erasing"] > 0)
     assert counted["denim.noise_patchify.default"] == noises
+
+
+def features(model, pixels):
+    with torch.no_grad():
+        return model.forward_head(model.forward_features(pixels), pre_logits=True).double()
+
+
+@pytest.mark.filterwarnings("ignore:base_lr")
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{}, {"micro_batch": 16}, {"fsdp": True}])
+def test_a_linear_probe_learns_the_head_alone(denoiser, tmp_path, layout):
+    """Behind features of the frozen encoder that have mean 0 and variance 1; accuracy is stated as ever."""
+    settings = {**FAST, "epochs": 1 if layout else 6, "batch_size": 64, "base_lr": 1e-2 if layout else 2e-2, **layout}
+    config = LinearProbeConfig(out=tmp_path / "run", denoiser=denoiser, **settings)
+    model = finetune(config, QUIET)
+    before, after = Autoencoder.from_pretrained(denoiser).state_dict(), model.state_dict()
+    encoder = [name for name in after if name in before]
+    assert encoder == [name for name in after if not name.startswith(("head.", "fc_norm."))]
+    assert all(torch.equal(after[name], before[name]) for name in encoder)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        assert not torch.equal(after["head.weight"], Classifier(model.config).head.weight)
+
+    batch = next(TorchLoader(open_source("digits", "train"), EvalView(16), 1197, shuffle=False).epoch(0))
+    pixels = batch.images.permute(0, 3, 1, 2) / 255
+    found = features(model, pixels)
+    model.fc_norm.reset_parameters()
+    raw = features(model, pixels)
+    expected = (raw - raw.mean(dim=0)) / (raw.var(dim=0, correction=0) + 1e-6).sqrt()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # float32, of features up to 5
+    assert found.mean(dim=0).abs().max() < 1e-4
+
+    # Chance is a tenth; in six epochs it is 0.4 without standardising.
+    assert json.loads((config.out / "result.json").read_text())["accuracy"] > (0.15 if layout else 0.45)
+    assert json.loads((config.out / "run.json").read_text())["linear_probe"] is True
+    assert model.config.trained_on == "clean"
+    if not layout:
+        shutil.rmtree(config.out / "model")
+        shutil.rmtree(latest_checkpoint(config.out))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("denim.nim.finetuning.standardise_features", lambda *_: pytest.fail("standardised again"))
+            again = finetune(settings_of_run(config.out, FinetuneConfig), QUIET)
+        assert all(
+            torch.equal(value, again.state_dict()[name]) for name, value in after.items() if "fc_norm" not in name
+        )
+
+
+def test_a_linear_probe_has_the_published_settings(tmp_path):
+    config = LinearProbeConfig(out=tmp_path, denoiser=tmp_path).for_denoiser(preset("huge"))
+    assert (config.epochs, config.warmup_epochs, config.drop_path, config.weight_decay) == (90, 10, 0, 0)
+    assert (config.mixup, config.cutmix, config.erasing, config.smoothing, config.auto_augment) == (0, 0, 0, 0, None)
+    assert (config.trained_on, config.crop_scale, config.flip, config.batch_unit) == ("clean", (0.08, 1.0), True, 1)
+    for changes in ({"layer_decay": 0.75}, {"drop_path": 0.1}):
+        with pytest.raises(ValueError, match="layer_decay must be 1 and drop_path 0, got"):
+            LinearProbeConfig(out=tmp_path, denoiser=tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"got 0\.75 and None; the settings of `LinearProbeConfig`"):
+        FinetuneConfig(out=tmp_path, denoiser=tmp_path, linear_probe=True)
+
+
+def test_a_probe_of_denoised_images_has_features_of_them(denoiser, tmp_path, monkeypatch):
+    """And of a part of the images, where there are many."""
+    monkeypatch.setattr("denim.nim.finetuning.PROBE_IMAGES", 40)
+    seen = []
+    monkeypatch.setattr(
+        "denim.nim.finetuning.reconstruct", lambda *images, **how: seen.append(images[2]) or reconstruct(*images, **how)
+    )
+    body = Autoencoder.from_pretrained(denoiser)
+    model = Classifier(ClassifierConfig.for_encoder(body.config, 10))
+    config = LinearProbeConfig(
+        out=tmp_path, denoiser=denoiser, trained_on="denoised", sigma="uniform:20,30", **{**FAST, "batch_size": 16}
+    )
+    source = open_source("digits", "train")
+    standardise_features(FinetuneTask(model, body, config, None), source, Ranks())
+    assert sorted(map(len, seen)) == [8, 16, 16]
+    levels = torch.cat(seen)
+    assert levels.min() >= 20
+    assert levels.max() <= 30
+    assert not torch.equal(model.fc_norm.weight, torch.ones_like(model.fc_norm.weight))
 
 
 @pytest.mark.slow
