@@ -152,6 +152,7 @@ class TrainState:
         logged: the update of the last line of metrics, which is the mean of the losses up to it.
         loader: state of this rank's loader after the last part that was used.
         average: moving averages of the parameters that learn, by name; None without `config.ema`.
+        device_seconds: seconds times devices that earlier parts of the run have taken.
     """
 
     config: TrainConfig
@@ -168,6 +169,7 @@ class TrainState:
     logged: int
     loader: dict[str, Any]
     average: dict[str, Tensor] | None
+    device_seconds: float
 
     @property
     def total(self) -> int:
@@ -320,6 +322,7 @@ def begin(
         logged=progress.logged,
         loader=loader.state(),
         average=average,
+        device_seconds=progress.device_seconds,
     )
 
 
@@ -439,7 +442,9 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
     config, ranks, device = state.config, state.ranks, state.losses.device
     precision = resolve_precision(config.precision, device)
     metrics = Metrics(config.out, state.update) if ranks.is_first else None
-    report = ProgressReport(console, title, state.update, state.total, config.batch_size, ranks.world)
+    # A killed run has left lines of metrics of a later time than its checkpoint's.
+    spent = max(state.device_seconds, metrics.device_seconds if metrics else 0.0)
+    report = ProgressReport(console, title, state.update, state.total, config.batch_size, ranks.world, spent)
     report.say(f"{title}: {precision} on {device}{f', {ranks.world} processes' if ranks.world > 1 else ''}")
     bad: dict[str, str] = state.loader["bad"]
     checkpoint_every = config.checkpoint_every or state.updates_per_epoch
@@ -504,6 +509,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
                                 "images_per_second": rate,
                                 "data_wait": parts.share(),
                                 "peak_memory": peak_memory(device),
+                                "device_seconds": report.device_seconds(),
                             }
                         )
                     state.logged = state.update
@@ -517,6 +523,7 @@ def _train(state: TrainState, task: Task, loader: Loader, title: str, console: C
                         losses=state.losses.item(),
                         norms=state.norms.item(),
                         loaders=tuple(ranks.gather(state.loader)),
+                        device_seconds=report.device_seconds(),
                     )
                     writer.save(state.model, state.optimizer, state.average or {}, progress)
                     if (picture := task.picture()) is not None and metrics:

@@ -40,10 +40,20 @@ class ProgressReport:
         done: updates that were done before.
         total: updates of the whole run.
         batch_size: images of an update.
-        devices: that the run takes, for what it has cost at the end.
+        devices: that the run takes.
+        spent: seconds times devices that earlier parts of the run have taken.
     """
 
-    def __init__(self, console: Console, title: str, done: int, total: int, batch_size: int, devices: int = 1) -> None:
+    def __init__(
+        self,
+        console: Console,
+        title: str,
+        done: int,
+        total: int,
+        batch_size: int,
+        devices: int = 1,
+        spent: float = 0.0,
+    ) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = console
@@ -51,6 +61,7 @@ class ProgressReport:
         self.total = total
         self.batch_size = batch_size
         self.devices = devices
+        self.spent = spent
         self._has_bar = console.is_terminal or console.is_jupyter
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not self._has_bar)
@@ -72,6 +83,10 @@ class ProgressReport:
     def say(self, text: str) -> None:
         """Print a message of the run."""
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def device_seconds(self) -> float:
+        """Seconds times devices that the run has taken until now, with its earlier parts."""
+        return self.spent + self.devices * (time.perf_counter() - self._started)
 
     def rate(self, update: int) -> float:
         """Images per second since the last call."""
@@ -95,8 +110,9 @@ class ProgressReport:
         self._worth = "".join(f"  {name}: {text}" for name, text in measured_texts(numbers).items())
 
     def tick(self, update: int) -> None:
-        """Note an update that is done. A line is due by the clock, and for the last update, where it has the cost."""
-        self._bar.update(self._task, completed=update, state=self._state + self._worth)
+        """Note an update that is done. A line is due by the clock, and for the last update."""
+        cost = f"{self.device_seconds() / 3600:.3g} device-hours"
+        self._bar.update(self._task, completed=update, state=f"{self._state}{self._worth}  {cost}")
         now, last = time.perf_counter(), update == self.total
         if last or (not self._has_bar and self._lines.due()):
             seconds = (now - self._began) / max(1, update - self._first)
@@ -104,10 +120,9 @@ class ProgressReport:
             if self._state or self._measures or last:
                 words.append((self._state or f"{self.batch_size / seconds:,.0f} images/s") + self._worth)
             if last:
-                passed = now - self._started
-                words += [f"in {clock_text(passed)}", f"{self.devices * passed / 3600:.3g} device-hours"]
+                words += [f"in {clock_text(now - self._started)}", cost]
             elif self._measures:
-                words.append(f"{clock_text(seconds * (self.total - update))} left")
+                words += [f"{clock_text(seconds * (self.total - update))} left", cost]
             self.say("  ".join(words))
         if not self._measures:
             self._measures, self._began, self._first = True, now, update

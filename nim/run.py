@@ -50,7 +50,12 @@ _T = TypeVar("_T")
 SETTINGS_FILE = "run.json"
 RESULT_FILE = "result.json"
 MANIFEST_FILE = "manifest.safetensors"
-MEASURED = ("images_per_second", "data_wait", "peak_memory")  # metrics that differ between two equal runs
+MEASURED = (
+    "images_per_second",
+    "data_wait",
+    "peak_memory",
+    "device_seconds",
+)  # metrics that differ between two equal runs
 # Rates of AdamW for 256 images, a factor of ten and more around the published ones: 1.5e-4 of pretraining (He et al.
 # 2022, You et al. 2023), 5e-4 to 1e-3 of fine-tuning; small models on digits learn with up to 6e-3.
 USUAL_BASE_LR = (1e-5, 1e-2)
@@ -218,11 +223,17 @@ class Metrics:
     Args:
         run: folder of the run.
         update: updates done. Records of later updates, which a killed run has left, are dropped: they are written anew.
+
+    Attributes:
+        device_seconds: the most that a record has, dropped ones included: what the run has taken so far.
     """
 
     def __init__(self, run: Path, update: int) -> None:
         self.file = run / "metrics.jsonl"
-        kept = [record for record in read_json_lines(self.file, {"update": int}) if record["update"] <= update]
+        records = read_json_lines(self.file, {"update": int})
+        spent = (record.get("device_seconds", 0.0) for record in records)
+        self.device_seconds = max((value for value in spent if isinstance(value, float)), default=0.0)
+        kept = [record for record in records if record["update"] <= update]
         with atomic_write(self.file) as staged:
             staged.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         from torch.utils.tensorboard import SummaryWriter  # a machine that only times steps may not have it

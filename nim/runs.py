@@ -58,11 +58,12 @@ class RunSummary:
 
     def results(self) -> dict[str, str]:
         """Progress and the last numbers, as texts by name."""
-        loss, rate = self.metrics.get("loss"), self.metrics.get("images_per_second")
+        loss, rate, spent = (self.metrics.get(name) for name in ("loss", "images_per_second", "device_seconds"))
         return {
             "updates": self.progress,
             "loss": "" if loss is None else f"{loss:.4f}",
             "images/s": "" if rate is None else f"{rate:,.0f}",
+            **({} if spent is None else {"device-hours": f"{spent / 3600:.3g}"}),
             **measured_texts(self.measured),
             "state": self.state,
         }

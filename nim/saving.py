@@ -54,6 +54,7 @@ class Progress:
         losses: sum of the losses since then.
         norms: sum of the norms of the gradients since then.
         loaders: states of the loaders, by rank.
+        device_seconds: seconds of training times devices, of all parts of the run.
     """
 
     update: int = 0
@@ -61,6 +62,7 @@ class Progress:
     losses: float = 0.0
     norms: float = 0.0
     loaders: tuple[dict[str, Any], ...] = ()
+    device_seconds: float = 0.0
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -221,7 +223,10 @@ def _read_progress(folder: Path) -> Progress:
         state = read_json(file)
     except (DamagedFileError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-    kinds = {"update": int, "logged": int, "losses": float, "norms": float, "loaders": list}
+    state.setdefault("device_seconds", 0.0)  # which earlier versions did not count
+    kinds = {
+        "update": int, "logged": int, "losses": float, "norms": float, "loaders": list, "device_seconds": float,
+    }  # fmt: skip
     problems = [
         f"{name} is {str(state.get(name))[:20]!r}" for name, kind in kinds.items() if type(state.get(name)) is not kind
     ]
@@ -230,6 +235,8 @@ def _read_progress(folder: Path) -> Progress:
             problems = [f"update is {state['update']} and logged {state['logged']}"]
         if not (math.isfinite(state["losses"]) and math.isfinite(state["norms"])):
             problems.append(f"losses is {state['losses']} and norms {state['norms']}")
+        if not 0 <= state["device_seconds"] < math.inf:
+            problems.append(f"device_seconds is {state['device_seconds']}")
         if not all(isinstance(entry, dict) for entry in state["loaders"]):
             problems.append("loaders holds something else than states of loaders")
     if problems:

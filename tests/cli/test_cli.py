@@ -111,7 +111,8 @@ def test_runs_are_listed_compared_and_drawn(runs, capsys, monkeypatch):
     (runs / "nim" / "loss.png").unlink()
     denim("runs", runs, "--plot")
     head, ft, nim, picture, _ = capsys.readouterr().out.replace("/nim/loss", "/ft/loss").splitlines()
-    assert head.split() == ["run", "command", "of", "updates", "loss", "images/s", "accuracy", "sigma", "70", "state"]
+    assert head.split() == ["run", "command", "of", "updates", "loss", "images/s", "device-hours", "accuracy",
+                            "sigma", "70", "state"]  # fmt: skip
     assert ft.split()[:4] == [str(runs / "ft"), "finetune", "denoised", "4/4"]
     assert nim.split()[:5] == [str(runs / "nim"), "pretrain", "micro", "nim", "4/4"]
     assert ft.endswith("finished")

@@ -332,6 +332,46 @@ def test_a_finished_run_resumes_at_once(tmp_path):
     assert torch.equal(first.layer.weight, second.layer.weight)
 
 
+def spent(folder):
+    return [record["device_seconds"] for record in metrics(folder)]
+
+
+def test_a_resumed_run_counts_the_time_of_all_its_parts(tmp_path):
+    """Also that of updates which a killed run has lost, and of a part that ended between two lines of metrics."""
+
+    class Slow(Numbers):
+        def epoch(self, epoch, start_step=0):
+            for batch in super().epoch(epoch, start_step):
+                time.sleep(0.02)
+                yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(configure(tmp_path / "run"), loader=Slow(), stop_at=9)
+    first = spent(tmp_path / "run")
+    assert first == sorted(first)
+    assert first[-1] >= 9 * 0.02
+    saved = json.loads((latest_checkpoint(tmp_path / "run") / "training.json").read_text())["device_seconds"]
+    assert first[4] <= saved <= first[5]
+    run(configure(tmp_path / "run", resume=True), loader=Slow())
+    whole = spent(tmp_path / "run")
+    assert len(whole) == 20
+    assert whole[:5] == first[:5]
+    assert whole[5] >= first[-1] + 0.02  # updates 6 to 9 were lost, and their time was spent
+    assert whole[-1] >= first[-1] + 15 * 0.02
+
+    with pytest.raises(KeyboardInterrupt):
+        run(configure(tmp_path / "rare", log_every=20), loader=Slow(), stop_at=12)
+    run(configure(tmp_path / "rare", log_every=20, resume=True), loader=Slow())
+    (total,) = spent(tmp_path / "rare")
+    assert total >= 20 * 0.02  # no line of metrics before it: the checkpoint has the time
+
+
+def test_a_checkpoint_of_a_version_that_counted_no_time_is_read(whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    forged(latest_checkpoint(tmp_path / "run"), training=lambda state: state.pop("device_seconds"))
+    run(configure(tmp_path / "run", resume=True))
+
+
 class Fragile(Numbers):
     """Numbers whose samples 4 and 7 are found bad when they first come."""
 
@@ -589,6 +629,7 @@ def test_an_optimizer_state_of_another_model_is_refused(whole_run, tmp_path, cha
         (lambda s: s.update(losses=math.nan), "losses is nan"),
         (lambda s: s.pop("loaders"), "loaders is 'None'"),
         (lambda s: s.update(loaders=[3]), "loaders holds something else"),
+        (lambda s: s.update(device_seconds=-1.0), r"device_seconds is -1\.0"),
     ],
 )
 def test_a_forged_checkpoint_is_refused_before_anything_is_loaded(whole_run, tmp_path, change, message):

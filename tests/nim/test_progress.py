@@ -26,9 +26,9 @@ def test_lines_come_by_the_clock(clock):
             report.tick(update)
     lines = console.file.getvalue().splitlines()
     assert lines == [
-        "run: 13/1000  64 images/s  0:16:27 left",
-        "run: 43/1000  loss 0.2500  64 images/s  0:15:57 left",
-        "run: 73/1000  loss 0.2500  64 images/s  0:15:27 left",
+        "run: 13/1000  64 images/s  0:16:27 left  0.000833 device-hours",
+        "run: 43/1000  loss 0.2500  64 images/s  0:15:57 left  0.00917 device-hours",
+        "run: 73/1000  loss 0.2500  64 images/s  0:15:27 left  0.0175 device-hours",
     ]
 
 
@@ -63,6 +63,15 @@ def test_the_last_update_has_a_line(clock):
     ]
 
 
+def test_earlier_parts_of_a_run_count(clock):
+    console = Console(file=io.StringIO(), width=200)
+    with ProgressReport(console, "run", done=9, total=10, batch_size=64, devices=2, spent=7200.0) as report:
+        clock[0] += 1800.0
+        assert report.device_seconds() == 10800
+        report.tick(10)
+    assert console.file.getvalue().endswith("in 0:30:00  3 device-hours\n")
+
+
 def test_a_run_of_one_update_has_a_line(clock):
     console = Console(file=io.StringIO(), width=200)
     with ProgressReport(console, "run", done=0, total=1, batch_size=64) as report:
@@ -77,4 +86,5 @@ def test_a_terminal_has_a_bar_and_no_lines(clock):
         clock[0] += 60.0
         report.tick(50)
     assert "50/100" in console.file.getvalue()
+    assert "0.0167 device-hours" in console.file.getvalue()
     assert "left" not in console.file.getvalue()

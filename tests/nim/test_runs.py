@@ -71,6 +71,13 @@ def test_what_models_are_worth_has_a_column_for_each_level(folder):
     assert find_runs(folder / "b" / "tuned")[0].state.startswith("damaged: ")
 
 
+def test_the_cost_of_a_run_is_shown(folder):
+    with (folder / "a" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"update": 40, "epoch": 4.0, "loss": 0.1, "device_seconds": 5400.0}) + "\n")
+    a, nim, _ = tabulated(find_runs(folder))
+    assert (a["device-hours"], nim["device-hours"]) == ("1.5", "")
+
+
 def test_a_damaged_run_hides_no_other(folder):
     (folder / "a" / "run.json").write_text("{")
     damaged, *others = find_runs(folder)
