@@ -35,6 +35,15 @@ def test_examples_page_includes_every_example():
     assert sorted(included) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
 
 
+def test_design_names_every_file_of_nim():
+    """Each once, in the table of the layout; a package's `__init__.py` is named where it holds more than names."""
+    layout = (DOCS / "design.md").read_text().split("## Layout\n")[1].split("\n## ")[0]
+    named = re.findall(r"`(nim/[\w/]+\.py)`", layout)
+    assert len(named) == len(set(named))
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "nim").rglob("*.py")}
+    assert set(named) == files - {"nim/__init__.py", "nim/data/__init__.py"}
+
+
 def test_every_page_is_in_the_navigation():
     """mkdocs says so too, where it is installed; a page that nobody can reach is not read."""
     navigation = set(re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
