@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Plan",
     "Strategy",
+    "exchange_bytes",
     "fitting_micro_batch",
     "least_seconds",
     "make_plan",
@@ -424,6 +425,36 @@ def least_seconds(
         seconds += stack.depth * (_forward_runs(strategy) * forward + backward)
     # AdamW reads weight, gradient and two averages, and writes all but the gradient.
     return passes * seconds + 7 * FP32 * network.trainable / strategy.shards / gpu.bandwidth
+
+
+def exchange_bytes(
+    architecture: AutoencoderConfig | ClassifierConfig,
+    strategy: Strategy,
+    *,
+    passes: int = 1,
+    mask_ratio: float = 0.75,
+) -> int:
+    """Bytes that each device sends in an update, and receives, in a ring of all devices.
+
+    A ring sends (n - 1) / n of what it gathers or reduces. DDP reduces float32 gradients and gathers the sums. FSDP
+    gathers the weights of a block twice in a pass, before its forward and its backward pass, and those outside of the
+    blocks once, in the dtype of products; in the last pass it reduces float32 gradients.
+
+    Args:
+        architecture: of the model.
+        strategy: how the step is computed.
+        passes: passes of an update.
+        mask_ratio: share of hidden patches, for mae and dmae.
+
+    Source: Patarasuk and Yuan 2009 (ring all-reduce).
+    """
+    network, devices = _network(architecture, mask_ratio), strategy.devices
+    gradients = FP32 * network.trainable
+    whole = 2 * gradients
+    if strategy.fsdp:
+        blocks = sum(stack.depth * stack.parameters for stack in network.stacks)
+        whole = passes * strategy.bytes * (network.parameters + blocks) + gradients
+    return math.ceil(whole * (devices - 1) / devices)
 
 
 def fitting_micro_batch(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from denim import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -49,3 +52,16 @@ def test_every_page_is_in_the_navigation():
     navigation = set(re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     made = {"index.md", "checks.md", "changelog.md"}  # by docs/hooks.py, of pages at the top level
     assert navigation == made | {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+def test_the_tables_of_the_page_on_scale_are_what_its_commands_print(monkeypatch, capsys):
+    """But for the lines that explain the columns."""
+    shown = re.findall(r"^```\n\$ denim ([^\n]*)\n(.*?)^```", (DOCS / "scaling.md").read_text(), re.M | re.S)
+    assert len(shown) == 5
+    for command, lines in shown:
+        monkeypatch.setattr(sys, "argv", ["denim", *command.split()])
+        cli.run()
+        printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        heading = next(line for line in printed if "GPU-hours" in line).split()
+        explained = [line for line in printed if line.partition(": ")[0] in heading]
+        assert lines.splitlines() == [line for line in printed if line not in explained], command

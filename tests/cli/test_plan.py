@@ -48,6 +48,25 @@ def test_what_does_not_fit_says_so(denim):
     assert shown.count("(does not fit)") == 3
 
 
+def test_a_whole_training(denim, tmp_path):
+    sizes = ("--preset", "tiny", "--images", 10_000, "--epochs", 2.5, "--batch-size", 1000, "--devices", 1, 10, 20)
+    cluster = ("--price", 3, "--share", 0.5, "--network", 10, "--image-kb", 50, "--decoded", 100, "--disk", 0.5)
+    status, shown, errors = denim(*sizes, *cluster, "--json", tmp_path / "plan.json")
+    assert (status, errors) == (0, "")
+    rows = json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert [row["devices"] for row in rows] == [1, 10, 20]
+    assert all(row["updates"] == 25 for row in rows)
+    for row in rows:
+        line = next(line.split() for line in shown.splitlines() if line.split()[:1] == [str(row["devices"])])
+        for number in (f"{1e3 * row['compute']:.1f}", f"{row['hours']:.2f}", f"{row['images']:,.0f}"):
+            assert number in line
+        assert line[-1] == f"{3 * row['gpu_hours']:,.0f}"
+    heading = next(line for line in shown.splitlines() if "GPU-hours" in line)
+    for word in heading.split()[1:-1]:
+        assert any(line.startswith(f"{word}: ") for line in shown.splitlines()), word
+    assert f"{rows[0]['checkpoint'] / 1e9:.2f} GB, and takes {rows[0]['checkpoint'] / 0.5e9:.1f} s" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -58,6 +77,13 @@ def test_what_does_not_fit_says_so(denim):
         (("--precision", "fp8"), "precision must be"),
         (("--devices", "3"), "multiple of the 3 devices"),
         (("--memory", "0"), "memory must be"),
+        (("--devices", "1", "2"), "--devices takes one number, or with --images several, got 2"),
+        (("--images", "4095"), "an epoch has 4095 images, fewer than a batch of 4096"),
+        (("--images", "5000", "--devices", "3"), "multiple of the 3 devices"),
+        (("--images", "5000", "--epochs", "0"), "epochs must be positive"),
+        (("--images", "5000", "--share", "1.5"), "share is at most 1"),
+        (("--images", "5000", "--network", "0"), "network must be positive"),
+        (("--images", "5000", "--preset", "huge", "--memory", "4"), "a training step takes at least"),
         (("--json", "no/such/folder/plan.json"), "there is no folder no/such/folder"),
     ],
 )

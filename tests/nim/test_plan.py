@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from denim.benchmarks.gpu_models import model_flops
 from denim.benchmarks.timing import peak_memory
+from denim.benchmarks.training import model_flops
 from denim.kernels import Domain, derive_seeds
 from denim.nim import (
     Autoencoder,
@@ -21,8 +21,10 @@ from denim.nim import (
 )
 from denim.nim.block import set_lean
 from denim.nim.gpus import GPUS, gpu_of_driver
+from denim.nim.parallel import transformer_blocks
 from denim.nim.plan import (
     Strategy,
+    exchange_bytes,
     fitting_micro_batch,
     least_seconds,
     make_plan,
@@ -163,6 +165,25 @@ def test_fsdp_cuts_what_it_shards():
     assert whole.gathered == 0
     assert cut.gathered > 2 * 2 * (12 * 72**2 + 13 * 72)  # two blocks in bfloat16
     assert cut.flops_per_image == whole.flops_per_image
+
+
+@pytest.mark.parametrize("objective", ["nim", "mae"])
+def test_bytes_of_an_exchange_are_those_of_the_parameters(objective):
+    """Of the ones that FSDP gathers: each block's before forward and backward, the others once; see `distribute`."""
+    model, _, _ = step_of(dataclasses.replace(SMALL, objective=objective), 1, Strategy(precision="fp32"))
+    inside = sum(parameter.numel() for block in transformer_blocks(model) for parameter in block.parameters())
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    config = model.config
+    for devices in (1, 2, 8):
+        ring = (devices - 1) / devices
+        ddp = exchange_bytes(config, Strategy(devices=devices), passes=3)
+        assert ddp == pytest.approx(ring * 2 * 4 * trained, abs=1)
+        fsdp = exchange_bytes(config, Strategy(devices=devices, fsdp=True), passes=3)
+        gathered = 3 * (2 * inside + everything - inside)
+        assert fsdp == pytest.approx(ring * (2 * gathered + 4 * trained), abs=1)
+        fsdp = exchange_bytes(config, Strategy(devices=devices, fsdp=True, precision="fp32"))
+        assert fsdp == pytest.approx(ring * (4 * gathered / 3 + 4 * trained), abs=1)
 
 
 def test_least_seconds_follow_the_limit_that_binds():
