@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +25,7 @@ __all__ = [
     "check_path",
     "json_lines",
     "parse_json",
+    "process_has_ended",
     "read_json",
     "read_json_lines",
     "remove_folder",
@@ -29,9 +33,11 @@ __all__ = [
     "translated",
 ]
 
-PREFIX, SUFFIX = ".denim-", ".part"  # of names before they are final
+# A name before it is final: a random part, where the process that made it runs (`_place`), and its number there. Names
+# of earlier versions have the random part alone.
+UNFINISHED = re.compile(r"\.denim-\w{8}(?:-(?P<place>\w{8})-(?P<process>\d{1,9}))?\.part")
 # What a killed process can leave behind: those, and the file that safetensors writes beside its target.
-LEFTOVERS = re.compile(r"\.denim-\w{8}\.part|\.tmp\w{6}")
+LEFTOVERS = re.compile(rf"{UNFINISHED.pattern}|\.tmp\w{{6}}")
 ADVICE = {
     errno.ENOSPC: "make room there and run the same command again",
     errno.EDQUOT: "make room there and run the same command again",
@@ -67,13 +73,15 @@ class DamagedFileError(ValueError):
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on failure it is removed.
 
-    The file gets the permissions that the process's umask leaves.
+    The file gets the permissions that the process's umask leaves. What processes of this machine that have been killed
+    left half-written beside it is removed.
 
     Raises:
         WriteError: the system refuses, also within the block: errors of safetensors and torch.save are translated.
     """
     with translated(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_dead(path.parent)
         staged = _new_name(path.parent)
         try:
             staged.touch(exist_ok=False)
@@ -90,13 +98,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, which must not exist; on success it takes that name in one step.
 
-    The folder gets the permissions that the process's umask leaves.
+    The folder gets the permissions that the process's umask leaves. Leftovers beside it are removed as by
+    `atomic_write`.
 
     Raises:
         WriteError: the system refuses, also within the block: errors of safetensors and torch.save are translated.
     """
     with translated(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_dead(path.parent)
         staged = _new_name(path.parent)
         try:
             staged.mkdir()
@@ -155,10 +165,18 @@ def sweep(folder: Path) -> None:
     """
     for entry in (*folder.glob(".*"), *folder.glob("*/.*")):
         if LEFTOVERS.fullmatch(entry.name):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+            _remove(entry)
+
+
+def process_has_ended(process: int) -> bool:
+    """Whether there is certainly no process of a number where this one runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        pass
+    return False
 
 
 def read_json(path: Path, entries: Mapping[str, type] | None = None) -> dict[str, Any]:
@@ -238,7 +256,33 @@ def parse_json(content: bytes, name: str, entries: Mapping[str, type] | None = N
 
 def _new_name(folder: Path) -> Path:
     # The functions of tempfile make files and folders that their owner alone can read, whatever the umask allows.
-    return folder / f"{PREFIX}{secrets.token_hex(4)}{SUFFIX}"
+    return folder / f".denim-{secrets.token_hex(4)}-{_place()}-{os.getpid()}.part"
+
+
+@functools.cache
+def _place() -> str:
+    """Where the number of a process means this process: the machine and, on Linux, the namespace of a container."""
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 (it leads to no path)
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
+
+
+def _sweep_dead(folder: Path) -> None:
+    """Remove what processes of this machine that have ended left half-written in a folder that others may write to."""
+    with contextlib.suppress(OSError):  # what cannot be listed or removed is no reason not to write
+        for entry in folder.glob(".denim-*.part"):
+            found = UNFINISHED.fullmatch(entry.name)
+            if found and found["place"] == _place() and process_has_ended(int(found["process"])):
+                _remove(entry)
+
+
+def _remove(entry: Path) -> None:
+    """Remove a file, a link or a folder, which another process may be removing, too."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def _set_mode(file: Path, mode: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from denim.nim.files import DamagedFileError, WriteError, check_path, parse_json, sweep
+from denim.nim.files import DamagedFileError, WriteError, check_path, parse_json, process_has_ended, sweep
 
 __all__ = ["LOCK_FILE", "OwnedError", "is_owned", "owned"]
 
@@ -136,15 +136,7 @@ def _refusal(file: Path, handle: int) -> str:
 def _has_ended(record: dict[str, Any]) -> bool:
     """Whether the process of a record has certainly ended; another machine's processes cannot be looked up."""
     pid = record.get("pid")
-    if record.get("host") != socket.gethostname() or not isinstance(pid, int):
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
+    return record.get("host") == socket.gethostname() and isinstance(pid, int) and process_has_ended(pid)
 
 
 def _close_in_child() -> None:

@@ -4,12 +4,15 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from denim.nim import PretrainConfig
+from denim.nim import PretrainConfig, files
 from denim.nim.files import (
     DamagedFileError,
     WriteError,
@@ -207,3 +210,64 @@ def test_damaged_json_is_named(tmp_path, content):
     file.write_bytes(b'{"a": 1}\n' + content + b'\n{"a": 2}\n')
     with pytest.raises(DamagedFileError, match=r"^line 2 of .*file\.json"):
         read_json_lines(file)
+
+
+WRITER = """
+import os, signal, sys, time
+from pathlib import Path
+from denim.nim.files import atomic_folder, atomic_write
+atomic, target = {"file": atomic_write, "folder": atomic_folder}[sys.argv[1]], Path(sys.argv[2])
+with atomic(target) as staged:
+    (staged / "part" if staged.is_dir() else staged).write_text("half")
+    print(staged, flush=True)
+    if sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def writer(kind, target, end):
+    """A process that is writing `target`, and its path before it is final."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, kind, target, end], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_writes_stays(tmp_path, kind):
+    killed, left = writer(kind, tmp_path / "killed", "killed")
+    living, written = writer(kind, tmp_path / "living", "living")
+    assert killed.wait() == -signal.SIGKILL
+    assert left.exists()
+    assert written.exists()
+    foreign = [  # of another machine, of an earlier version, and of a user
+        left.with_name(f".denim-01234567-{'0' * 8}-{killed.pid}.part"),
+        left.with_name(".denim-01234567.part"),
+        left.with_name(left.name + ".txt"),
+    ]
+    for file in foreign:
+        file.touch()
+    with atomic_write(tmp_path / "other") as staged:
+        assert {left, written, staged} & set(tmp_path.iterdir()) == {written, staged}
+    living.communicate("")
+    assert living.returncode == 0
+    assert set(tmp_path.iterdir()) == {tmp_path / "other", tmp_path / "living", *foreign}
+
+
+def test_what_cannot_be_removed_is_no_reason_not_to_write(tmp_path, monkeypatch):
+    def refuse(entry):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(entry))
+
+    monkeypatch.setattr(files, "process_has_ended", lambda process: True)
+    left = files._new_name(tmp_path)
+    left.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_remove", refuse)
+        with atomic_write(tmp_path / "file"):
+            pass
+    assert set(tmp_path.iterdir()) == {left, tmp_path / "file"}
+    with atomic_write(tmp_path / "file"):
+        pass
+    assert set(tmp_path.iterdir()) == {tmp_path / "file"}

@@ -101,7 +101,12 @@ def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path):
 
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     folder = tmp_path / "run"
-    for leftover in (".denim-0123abcd.part", "checkpoints/.denim-89efffff.part", "model/.tmpAb12xZ"):
+    for leftover in (
+        ".denim-0123abcd.part",
+        ".denim-0123abcd-89efffff-17.part",
+        "checkpoints/.denim-89efffff.part",
+        "model/.tmpAb12xZ",
+    ):
         (folder / leftover).parent.mkdir(parents=True, exist_ok=True)
         (folder / leftover).touch()
     (folder / "checkpoints" / ".denim-ffffffff.part").mkdir()
