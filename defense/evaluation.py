@@ -7,54 +7,124 @@ draws choose the worst attack per image, and *score* draws, which nothing has se
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from denim.defense.attacks import Attack, radius_text
 from denim.defense.de3 import De3
+from denim.defense.fingerprint import Fingerprints
+from denim.defense.images import Images, as_loader, batches_of, identify, pixels_of, same_again
+from denim.defense.records import RecordColumns, Records
 from denim.defense.scores import Interval, Scores, paired_difference, score
-from denim.kernels import Domain
+from denim.defense.targets import (
+    OBJECT,
+    ModuleTarget,
+    Target,
+    as_target,
+    import_object,
+    keyed_generators,
+    normalisation_hint,
+)
+from denim.kernels import Domain, check_pixels, derive_seeds
 from denim.kernels.seeds import check_seed
-from denim.nim.checkpoint import first_words, with_todays_names
+from denim.nim.checkpoint import first_words
 from denim.nim.classifier import check_logits
-from denim.nim.data import Batch, Loader
-from denim.nim.files import append_text, atomic_write, read_json, read_json_lines
-from denim.nim.owner import owned
+from denim.nim.data import Batch, Loader, PlannedLoader
+from denim.nim.files import atomic_write
+from denim.nim.owner import owned_by_first
 from denim.nim.precision import check_precision, precise, resolve_precision
 from denim.nim.progress import LineClock, clock_text
+from denim.nim.ranks import Ranks
 from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import open_console
 
-__all__ = ["Cell", "Evaluation", "EvaluationSettings", "Examples", "HealthWarning", "evaluate"]
+__all__ = [
+    "AttackMethod",
+    "Cell",
+    "Evaluation",
+    "EvaluationSettings",
+    "Examples",
+    "HealthWarning",
+    "evaluate",
+    "open_attack",
+]
+
+Array = npt.NDArray[Any]
 
 CLEAN = "none"
-# Types of the entries of a record in records.jsonl. Those of the first version have no "image".
-RECORD = {
-    **dict.fromkeys(("defense", "attack"), str),
-    **dict.fromkeys(("id", "label", "missed", "zero_gradients", "bad_gradients"), int),
-    "predictions": list,
-}
 WORST = "worst"
+# Beside the code of a model and its weights, what records depend on.
+PACKAGES = ("torch", "timm", "denim-vision")
+LONGEST_NAME = 150  # bytes of the name of a file of the gallery before its ending; file systems allow 255
 
 
 class HealthWarning(UserWarning):
     """A health check doubts a result (docs/method.md). `Evaluation.warnings` and the report have all such warnings."""
+
+
+class AttackMethod(Protocol):
+    """What an evaluation needs of an attack; `Attack` is one.
+
+    It may have `epsilon`, its radius in [0, 1] units: attacks of one radius (and one `norm`) are compared image by
+    image, and the report has the radius. It may have `eot`, the draws of a gradient, by which the images of a pass are
+    counted.
+    """
+
+    def run(self, target: Any, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Any:
+        """Attack a batch.
+
+        Args:
+            target: a `denim.defense.targets.Target`.
+            pixels: (B, C, H, W) in [0, 1].
+            labels: int64 (B,).
+            ids: int64 (B,), sample ids, to key whatever is random.
+            seed: of the evaluation.
+
+        Returns:
+            The attacked pixels, or an object with them as `pixels` and, where it knows them, `zero_gradients` and
+            `bad_gradients`, bool (B,), and `gradients`, int64 (B,), backward passes that were spent.
+        """
+        ...
+
+
+def open_attack(text: str) -> tuple[str, AttackMethod]:
+    """An attack by its text form, and that form with all that it leaves out.
+
+    Args:
+        text: see `Attack`; or `package.module:Class`, which is called without arguments and gives an `AttackMethod`.
+
+    Raises:
+        ValueError: no such form, or no such class.
+        TypeError: what it gives has no such method.
+    """
+    if OBJECT.fullmatch(text) is None:
+        attack = Attack.parse(text)
+        return str(attack), attack
+    found = import_object(text)
+    made = found() if isinstance(found, type) or inspect.isfunction(found) else found
+    if not callable(getattr(made, "run", None)):
+        raise TypeError(f"{text} must have a method run(target, pixels, labels, ids, seed), and has none")
+    return text, made
 
 
 @dataclass(frozen=True)
@@ -62,11 +132,11 @@ class EvaluationSettings:
     """Settings of an evaluation.
 
     Attributes:
-        attacks: text forms of attacks, see `Attack`; a row without an attack is always added.
+        attacks: text forms of attacks, see `open_attack`; a row without an attack is always added.
         score_draws: R, fresh draws per image for the score, and again for the confirmation.
         seed: of the evaluation.
         max_batch: images that go through the networks in one pass; bounds memory. At least one image, with all draws of
-            a gradient of the attack, is in a pass.
+            a gradient of the attack, is in a pass. It is halved where memory does not suffice.
         examples: images that are kept for the gallery.
         precision: of the networks, in attacks and scores: fp32, tf32, bf16 or auto (see `resolve_precision`). What it
             means on the device of the first defense is recorded.
@@ -87,7 +157,7 @@ class EvaluationSettings:
         for name in ("score_draws", "max_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        names = [str(Attack.parse(attack)) for attack in self.attacks]
+        names = [open_attack(attack)[0] for attack in self.attacks]
         if len(set(names)) < len(names):
             raise ValueError(f"attacks must differ, got {', '.join(names)}")
 
@@ -98,12 +168,12 @@ class Cell:
 
     Attributes:
         defense: name of the defense.
-        sigma: its noise level, None for off.
+        sigma: its noise level, None for off and for what is no De3.
         frozen: whether its noise is fixed and known to the attacker.
-        case: what its classifier sees, see `De3.case`; "undefended" for off.
+        case: what its classifier sees, see `De3.case`; "undefended" for off, "model" for what is no De3.
         attack: text form, "none", or "worst EPSILON" (per image the attack of that radius that misleads most
             confirmation draws).
-        epsilon: radius in [0, 1] units, None without an attack.
+        epsilon: radius in [0, 1] units, None without an attack and for an attack that states none.
         scores: accuracy on the score draws.
         difference: of the mean to the first defense under the same attack, paired over images.
     """
@@ -151,113 +221,147 @@ class Evaluation:
 
 
 def evaluate(
-    defenses: Mapping[str, De3],
-    loader: Loader,
+    defenses: Mapping[str, De3 | Target | nn.Module],
+    data: Loader | DataLoader[Any] | Dataset[Any] | tuple[Tensor, Tensor],
     settings: EvaluationSettings,
     out: Path,
     *,
     classes: Sequence[str] = (),
     console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Attack and score defenses.
 
-    Every (defense, attack, image) gives one line in `out/records.jsonl`; a call on the same folder goes on where an
-    earlier one stopped, with the same result. A record holds a digest of the image that it was computed from. Images
-    that have changed since then, or whose labels have, are evaluated again, and those that are gone are not counted.
+    Every (defense, attack, image) gives one record in `out` (see `denim.defense.records`). A record is kept under a
+    key, the digest of all that it is computed from: the weights, settings and code of the defense, the attack, the
+    seed, the score draws, the precision, the versions of torch, timm and Denim, and the image with its id and label. A
+    call computes what has no record, and keeps all others. So a call that goes on where an earlier one stopped has the
+    same result, and one with more images, attacks or defenses, or with images that have changed, computes these alone.
 
     Args:
-        defenses: by name, put into evaluation mode; the first one is what the others are compared with.
-        loader: its epoch 0 yields the images, in any order; rows that are not real are not counted, nor are images
-            that could not be read for every defense and attack.
+        defenses: by name, put into evaluation mode; the first one is what the others are compared with. `De3`, any
+            other `Target`, or any module from pixels (B, C, H, W) in [0, 1] to logits (see `ModuleTarget`), mixed.
+        data: the images, in any order; see `denim.defense.images.as_loader`. Of a loader, epoch 0 is taken; rows that
+            are not real are not counted, nor are images that could not be read for every defense and attack.
         settings: attacks, score draws and seed.
         out: folder of the evaluation.
         classes: names of the classes, for the report.
         console: for progress.
+        ranks: the processes of the evaluation, which share `out` (see `denim.nim.ranks.joined`); by default this one
+            alone. The batches are divided among them, by the loader if it was made for as many ranks, else here. All
+            return the same; rank 0 writes the results.
 
     Raises:
-        ValueError: no defense, no images, a precision that the device lacks, `out` holds an evaluation of other
-            settings, weights or images, or images change while they are evaluated.
+        ValueError: no defense, no images, labels that are no classes of a defense, defenses of different numbers of
+            classes or another number than there are names, a precision that the device lacks, or images change while
+            they are evaluated.
+        TypeError: a defense, or the data, is none.
         OwnedError: another process writes to `out`.
+        DamagedFileError: the records in `out` are damaged.
+        WriteError: `out` cannot be written to.
         Stopped: SIGTERM or Ctrl-C; raised after the batch that was running, whose records are kept.
         FloatingPointError: logits are not finite; the message names the defense, the attack and the images.
+        MemoryError: one image, with all draws of a gradient, does not fit into memory.
     """
-    console = console or open_console(stderr=True)
+    ranks = ranks or Ranks()
+    console = console or open_console(stderr=True, quiet=not ranks.is_first)
     if not defenses:
         raise ValueError("evaluate needs at least one defense")
-    attacks: list[Attack | None] = [None, *(Attack.parse(text) for text in settings.attacks)]
-    for defense in defenses.values():
-        defense.eval()
-    device = _device_of(next(iter(defenses.values())))
+    targets = {name: as_target(defense) for name, defense in defenses.items()}
+    for target in targets.values():
+        if isinstance(target, nn.Module):
+            target.eval()
+    device = _device_of(next(iter(targets.values())))
     settings = replace(settings, precision=resolve_precision(settings.precision, device))
+    loader = as_loader(data)
     stopped = f"the finished part is in {out}: the same call goes on there"
-    with owned(out), stop_requests(stopped) as stop, precise(settings.precision, device):
-        return _evaluate(defenses, attacks, loader, settings, out, classes, console, stop)
+    with owned_by_first(out, ranks), stop_requests(stopped) as stop, precise(settings.precision, device):
+        return _evaluate(targets, loader, settings, out, classes, console, stop, ranks)
+
+
+class _Row(NamedTuple):
+    """One defense under one attack, and the keys of its records.
+
+    Attributes:
+        name: of the defense.
+        target: the defense.
+        target_key: its fingerprint.
+        text: of the attack.
+        attack: None for clean images.
+        radius: of the attack, with its norm; None without one.
+        key: of the records.
+        confirms: whether its confirmation draws are read: another attack has the same radius.
+    """
+
+    name: str
+    target: Any
+    target_key: bytes
+    text: str
+    attack: Any
+    radius: tuple[str, float] | None
+    key: bytes
+    confirms: bool
+
+
+def _rows(targets: Mapping[str, Any], settings: EvaluationSettings, fingerprints: Fingerprints) -> list[_Row]:
+    attacks: list[tuple[str, Any]] = [(CLEAN, None), *map(open_attack, settings.attacks)]
+    radii = [_radius(attack) for _, attack in attacks]
+    shared = (settings.seed, settings.score_draws, settings.precision, *map(version, PACKAGES))
+    rows = []
+    for name, target in targets.items():
+        target_key = fingerprints.of(target)
+        for (text, attack), radius in zip(attacks, radii, strict=True):
+            digest = hashlib.blake2b(target_key + fingerprints.of(attack), digest_size=16)
+            digest.update(repr((text, *shared)).encode("utf-8", "surrogatepass"))
+            confirms = radius is not None and radii.count(radius) > 1
+            rows.append(_Row(name, target, target_key, text, attack, radius, digest.digest(), confirms))
+    return rows
+
+
+def _radius(attack: Any) -> tuple[str, float] | None:
+    epsilon = getattr(attack, "epsilon", None)
+    return None if epsilon is None else (str(getattr(attack, "norm", "linf")), float(epsilon))
 
 
 def _evaluate(
-    defenses: Mapping[str, De3],
-    attacks: Sequence[Attack | None],
+    targets: Mapping[str, Any],
     loader: Loader,
     settings: EvaluationSettings,
     out: Path,
     classes: Sequence[str],
     console: Console,
     stop: StopRequest,
+    ranks: Ranks,
 ) -> Evaluation:
-    first = next(loader.epoch(0), None)
-    if first is None:
-        raise ValueError("evaluate needs images, and the loader yields none")
-    _claim_folder(out, defenses, settings)
-    records = _Records(out / "records.jsonl")
-    _refuse_other_images(out, first.counted(), records)
-    # Sample id -> digest, of the images that every cell has met.
-    images: dict[int, str] = {}
-    changed: set[int] = set()
-    notes: list[str] = []
-    work = [(name, defense, attack) for name, defense in defenses.items() for attack in attacks]
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}", markup=False),
-    )
-    has_bar = console.is_terminal or console.is_jupyter
-    progress = Progress(*columns, console=console, disable=not has_bar)
-    started, lines = time.perf_counter(), LineClock()
-    task = progress.add_task("evaluating", total=len(work), state="")
-    with progress:
-        for number, (name, defense, attack) in enumerate(work):
-            text = CLEAN if attack is None else str(attack)
-            progress.update(task, completed=number, state=f"{name}, {text}")
-
-            def after_part(images: int, where: str = f"{number}/{len(work)}  {name}, {text}") -> None:
-                if not has_bar and lines.due():
-                    console.print(f"evaluating: {where}, {images} images", markup=False, soft_wrap=True)
-                stop.heed()
-
-            seen, stale = _evaluate_cell(name, defense, attack, text, loader, settings, out, records, after_part)
-            images = {i: digest for i, digest in seen.items() if not number or i in images}
-            if new := stale - changed:
-                changed |= new
-                console.print(
-                    f"evaluating: {len(new)} of {len(seen)} images or their labels have changed since they were "
-                    "evaluated; what is known of them is computed again"
-                )
-        progress.update(task, completed=len(work), state="")
-    passed = clock_text(time.perf_counter() - started)
-    console.print(f"evaluating: {len(work)}/{len(work)}  in {passed}", markup=False)
-    # Cells must have the same images. One whose file is lost during the evaluation has records in some cells only, and
-    # one that is no longer among the images has earlier records.
-    moving = records.restrict(images)
-    if moving:
-        raise ValueError(
-            f"{len(moving)} images have changed while they were evaluated (sample ids {first_words(moving)}): the same "
-            "call evaluates them again"
+    if (out / "records.jsonl").exists() and not any(out.glob("records*.sqlite")):
+        console.print(
+            f"evaluating: {out / 'records.jsonl'} is of an earlier version and does not say what its records were "
+            "computed from: they are computed anew",
+            markup=False,
         )
-    cells = _cells(defenses, attacks, records)
-    notes += _health(defenses, cells, records)
-    if bad := loader.state()["bad"]:
+    with ranks.together():
+        divided = getattr(loader, "world", 1) == ranks.world
+        own = _distinct(identify(loader, lambda step: divided or step % ranks.world == ranks.rank))
+    images = _distinct(Images.joined(ranks.gather(own)))
+    if not len(images):
+        raise ValueError("evaluate needs images, and the loader yields none")
+    fingerprints = Fingerprints()
+    rows = _rows(targets, settings, fingerprints)
+    with Records(out, ranks.rank) as records:
+        work = _Work(rows, loader, own, settings, out, records, console, stop, ranks)
+        work.examine(images, classes)
+        work.run()
+    with ranks.naming():
+        ranks.barrier()
+        # By id: a rank reports what it has met.
+        bad = {sample: words for state in ranks.gather(loader.state()["bad"]) for sample, words in state.items()}
+    with Records(out, ranks.rank) as records:
+        found = _Found.of(rows, records, images)
+    if not len(found.images):
+        raise ValueError(f"none of the {len(images)} images could be read")
+    cells = _cells(rows, found, settings)
+    notes = _health(rows, found, cells, fingerprints)
+    if bad:
         notes.append(f"{len(bad)} images could not be read and are not counted: {'; '.join(bad.values())}")
     evaluation = Evaluation(
         cells,
@@ -265,330 +369,608 @@ def _evaluate(
         settings,
         tuple(notes),
         {package: version(package) for package in ("torch", "timm", "numpy", "denim-vision")},
-        {(name, CLEAN if a is None else str(a)): _load_examples(out, name, a) for name in defenses for a in attacks}
-        if settings.examples
-        else {},
+        _load_gallery(out, rows) if settings.examples else {},
     )
-    content = {
-        "settings": asdict(settings),
-        "versions": evaluation.versions,
-        "classes": evaluation.classes,
-        "warnings": evaluation.warnings,
-        "cells": [asdict(cell) for cell in cells],
-    }
-    with atomic_write(out / "results.json") as staged:
-        staged.write_text(json.dumps(content, indent=2) + "\n")
-    for note in notes:
-        warnings.warn(note, HealthWarning, stacklevel=2)
+    if ranks.is_first:
+        content = {
+            "settings": asdict(settings),
+            "versions": evaluation.versions,
+            "classes": evaluation.classes,
+            "warnings": evaluation.warnings,
+            "cells": [asdict(cell) for cell in cells],
+        }
+        with atomic_write(out / "results.json") as staged:
+            staged.write_text(json.dumps(content, indent=2) + "\n")
+        for note in notes:
+            warnings.warn(note, HealthWarning, stacklevel=3)
     return evaluation
 
 
-def _device_of(defense: De3) -> torch.device:
-    return next((tensor.device for tensor in defense.classifier.parameters()), torch.device("cpu"))
+def _distinct(images: Images) -> Images:
+    """The images without repetitions, in their order.
 
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _claim_folder(out: Path, defenses: Mapping[str, De3], settings: EvaluationSettings) -> None:
-    """Write evaluation.json, or check that the one in the folder is of the same settings and weights."""
-    modules = {id(module): module for de3 in defenses.values() for module in (de3.classifier, de3.denoiser) if module}
-    weights = {key: _digest(module.state_dict().values()) for key, module in modules.items()}
-    content = {
-        # max_batch changes nothing but memory.
-        "settings": {key: value for key, value in asdict(settings).items() if key != "max_batch"},
-        "defenses": {
-            name: {
-                "settings": de3.extra_repr(),
-                "classifier": weights[id(de3.classifier)],
-                "denoiser": weights.get(id(de3.denoiser)),
-            }
-            for name, de3 in defenses.items()
-        },
-    }
-    content = json.loads(json.dumps(content))
-    file = out / "evaluation.json"
-    earlier = read_json(file) if file.exists() else content
-    earlier.pop("images", None)  # of the first batch, by earlier versions
-    if isinstance(chosen := earlier.get("settings"), dict):
-        # The first versions had no other precision.
-        earlier["settings"] = with_todays_names({"precision": "fp32", **chosen}, content["settings"])
-    if earlier != content:
+    Raises:
+        ValueError: two images have one id.
+    """
+    _, first, inverse = np.unique(images.ids, return_index=True, return_inverse=True)
+    other = (images.digests != images.digests[first[inverse]]).any(axis=1)
+    if other.any():
+        twins = [str(i) for i in images.ids[other].tolist()]
         raise ValueError(
-            f"{out} holds an evaluation of other settings, weights or images; see {file.name} there, or choose another "
-            "folder"
+            f"sample ids must be distinct: {len(twins)} images have that of another ({first_words(twins)})"
         )
-    if not file.exists():
-        with atomic_write(file) as staged:
-            staged.write_text(json.dumps(content, indent=2) + "\n")
+    return images.at(np.sort(first))
 
 
-def _image_digests(batch: Batch) -> dict[int, str]:
-    """Sample id -> digest of the image and its label."""
-    labels, images = batch.labels.tolist(), batch.images.cpu()
-    return {
-        i: _digest((torch.tensor(label), image))
-        for i, label, image in zip(batch.ids.tolist(), labels, images, strict=True)
-    }
+def _device_of(target: Any) -> torch.device:
+    if isinstance(target, nn.Module):
+        for tensors in (target.parameters(), target.buffers()):
+            for tensor in tensors:
+                return tensor.device
+    return torch.device("cpu")
 
 
-def _refuse_other_images(out: Path, first: Batch, records: _Records) -> None:
-    """Do not replace the records of other images: at least one of the first batch must be as it was."""
-    digests = _image_digests(first)
-    earlier = [row for cell in records.rows.values() for row in cell.values()]
-    # The first version kept no digests: its records are computed again.
-    if any("image" in row for row in earlier) and not any(digests.get(row["id"]) == row["image"] for row in earlier):
-        raise ValueError(
-            f"{out} holds an evaluation of other images, or of images from another loader, whose pixels are not quite "
-            "the same: choose another folder"
-        )
-
-
-class _Records:
-    """records.jsonl: one line per (defense, attack, image), appended batch by batch."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-        if file.exists():
-            for row in read_json_lines(file, RECORD):
-                self._add(row)
-            # The file is rewritten without half a line at the end: the next record would be appended to it.
-            with atomic_write(file) as staged:
-                staged.write_text(
-                    "".join(json.dumps(row) + "\n" for cell in self.rows.values() for row in cell.values())
-                )
-
-    def _add(self, row: dict[str, Any]) -> None:
-        self.rows.setdefault((row["defense"], row["attack"]), {})[row["id"]] = row
-
-    def cell(self, name: str, attack: str) -> dict[int, dict[str, Any]]:
-        return self.rows.get((name, attack), {})
-
-    def restrict(self, images: Mapping[int, str]) -> list[str]:
-        """Forget, in memory, images that are not among these; ids of those with records of another image."""
-        self.rows = {place: {i: row for i, row in cell.items() if i in images} for place, cell in self.rows.items()}
-        return [
-            str(i) for i in images if any(cell[i]["image"] != images[i] for cell in self.rows.values() if i in cell)
-        ]
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        append_text(self.file, "".join(json.dumps(row) + "\n" for row in rows))
-        for row in rows:
-            self._add(row)
+def _draws_of(target: Any) -> int:
+    """Rows of seeds for one answer of a target."""
+    return int(getattr(target, "draws", 1))
 
 
 @torch.no_grad()
-def _predict(defense: De3, pixels: Tensor, seeds: Tensor, ids: Tensor, max_batch: int) -> Tensor:
-    """Predictions (draws, B) for seeds (draws * defense.draws, B), in passes of at most max_batch images."""
+def _predict(target: Any, pixels: Tensor, seeds: Tensor, ids: Tensor, max_batch: int) -> Tensor:
+    """Predictions (draws, B) for seeds (draws * n, B), one draw where the target is not random.
+
+    At most max_batch images go through the networks in one pass.
+    """
+    draws = _draws_of(target)
 
     def predict(part: Tensor) -> Tensor:
-        logits = defense.draw_logits(pixels, part)
-        check_logits(logits, ids)
-        return logits.argmax(dim=-1)
+        blocks = []
+        images = max(1, max_batch // len(part))
+        for first in range(0, len(pixels), images):
+            rows = slice(first, first + images)
+            logits = target.draw_logits(pixels[rows], part[:, rows])
+            check_logits(logits, ids[rows])
+            blocks.append(logits.argmax(dim=-1))
+        return torch.cat(blocks, dim=1)
 
-    if not defense.is_random:
-        return predict(seeds[: defense.draws]).expand(len(seeds) // defense.draws, -1)
-    block = max(1, max_batch // (len(pixels) * defense.draws)) * defense.draws
+    if not target.is_random:
+        return predict(seeds[:draws])
+    block = max(1, max_batch // (len(pixels) * draws)) * draws
     return torch.cat([predict(part) for part in seeds.split(block)])
 
 
-def _evaluate_cell(
-    name: str,
-    defense: De3,
-    attack: Attack | None,
-    text: str,
-    loader: Loader,
-    settings: EvaluationSettings,
-    out: Path,
-    records: _Records,
-    after_part: Callable[[int], None],
-) -> tuple[dict[int, str], set[int]]:
-    """One cell. Returns the digest of every image by its id, and the ids of those that were evaluated anew.
+class _Attacked(NamedTuple):
+    """What an attack has said, in one form: see `AttackMethod.run`."""
 
-    After each pass `after_part` is called with the number of images so far.
+    pixels: Tensor
+    flags: Array
+    gradients: Array
+
+
+class _Work:
+    """What one process computes: which rows lack which images, and the records of these.
+
+    Args:
+        rows: all.
+        loader: of the images.
+        own: the images of this process.
+        settings: of the evaluation.
+        out: its folder.
+        records: of this process.
+        console: for progress.
+        stop: request to stop.
+        ranks: the processes.
     """
-    device = _device_of(defense)
-    file = _examples_file(out, name, attack)
-    seen: dict[int, str] = {}
-    stale: set[int] = set()
-    # The attack's passes hold eot draws of every image, each of them the defense's own draws.
-    eot = attack.eot if attack and defense.is_random else 1
-    rows = max(1, settings.max_batch // (eot * defense.draws))
-    shown = _shown(file)
-    wanted = 0 if shown else settings.examples
-    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for padded in loader.epoch(0):
-        batch = padded.counted()
-        digests = _image_digests(batch)
-        seen |= digests
-        # Records of these very images; those of the first version do not say of what they are.
-        done = {i for i in digests if records.cell(name, text).get(i, {}).get("image") == digests[i]}
-        stale |= {i for i in digests if i not in done and i in records.cell(name, text)}
-        for part in range(0, len(batch.ids), rows):
-            chosen = slice(part, part + rows)
-            missing = sum(len(item[0]) for item in found) < wanted
-            open_ids = torch.tensor([int(i) not in done or missing for i in batch.ids[chosen]])
-            if not open_ids.any():
-                continue
-            ids, labels = batch.ids[chosen][open_ids].to(device), batch.labels[chosen][open_ids].to(device)
-            clean = batch.images[chosen][open_ids].to(device).permute(0, 3, 1, 2).float() / 255
-            pixels, zero, bad = clean, torch.zeros_like(ids), torch.zeros_like(ids)
-            if attack is not None:
-                pixels, zero, bad, _ = attack.run(defense, clean, labels, ids, settings.seed)
-            confirmation = defense.seeds(settings.seed, Domain.CONFIRMATION, ids, settings.score_draws)
-            fresh = defense.seeds(settings.seed, Domain.SCORE, ids, settings.score_draws)
-            try:
-                confirmed = _predict(defense, pixels, confirmation, ids, settings.max_batch)
-                scored = _predict(defense, pixels, fresh, ids, settings.max_batch)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{name} under {text}: {error}") from error
-            missed = (confirmed != labels).sum(dim=0).tolist()
-            records.append(
-                [
-                    {
-                        "defense": name,
-                        "attack": text,
-                        "id": int(ids[row]),
-                        "label": int(labels[row]),
-                        "image": digests[int(ids[row])],
-                        "missed": missed[row],
-                        "predictions": scored[:, row].tolist(),
-                        "zero_gradients": int(zero[row]),
-                        "bad_gradients": int(bad[row]),
-                    }
-                    for row in range(len(ids))
-                    if int(ids[row]) not in done  # else the image is attacked again for the gallery alone
-                ]
+
+    def __init__(
+        self,
+        rows: Sequence[_Row],
+        loader: Loader,
+        own: Images,
+        settings: EvaluationSettings,
+        out: Path,
+        records: Records,
+        console: Console,
+        stop: StopRequest,
+        ranks: Ranks,
+    ) -> None:
+        self.rows, self.loader, self.own, self.settings, self.out = rows, loader, own, settings, out
+        self.records, self.console, self.stop, self.ranks = records, console, stop, ranks
+        self.lacking: list[Array] = []
+        self.gallery: list[_Gallery] = []
+        self.batches: Iterator[tuple[int, Batch]] = iter(())
+        # By defense, where memory has not sufficed: images in a pass.
+        self.limits: dict[str, int] = {}
+
+    def say(self, text: str) -> None:
+        """Print a line of progress."""
+        self.console.print(f"evaluating: {text}", markup=False, soft_wrap=True)
+
+    def _plan(self) -> None:
+        """Find out what has no record, and which galleries do not show the first images."""
+        changed: set[int] = set()
+        shown = self.own.at(np.arange(min(self.settings.examples, len(self.own)))) if self.ranks.is_first else None
+        for row in self.rows:
+            known = self.records.is_random(row.target_key)
+            if isinstance(row.target, ModuleTarget) and not row.target.is_known and known is not None:
+                row.target.is_random = known
+            columns = self.records.cell(row.key)
+            confirmed = row.confirms and known is not False
+            lacking = columns.find(self.own.digests, confirmed=confirmed) < 0
+            again = lacking & (columns.find(self.own.digests) >= 0)
+            if again.any():
+                radius = radius_text(row.radius[1]) if row.radius else ""
+                self.say(
+                    f"{again.sum()} images of {row.name} are attacked again with {row.text}: another attack of radius "
+                    f"{radius} calls for confirmation draws, and they had none"
+                )
+            changed |= set(self.own.ids[lacking & ~again & np.isin(self.own.ids, columns.ids)].tolist())
+            self.lacking.append(lacking)
+            self.gallery.append(_Gallery(self.out, row, shown))
+        if changed:
+            self.say(
+                f"{len(changed)} of {len(self.own)} images or their labels have changed since they were evaluated; "
+                "what is known of them is computed again"
             )
-            if missing:
-                found.append((clean.cpu(), pixels.cpu(), labels.cpu(), ids.cpu()))
-            after_part(len(seen) - len(batch.ids) + min(part + rows, len(batch.ids)))
-    if wanted and found:
-        clean, attacked, labels, ids = (torch.cat(parts)[:wanted] for parts in zip(*found, strict=True))
-        _save_examples(file, defense, clean, attacked, labels, ids, [*seen.values()][:wanted], settings.seed, device)
-    elif shown and shown != [*seen.values()][: settings.examples]:  # other images come first now
-        file.unlink()
-        _evaluate_cell(name, defense, attack, text, loader, settings, out, records, after_part)
-    return seen, stale
+
+    def _wanted(self) -> list[Array]:
+        """By row, the images that are attacked: those that lack a record or are lacking in the gallery."""
+        wanted = []
+        for lacking, gallery in zip(self.lacking, self.gallery, strict=True):
+            rows = lacking.copy()
+            rows[: gallery.wanted] = True
+            wanted.append(rows)
+        return wanted
+
+    def examine(self, images: Images, classes: Sequence[str]) -> None:
+        """Look at every defense that will compute something, on one batch, before anything is computed.
+
+        All ranks must come here: what one of them finds random is random for all.
+
+        Args:
+            images: those of all ranks.
+            classes: names, may be empty.
+        """
+        counts: dict[str, int] = {}
+        random: dict[str, bool] = {}
+        with self.ranks.together():
+            self._plan()
+            below = images.labels < 0
+            if below.any():
+                raise ValueError(
+                    f"labels must be class numbers from 0 on, got {int(images.labels[below][0])} of sample id "
+                    f"{int(images.ids[below][0])}"
+                )
+            busy = {row.name for row, rows in zip(self.rows, self._wanted(), strict=True) if rows.any()}
+            self.batches = batches_of(self.loader, np.unique(self.own.steps[np.any(self._wanted(), axis=0)]))
+            if (first := next(self.batches, None)) is not None:
+                self.batches = chain([first], self.batches)
+                counts, random = self._look(first[1], busy)
+        for other_counts, other_random in self.ranks.gather((counts, random)):
+            counts = {**other_counts, **counts}
+            random = {
+                name: random.get(name, False) or other_random.get(name, False) for name in {*random, *other_random}
+            }
+        for row in self.rows:
+            if row.name in random:
+                row.target.is_random = random[row.name]
+        _check_classes(counts, images, classes)
+
+    @torch.no_grad()
+    def _look(self, batch: Batch, names: set[str]) -> tuple[dict[str, int], dict[str, bool]]:
+        """Number of classes by defense, and whether those draw of which that is not known."""
+        counts: dict[str, int] = {}
+        random: dict[str, bool] = {}
+        few = _at(batch, np.arange(min(2, len(batch.ids))))
+        if not len(few.ids):  # none of them could be read
+            return counts, random
+        for name, target in {row.name: row.target for row in self.rows if row.name in names}.items():
+            pixels, ids = pixels_of(few, _device_of(target)), few.ids.to(_device_of(target))
+            try:
+                if isinstance(target, ModuleTarget) and not target.is_known:
+                    random[name] = target.probe(pixels)
+                logits = target.draw_logits(pixels, target.seeds(self.settings.seed, Domain.SELECTION, ids, 1))
+            except RuntimeError as error:
+                if _is_out_of_memory(error):
+                    raise
+                raise ValueError(f"{name} does not take pixels of shape {tuple(pixels.shape)}: {error}") from error
+            if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
+                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"{name}: one draw must give logits (1, {len(ids)}, K), got {shape}")
+            counts[name] = logits.shape[-1]
+        return counts, random
+
+    def run(self) -> None:
+        """Compute what is lacking, batch by batch, each batch under all rows that lack some of it.
+
+        Raises:
+            ValueError: an image has changed since it was identified.
+        """
+        wanted, total, done = self._wanted(), int(np.sum(self.lacking)), 0
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}", markup=False),
+        )
+        has_bar = self.console.is_terminal or self.console.is_jupyter
+        started, lines = time.perf_counter(), LineClock()
+        with Progress(*columns, console=self.console, disable=not has_bar) as bar:
+            task = bar.add_task("evaluating", total=total, state="")
+            for step, batch in self.batches:
+                places, open_batch = self._opened(step, batch, np.any(wanted, axis=0))
+                for number, row in enumerate(self.rows):
+                    chosen = np.flatnonzero(wanted[number][places])
+                    for count in self._compute(number, _at(open_batch, chosen), places[chosen]):
+                        done += count
+                        where = f"{row.name} under {row.text}"
+                        bar.update(task, completed=done, state=where)
+                        if not has_bar and lines.due():
+                            self.say(f"{done}/{total} records  {where}")
+                        self.stop.heed()
+            for gallery in self.gallery:
+                gallery.finish()
+            bar.update(task, completed=done, state="")
+        self.say(f"{done}/{total} records  in {clock_text(time.perf_counter() - started)}")
+
+    def _opened(self, step: int, batch: Batch, wanted: Array) -> tuple[Array, Batch]:
+        """The images of a batch that some row wants: where they are among those of this process, and the images."""
+        first, last = np.searchsorted(self.own.steps, [step, step + 1])
+        place = dict(zip(self.own.ids[first:last].tolist(), range(first, last), strict=True))
+        found = np.array([place.get(sample, -1) for sample in batch.ids.tolist()], np.int64)
+        rows = np.flatnonzero((found >= 0) & wanted[found])
+        places, chosen = found[rows], _at(batch, rows)
+        same = same_again(self.loader, self.own.at(places), chosen)
+        moved = [str(i) for i in (*batch.ids[found < 0].tolist(), *chosen.ids[~torch.from_numpy(same)].tolist())]
+        # In the place of an image that cannot be read, a loader may give one of another batch.
+        if moved and not (same.all() and isinstance(self.loader, PlannedLoader)):
+            raise ValueError(
+                f"{len(moved)} images have changed while they were evaluated (sample ids {first_words(moved)}), or the "
+                "data come in another order each time: the same call evaluates them again"
+            )
+        return places, chosen
+
+    def _compute(self, number: int, batch: Batch, places: Array) -> Iterator[int]:
+        """Attack and score images under one row, pass by pass; yields the number of new records after each."""
+        row, settings = self.rows[number], self.settings
+        target, device = row.target, _device_of(row.target)
+        draws = _draws_of(target)
+        each = draws * (int(getattr(row.attack, "eot", 1)) if row.attack is not None and target.is_random else 1)
+        first = 0
+        while first < len(places):
+            limit = self.limits.get(row.name, settings.max_batch)
+            whole = row.attack is not None and _takes_max_batch(row.attack)
+            part = np.arange(first, min(len(places), first + (len(places) if whole else max(1, limit // each))))
+            failure: Exception | None = None
+            try:
+                count = self._pass(number, _at(batch, part), places[part], device, limit)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # which would keep the tensors
+            if failure is None:
+                first += len(part)
+                yield count
+                continue
+            used = min(limit, len(part) * max(each, settings.score_draws * draws if target.is_random else 1))
+            if used <= 1:
+                raise MemoryError(
+                    f"{row.name} under {row.text}: the passes of one image do not fit into memory ({failure}); take a "
+                    "smaller eot, another precision, or a device with more memory"
+                ) from failure
+            self.limits[row.name] = used // 2
+            self.say(f"out of memory for {row.name} under {row.text}: from now on at most {used // 2} images in a pass")
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _pass(self, number: int, batch: Batch, places: Array, device: torch.device, limit: int) -> int:
+        """Attack and score some images, append their records, and return how many."""
+        row, settings = self.rows[number], self.settings
+        target = row.target
+        clean, labels, ids = pixels_of(batch, device), batch.labels.to(device), batch.ids.to(device)
+        attacked = _attack(row, clean, labels, ids, settings.seed, limit)
+        # The others are attacked again for the gallery alone.
+        new = np.flatnonzero(self.lacking[number][places])
+        if len(new):
+            rows = torch.from_numpy(new).to(device)
+            pixels, sample, truth = attacked.pixels[rows], ids[rows], labels[rows]
+
+            def predict(domain: Domain) -> Tensor:
+                seeds = target.seeds(settings.seed, domain, sample, settings.score_draws)
+                return _predict(target, pixels, seeds, sample, limit)
+
+            try:
+                missed = np.full(len(new), -1)
+                if row.confirms and target.is_random:
+                    missed = (predict(Domain.CONFIRMATION) != truth).sum(dim=0).cpu().numpy()
+                predictions = predict(Domain.SCORE).T.cpu().numpy()
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{row.name} under {row.text}: {error}") from error
+            block = RecordColumns(
+                self.own.digests[places[new]],
+                self.own.ids[places[new]],
+                self.own.labels[places[new]],
+                predictions,
+                missed,
+                attacked.flags[new],
+                attacked.gradients[new],
+            )
+            names = (row.name, row.text)
+            self.records.append(row.key, row.target_key, bool(target.is_random), names, block)
+        self.gallery[number].add(places, clean, attacked.pixels, labels, ids, settings.seed)
+        return len(new)
 
 
-def _examples_file(out: Path, name: str, attack: Attack | None) -> Path:
-    text = f"{name} {CLEAN if attack is None else attack}"
-    return out / "examples" / f"{quote(os.fsencode(text), safe=' ,=')}.safetensors"
+def _at(batch: Batch, rows: Array) -> Batch:
+    chosen = torch.from_numpy(rows)
+    return Batch(
+        batch.images[chosen.to(batch.images.device)], batch.labels[chosen.to(batch.labels.device)], batch.ids[chosen]
+    )
 
 
-@torch.no_grad()
-def _save_examples(
-    file: Path,
-    defense: De3,
-    clean: Tensor,
-    attacked: Tensor,
-    labels: Tensor,
-    ids: Tensor,
-    digests: Sequence[str],
-    seed: int,
-    device: torch.device,
-) -> None:
-    seeds = defense.seeds(seed, Domain.SCORE, ids.to(device), 1)[: defense.draws]
-    pixels = attacked.to(device)
-    tensors = {
-        "clean": clean,
-        "attacked": attacked,
-        "noisy": defense.degraded(pixels, seeds[0]).cpu(),
-        "denoised": defense.denoise(pixels, seeds=seeds[0]).cpu(),
-        "labels": labels,
-        "clean_predictions": defense.draw_logits(clean.to(device), seeds)[0].argmax(dim=-1).cpu(),
-        "predictions": defense.draw_logits(pixels, seeds)[0].argmax(dim=-1).cpu(),
-    }
-    with atomic_write(file) as staged:
-        whole = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-        save_file(whole, staged, metadata={"images": json.dumps(digests)})
+def _takes_max_batch(attack: AttackMethod) -> bool:
+    """Whether an attack itself cuts a batch into passes of bounded memory."""
+    return "max_batch" in inspect.signature(attack.run).parameters
 
 
-def _shown(file: Path) -> list[str]:
-    """Digests of the images in a gallery; none where there is no gallery, or one that does not say what it shows."""
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch's allocator for the CPU, and cuBLAS and cuDNN where the memory of a GPU is full.
+    return any(words in str(error) for words in ("can't allocate memory", "not enough memory", "ALLOC_FAILED"))
+
+
+def _check_classes(counts: Mapping[str, int], images: Images, classes: Sequence[str]) -> None:
+    """Check numbers of classes, by defense, against each other, labels and names."""
+    for name, count in counts.items():
+        wrong = images.labels >= count
+        if wrong.any():
+            raise ValueError(
+                f"{name} has {count} classes, and {int(wrong.sum())} of {len(images)} labels are none of them, such as "
+                f"{int(images.labels[wrong][0])} of sample id {int(images.ids[wrong][0])}: labels must be from 0 to "
+                f"{count - 1}, numbered as the outputs of the model"
+            )
+        if classes and len(classes) != count:
+            raise ValueError(
+                f"{name} has {count} classes, and {len(classes)} names of classes are given: it is a model for other "
+                "data, or these are other names"
+            )
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        raise ValueError(f"defenses that are compared must have the same classes, got {listed}")
+
+
+def _attack(row: _Row, clean: Tensor, labels: Tensor, ids: Tensor, seed: int, limit: int) -> _Attacked:
+    """The candidates for clean images (B, C, H, W).
+
+    Raises:
+        ValueError: the attack returns something else, or pixels outside of [0, 1].
+    """
+    count = len(clean)
+    if row.attack is None:
+        return _Attacked(clean, np.zeros(count, np.uint8), np.zeros(count, np.int64))
+    options = {"max_batch": limit} if _takes_max_batch(row.attack) else {}
+    if isinstance(row.attack, Attack):
+        found = row.attack.run(row.target, clean, labels, ids, seed, **options)
+    else:
+        # It may draw from the generators of the process, or seed them.
+        start = int(derive_seeds(seed, Domain.ATTACK, ids[:1])[0])
+        with keyed_generators(start, clean.device):
+            found = row.attack.run(row.target, clean, labels, ids, seed, **options)
+    pixels = found if isinstance(found, Tensor) else getattr(found, "pixels", None)
+    if not isinstance(pixels, Tensor) or pixels.shape != clean.shape:
+        shape = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(found).__name__
+        raise ValueError(f"{row.text} must return pixels {tuple(clean.shape)}, got {shape}")
+    pixels = pixels.detach().to(clean.device, clean.dtype)
+    try:
+        check_pixels(pixels)
+    except ValueError as error:
+        raise ValueError(f"{row.text} on {row.name} returned images that are none: {error}") from error
+
+    def column(name: str, missing: int) -> Array:
+        values = getattr(found, name, None)
+        return np.full(count, missing) if values is None else values.cpu().numpy().astype(np.int64)
+
+    flags = RecordColumns.ZERO_GRADIENT * column("zero_gradients", 0) + RecordColumns.BAD_GRADIENT * column(
+        "bad_gradients", 0
+    )
+    return _Attacked(pixels, flags.astype(np.uint8), column("gradients", -1))
+
+
+class _Gallery:
+    """The first images under one row, as a file.
+
+    Args:
+        out: folder of the evaluation.
+        row: one defense under one attack.
+        images: that are to be shown; None where another process shows them.
+
+    Attributes:
+        wanted: number of images that have to be attacked for it; 0 where the file shows them.
+    """
+
+    def __init__(self, out: Path, row: _Row, images: Images | None) -> None:
+        self.file, self.row, self.images = _gallery_file(out, row), row, images
+        shows = [] if images is None else [words.tobytes().hex() for words in images.digests]
+        # One entry: safetensors writes several in any order.
+        self.header = {"records": json.dumps([row.key.hex(), *shows])}
+        self.wanted = 0 if images is None or _shown(self.file) == self.header else len(images)
+        self.seed = 0
+        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def add(self, places: Array, clean: Tensor, attacked: Tensor, labels: Tensor, ids: Tensor, seed: int) -> None:
+        """Take those images that it shows, by their places among the images of this process."""
+        rows = torch.from_numpy(np.flatnonzero(places < self.wanted)).to(clean.device)
+        if len(rows):
+            self.seed = seed
+            self.parts.append((clean[rows], attacked[rows], labels[rows], ids[rows]))
+            if sum(len(part[0]) for part in self.parts) == self.wanted:
+                self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Write the images that there are, if they are not written."""
+        if not self.parts:
+            return
+        clean, attacked, labels, ids = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
+        self.parts.clear()
+        target = self.row.target
+        seeds = target.seeds(self.seed, Domain.SCORE, ids, 1)
+        stages = (attacked, attacked)
+        if isinstance(target, De3):
+            stages = (target.degraded(attacked, seeds[0]), target.denoise(attacked, seeds=seeds[0]))
+        tensors = {
+            "clean": clean,
+            "attacked": attacked,
+            "noisy": stages[0],
+            "denoised": stages[1],
+            "labels": labels,
+            "clean_predictions": target.draw_logits(clean, seeds)[0].argmax(dim=-1),
+            "predictions": target.draw_logits(attacked, seeds)[0].argmax(dim=-1),
+        }
+        with atomic_write(self.file) as staged:
+            whole = {key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+            save_file(whole, staged, metadata=self.header)
+
+
+def _gallery_file(out: Path, row: _Row) -> Path:
+    name = quote(os.fsencode(f"{row.name} {row.text}"), safe=" ,=")
+    if len(name) > LONGEST_NAME:
+        # Names that differ further on must not share a file.
+        name = f"{name[:LONGEST_NAME]}-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
+    return out / "examples" / f"{name}.safetensors"
+
+
+def _shown(file: Path) -> dict[str, str] | None:
+    """The header of a gallery; None where there is no gallery, or one that does not say what it shows."""
     if not file.exists():
-        return []
+        return None
     try:
         with safe_open(file, framework="pt") as content:
             names, header = set(content.keys()), content.metadata() or {}
-        digests: list[str] = json.loads(header.get("images", "[]"))
     except (SafetensorError, ValueError) as error:
         warnings.warn(f"the gallery {file} is damaged, and is made again: {error}", stacklevel=2)
-        return []
+        return None
     if names != {field.name for field in fields(Examples)}:
         warnings.warn(f"the gallery {file} holds something else, and is made again", stacklevel=2)
-        return []
-    return digests
+        return None
+    return header
 
 
-def _load_examples(out: Path, name: str, attack: Attack | None) -> Examples:
-    return Examples(**load_file(_examples_file(out, name, attack)))
+def _load_gallery(out: Path, rows: Sequence[_Row]) -> dict[tuple[str, str], Examples]:
+    files = {(row.name, row.text): _gallery_file(out, row) for row in rows}
+    return {place: Examples(**load_file(file)) for place, file in files.items() if file.exists()}
 
 
-def _cells(defenses: Mapping[str, De3], attacks: Sequence[Attack | None], records: _Records) -> tuple[Cell, ...]:
+class _Found(NamedTuple):
+    """The records of the images that have one in every row, in the order of their ids.
+
+    Attributes:
+        images: N of them.
+        predictions: by defense and attack, uint16 (N, R), or (N, 1) of a defense that is not random.
+        missed: by defense and attack, int (N,), confirmation draws; -1 where none were made.
+        flags: by defense and attack, uint8 (N,), see `RecordColumns`.
+    """
+
+    images: Images
+    predictions: dict[tuple[str, str], Array]
+    missed: dict[tuple[str, str], Array]
+    flags: dict[tuple[str, str], Array]
+
+    @classmethod
+    def of(cls, rows: Sequence[_Row], records: Records, images: Images) -> _Found:
+        """Read them."""
+        images = images.at(np.argsort(images.ids))
+        columns, places = {}, {}
+        for row in rows:
+            cell = columns[row.name, row.text] = records.cell(row.key)
+            confirmed = row.confirms and records.is_random(row.target_key) is not False
+            places[row.name, row.text] = cell.find(images.digests, confirmed=confirmed)
+        # Rows must have the same images: one whose file is lost during the evaluation has records in some rows only.
+        whole = np.all([place >= 0 for place in places.values()], axis=0)
+        found = {key: cell.at(places[key][whole]) for key, cell in columns.items()}
+        return cls(
+            images.at(whole),
+            {key: cell.predictions for key, cell in found.items()},
+            {key: cell.missed for key, cell in found.items()},
+            {key: cell.flags for key, cell in found.items()},
+        )
+
+
+def _cells(rows: Sequence[_Row], found: _Found, settings: EvaluationSettings) -> tuple[Cell, ...]:
     """Scores of every defense under every attack, then under the worst attack of every radius."""
-    by_radius: dict[float, list[str]] = {}
-    for attack in attacks:
-        if attack is not None:
-            by_radius.setdefault(attack.epsilon, []).append(str(attack))
-    columns: list[tuple[str, float | None, list[str]]] = [
-        (CLEAN if attack is None else str(attack), None if attack is None else attack.epsilon, []) for attack in attacks
-    ]
-    for radius, names in by_radius.items():
-        if len(names) > 1:
-            columns.append((f"{WORST} {radius_text(radius)}", radius, names))
-    ids = sorted(records.cell(next(iter(defenses)), CLEAN))
+    labels, draws = found.images.labels, settings.score_draws
+    by_name: dict[str, list[_Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.name, []).append(row)
     cells: list[Cell] = []
-    reference: dict[str, np.ndarray[Any, Any]] = {}
-    for name, defense in defenses.items():
-        for text, epsilon, candidates in columns:
-            rows = [records.cell(name, candidate) for candidate in candidates or [text]]
-            rows.sort(key=lambda cell: -sum(cell[i]["missed"] for i in ids))
-            # max takes the first of equal ones: the attack that misleads most draws of all images.
-            worst = [max((row[i] for row in rows), key=lambda record: record["missed"]) for i in ids]
-            predictions = np.array([record["predictions"] for record in worst])
-            labels = np.array([record["label"] for record in worst])
-            shares = (predictions == labels[:, None]).mean(axis=1)
+    reference: dict[str, Array] = {}
+    for name, own in by_name.items():
+        target = own[0].target
+        predictions = {
+            row.text: np.broadcast_to(found.predictions[name, row.text], (len(labels), draws)) for row in own
+        }
+        columns = [(row.text, None if row.radius is None else row.radius[1], predictions[row.text]) for row in own]
+        for radius in dict.fromkeys(row.radius for row in own if row.confirms):
+            assert radius is not None
+            candidates = [row.text for row in own if row.radius == radius]
+            missed = {text: _missed(found, name, text, labels, draws) for text in candidates}
+            # argmax takes the first of equal ones: the attack that misleads most draws of all images.
+            candidates.sort(key=lambda text: -missed[text].sum())
+            worst = np.argmax([missed[text] for text in candidates], axis=0)
+            chosen = np.empty((len(labels), draws), np.uint16)
+            for place, text in enumerate(candidates):
+                chosen[worst == place] = predictions[text][worst == place]
+            norm = "" if radius[0] == "linf" else f"{radius[0]} "
+            columns.append((f"{WORST} {norm}{radius_text(radius[1])}", radius[1], chosen))
+        sigma = getattr(target, "sigma", None)
+        case = str(getattr(target, "case", ModuleTarget.case))
+        for text, epsilon, classes in columns:
+            shares = (classes == labels[:, None]).mean(axis=1)
             first = reference.setdefault(text, shares)
             cells.append(
                 Cell(
                     name,
-                    defense.sigma,
-                    defense.is_frozen,
-                    "undefended" if defense.sigma is None else defense.case,
+                    sigma,
+                    bool(getattr(target, "is_frozen", False)),
+                    "undefended" if isinstance(target, De3) and sigma is None else case,
                     text,
                     epsilon,
-                    score(predictions, labels),
-                    None if first is shares or len(ids) < 2 else paired_difference(shares, first),
+                    score(classes, labels),
+                    None if first is shares or len(labels) < 2 else paired_difference(shares, first),
                 )
             )
     return tuple(cells)
 
 
-def _health(defenses: Mapping[str, De3], cells: Sequence[Cell], records: _Records) -> list[str]:
+def _missed(found: _Found, name: str, text: str, labels: Array, draws: int) -> Array:
+    """Confirmation draws that miss, int (N,): of a defense that is not random, all or none, as its answer is."""
+    missed, predictions = found.missed[name, text], found.predictions[name, text]
+    return np.where(missed < 0, draws * (predictions[:, 0] != labels), missed)
+
+
+def _health(rows: Sequence[_Row], found: _Found, cells: Sequence[Cell], fingerprints: Fingerprints) -> list[str]:
     """Warnings of the checks that tell a failed attack from a robust defense (docs/method.md, "Health checks")."""
+    targets = {row.name: row.target for row in rows}
     notes = []
-    for (name, text), rows in records.rows.items():
-        zero = sum(row["zero_gradients"] for row in rows.values())
-        bad = sum(row["bad_gradients"] for row in rows.values())
-        if bad or zero > len(rows) / 20:
+    for name, target in targets.items():
+        if hint := normalisation_hint(target):
+            notes.append(f"{name}: {hint}")
+    count = len(found.images)
+    for (name, text), flags in found.flags.items():
+        zero = int(np.count_nonzero(flags & RecordColumns.ZERO_GRADIENT))
+        bad = int(np.count_nonzero(flags & RecordColumns.BAD_GRADIENT))
+        if bad or zero > count / 20:
             notes.append(
                 f"{name} under {text}: the gradient was zero at some step for {zero} and not finite for {bad} of "
-                f"{len(rows)} images; the attack is weaker than it looks (docs/method.md, health checks)"
+                f"{count} images; the attack is weaker than it looks (docs/method.md, health checks)"
             )
     by_place = {(cell.defense, cell.attack): cell for cell in cells}
-    attacks = dict.fromkeys(cell.attack for cell in cells if cell.epsilon is not None)
-    for name, frozen in defenses.items():
-        for other, random in defenses.items():
-            alike = (frozen.case, frozen.sigma, frozen.mask_ratio) == (random.case, random.sigma, random.mask_ratio)
-            if not frozen.is_frozen or random.is_frozen or not alike:
+    attacks = dict.fromkeys(cell.attack for cell in cells if cell.attack != CLEAN)
+    for name, frozen in targets.items():
+        for other, random in targets.items():
+            if not _is_frozen_twin(frozen, random, fingerprints):
                 continue
             pairs = {text: (by_place[name, text].scores.mean, by_place[other, text].scores.mean) for text in attacks}
             below = [f"{text}: {a} against {b}" for text, (a, b) in pairs.items() if a.high < b.low]
@@ -598,3 +980,14 @@ def _health(defenses: Mapping[str, De3], cells: Sequence[Cell], records: _Record
                     "not denoising, carries the difference (docs/method.md, health checks)"
                 )
     return notes
+
+
+def _is_frozen_twin(frozen: Any, random: Any, fingerprints: Fingerprints) -> bool:
+    """Whether two defenses differ in nothing but that the noise of the first is fixed."""
+    if not (isinstance(frozen, De3) and isinstance(random, De3) and frozen.is_frozen and not random.is_frozen):
+        return False
+    settings = ("case", "sigma", "mask_ratio", "draws", "aggregate")
+    return all(getattr(frozen, key) == getattr(random, key) for key in settings) and all(
+        fingerprints.of(getattr(frozen, key)) == fingerprints.of(getattr(random, key))
+        for key in ("classifier", "denoiser")
+    )

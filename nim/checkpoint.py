@@ -75,7 +75,7 @@ model = {{ kind }}.from_pretrained("owner/name")  # or a folder, or the name of 
 
 Pixels are given in [0, 1]. Method: {{ paper_url }}
 """
-# Names of entries that earlier versions wrote into config.json, run.json and evaluation.json: today's names.
+# Names of entries that earlier versions wrote into config.json and run.json: today's names.
 OLD_NAMES = {
     "image_size": "img_size",
     "width": "embed_dim",
@@ -85,7 +85,6 @@ OLD_NAMES = {
     "pool": "global_pool",
     "norm_pix": "target",
     "images": "trained_on",
-    "draws": "score_draws",
 }
 
 
@@ -390,7 +389,7 @@ def as_numbers(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: s
 
 
 def with_todays_names(entries: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The entries of a config.json, run.json or evaluation.json with today's names, whatever version wrote the file.
+    """The entries of a config.json or run.json with today's names, whatever version wrote the file.
 
     Args:
         entries: by name, as read.

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from denim.nim.checkpoint import Pretrained
 from denim.nim.data import Batch, Loader, PlannedLoader, Source, TrainView, open_loader
-from denim.nim.owner import owned
+from denim.nim.owner import owned_by_first
 from denim.nim.parallel import alone, distribute, whole, without_sync
 from denim.nim.precision import autocast, resolve_precision, tf32_products
 from denim.nim.prefetch import Inputs, prefetched
@@ -374,16 +374,6 @@ def _naming_last_finite(run: Path) -> Iterator[None]:
         raise FloatingPointError(f"{error}; {kept}; {advice}") from error
 
 
-@contextmanager
-def _owned_by_first(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Inside, rank 0 alone writes to the folder."""
-    with ExitStack() as stack:
-        with ranks.together():
-            if ranks.is_first:
-                stack.enter_context(owned(folder))
-        yield
-
-
 def train(
     config: TrainConfig,
     task: Task,
@@ -426,7 +416,7 @@ def train(
             f"{passes} of an update: take a smaller batch_size"
         )
     kept = f"{config.out} has a checkpoint of the last whole update: the same command with --resume goes on there"
-    with _owned_by_first(config.out, ranks), stop_requests(kept) as stop:
+    with owned_by_first(config.out, ranks), stop_requests(kept) as stop:
         checkpoint = None
         with ranks.together():
             if ranks.is_first:

@@ -10,11 +10,14 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from denim.nim.files import DamagedFileError, WriteError, check_path, parse_json, process_has_ended, sweep
 
-__all__ = ["LOCK_FILE", "OwnedError", "is_owned", "owned"]
+if TYPE_CHECKING:
+    from denim.nim.ranks import Ranks
+
+__all__ = ["LOCK_FILE", "OwnedError", "is_owned", "owned", "owned_by_first"]
 
 LOCK_FILE = ".owner.json"
 _handles: set[int] = set()
@@ -65,6 +68,24 @@ def owned(folder: Path) -> Iterator[None]:
         if is_new:
             with contextlib.suppress(OSError):  # it has content
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def owned_by_first(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, the processes of one job alone write to a folder: rank 0 holds the lock for all (see `owned`).
+
+    Args:
+        folder: see `owned`.
+        ranks: the processes of the job.
+
+    Raises:
+        RankError: on the other ranks, where rank 0 does not get the folder; there, see `owned`.
+    """
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_first:
+                stack.enter_context(owned(folder))
+        yield
 
 
 def is_owned(folder: Path) -> bool:

@@ -75,9 +75,9 @@ def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_pat
     assert {cell["defense"] for cell in results["cells"]} == {"defense off", "sigma 0", "sigma 70", "sigma 70 frozen"}
     assert all(cell["scores"]["num_images"] == 12 for cell in results["cells"])
     assert (tmp_path / "ev" / "tradeoff.png").stat().st_size > 5000
-    before = (tmp_path / "ev" / "records.jsonl").read_bytes()
+    before = (tmp_path / "ev" / "records.sqlite").read_bytes()
     denim(*words)
-    assert (tmp_path / "ev" / "records.jsonl").read_bytes() == before
+    assert (tmp_path / "ev" / "records.sqlite").read_bytes() == before
 
 
 def test_evaluate_by_masking(runs, tmp_path):

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +30,11 @@ from torch import Tensor, nn
 
 from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
 from denim.defense import evaluation as evaluating
+from denim.defense import records as storing
 from denim.kernels import Domain, derive_seeds, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig, PretrainConfig, pretrain, progress, reconstruct
 from denim.nim.data import Batch, EvalView, Subset, TorchLoader
-from denim.nim.files import DamagedFileError
+from denim.nim.files import DamagedFileError, WriteError
 from denim.nim.owner import OwnedError, owned
 from denim.nim.stopping import Stopped
 
@@ -112,12 +118,38 @@ def run(out: Path, chosen=None, source=None, options: EvaluationSettings = SETTI
 
 
 def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    """All records of a folder, in the order in which they were appended, by plain SQL."""
+    rows = []
+    for file in sorted(out.glob("records*.sqlite")):
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            blocks = database.execute(
+                "SELECT defense, attack, ids, labels, predictions, missed, flags, gradients "
+                "FROM blocks JOIN cells ON cells.number = cell ORDER BY blocks.number"
+            ).fetchall()
+        for defense, attack, *blobs in blocks:
+            kinds = ("<i8", "<i4", "<u2", "<i4", "u1", "<i4")
+            ids, labels, predictions, *rest = map(np.frombuffer, blobs, kinds)
+            for row, (i, label, *last) in enumerate(zip(ids, labels, *rest, strict=True)):
+                classes = predictions.reshape(len(ids), -1)[row].tolist()
+                keys = ("missed", "flags", "gradients")
+                rows.append(
+                    {"defense": defense, "attack": attack, "id": int(i), "label": int(label), "predictions": classes}
+                    | dict(zip(keys, map(int, last), strict=True))
+                )
+    return rows
 
 
 def cell_of(evaluation, defense: str, attack: str):
     (cell,) = [cell for cell in evaluation.cells if (cell.defense, cell.attack) == (defense, attack)]
     return cell
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_commits():
+    """What a killed process has committed is in the system's cache; only a power cut needs it on the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storing, "SYNCHRONOUS", "OFF")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +190,10 @@ def test_predictions_are_those_of_the_score_draws_and_misses_those_of_the_confir
         return torch.stack([Linear()(attacked + 70 / 255 * draw).argmax(dim=1) for draw in noise])
 
     scored, missed = predictions(Domain.SCORE), (predictions(Domain.CONFIRMATION) != source.labels).sum(dim=0)
+    if name != "noise":  # one answer says it all
+        scored, missed = scored[:1], torch.full_like(missed, -1)
+    if attack == "none":  # no other attack has its radius
+        missed = torch.full_like(missed, -1)
     rows = {row["id"]: row for row in records(out) if (row["defense"], row["attack"]) == (name, attack)}
     for number, i in enumerate(IDS.tolist()):
         assert rows[i]["predictions"] == scored[:, number].tolist()
@@ -172,7 +208,8 @@ def test_cells_score_the_records_and_are_compared_with_the_first_defense(finishe
     ]
     table = {}
     for row in sorted(records(out), key=lambda row: row["id"]):
-        table.setdefault((row["defense"], row["attack"]), []).append((row["predictions"], row["label"]))
+        classes = row["predictions"] * (5 if row["defense"] != "noise" else 1)
+        table.setdefault((row["defense"], row["attack"]), []).append((classes, row["label"]))
     for (name, attack), items in table.items():
         cell = cell_of(evaluation, name, attack)
         predictions, labels = (np.array(column) for column in zip(*items, strict=True))
@@ -264,17 +301,20 @@ def test_padding_is_not_counted(finished, tmp_path):
     assert all(torch.equal(shown.clean, pixels()[:3]) for shown in other.examples.values())
 
 
-def test_an_image_lost_half_way_is_left_out_everywhere(tmp_path):
+@pytest.mark.parametrize("lost_in", [0, 1])
+def test_an_image_lost_half_way_is_left_out_everywhere(tmp_path, lost_in):
+    """Before it is identified, and after."""
+
     class Losing(Images):
         passes = 0
 
         def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
             self.passes += 1
             for batch in super().epoch(epoch, start_step):
-                yield replace(batch, real=batch.ids != IDS[4]) if self.passes > 3 else batch
+                yield replace(batch, real=batch.ids != IDS[4]) if self.passes > lost_in else batch
 
         def state(self) -> dict[str, dict[str, str]]:
-            return {"bad": {"77": "k.png is gone"} if self.passes > 3 else {}}
+            return {"bad": {"77": "k.png is gone"} if self.passes > lost_in else {}}
 
     plain, rest = loader(), torch.arange(COUNT) != 4
     with pytest.warns(UserWarning, match="1 images could not be read and are not counted: k.png is gone"):
@@ -350,33 +390,91 @@ def test_examples_show_one_score_draw(finished):
             torch.testing.assert_close(shown.denoised, shown.noisy, rtol=0, atol=1e-6)
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    # The lines are in the order in which they were computed.
-    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+def contents(out: Path) -> dict[str, object]:
+    """The bytes of all files, and in place of a database its records, in any order."""
+    files = {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+    return {name: value for name, value in files.items() if not name.endswith(".sqlite")} | {
+        "records": sorted(map(str, records(out)))
+    }
 
 
-@settings(deadline=None, max_examples=15)
+def failing_after(blocks: int):
+    """An `append` that ends the process in place of block number `blocks`."""
+    append, left = storing.Records.append, iter(range(blocks))
+
+    def failing(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        append(*arguments)
+
+    return failing
+
+
+@settings(deadline=None, max_examples=10)
 @given(st.data())
-def test_a_killed_evaluation_goes_on_to_the_same_bytes(finished, tmp_path_factory, data):
+def test_a_killed_evaluation_goes_on_to_the_same_records(finished, tmp_path_factory, data):
+    """The loader fails, or the process ends between two blocks of one batch."""
     expected, out = contents(finished[0]), tmp_path_factory.mktemp("killed")
     for _ in range(data.draw(st.integers(1, 3), label="kills")):
-        with pytest.raises(KeyboardInterrupt):
-            run(out, source=loader(fail_after=data.draw(st.integers(0, 26), label="batches")), classes=("a", "b", "c"))
-        assert not (out / "results.json").exists()
-        file = out / "records.jsonl"
-        if file.exists():
-            written = file.read_bytes()
-            # A kill can cut the last write, of up to four lines, anywhere.
-            file.write_bytes(written[: len(written) - data.draw(st.integers(0, min(400, len(written))), label="lost")])
+        source = loader(fail_after=data.draw(st.integers(0, 5), label="batches"))
+        blocks = data.draw(st.integers(0, 20), label="blocks")
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(storing.Records, "append", failing_after(blocks))
+            run(out, source=source, classes=("a", "b", "c"))
     run(out, classes=("a", "b", "c"))
     assert contents(out) == expected
     # A call on a finished evaluation attacks nothing.
-    source, chosen = loader(), defenses()
-    for defense in chosen.values():
-        defense.classifier.sizes.clear()
-    run(out, chosen, source, classes=("a", "b", "c"))
+    chosen = defenses()
+    run(out, chosen, classes=("a", "b", "c"))
     assert chosen["off"].classifier.sizes == []
     assert contents(out) == expected
+
+
+def kill_often(out: Path) -> None:
+    """Twelve forks that evaluate into a folder and are killed before a statement that writes."""
+    storing.SYNCHRONOUS, opened = "OFF", storing._opened
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), options=replace(SETTINGS, examples=0))  # what is loaded late, once for all forks
+    for kill in range(12):
+        child = os.fork()
+        if child == 0:
+            left = iter(range(3 + kill % 7))
+
+            def count(statement: str, left=left) -> None:
+                if not statement.startswith(("SELECT", "PRAGMA")) and next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            def traced(*arguments, count=count):
+                connection = opened(*arguments)
+                connection.set_trace_callback(count)
+                return connection
+
+            storing._opened = traced
+            try:
+                run(out, options=replace(SETTINGS, examples=0))
+            finally:
+                os._exit(1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(records(out)))  # noqa: T201
+
+
+def test_sigkill_at_any_statement_loses_at_most_the_running_batch(finished, tmp_path):
+    """Twelve kills that land, most within a transaction; then the evaluation is finished, and extended."""
+    # A process of its own, with one thread: it may fork.
+    done = subprocess.run(
+        [sys.executable, __file__, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    ends, kept = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert ends == (-signal.SIGKILL,) * 12, done.stderr
+    assert list(kept) == sorted(kept)
+    assert 0 < kept[-1] < 3 * ALL
+    run(tmp_path, classes=("a", "b", "c"))
+    assert contents(tmp_path) == contents(finished[0])
+    run(tmp_path, options=replace(SETTINGS, attacks=(*SETTINGS.attacks, "fgsm:2/255,eot=2")))
+    assert len(records(tmp_path)) == 3 * (ALL + COUNT)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -385,7 +483,7 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(finished, tmp_path,
         def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
             for batch in super().epoch(epoch, start_step):
                 sent.append(1)
-                if len(sent) == 7:  # the first is that of the digest: this one is of the second row's last batch
+                if len(sent) == 5:  # three batches are identified first
                     os.kill(os.getpid(), number)
                 yield batch
 
@@ -398,7 +496,7 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(finished, tmp_path,
     finally:
         signal.signal(signal.SIGINT, before)
     assert stopped.value.number == number
-    assert len(records(tmp_path)) == 2 * COUNT
+    assert len(records(tmp_path)) == 4 * len(defenses()) * len(ROWS) + 4
     run(tmp_path, classes=("a", "b", "c"))
     assert (tmp_path / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
 
@@ -409,22 +507,68 @@ def test_an_evaluation_has_one_owner(finished, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["evaluation.json", "records.jsonl"])
-def test_damaged_files_of_an_evaluation_are_named(finished, tmp_path, name):
-    shutil.copytree(finished[0], tmp_path / "copy")
-    (tmp_path / "copy" / name).write_bytes(b"{\n" + (tmp_path / "copy" / name).read_bytes())
-    with pytest.raises(DamagedFileError, match=name):
-        run(tmp_path / "copy")
+@pytest.mark.parametrize("how", ["header", "page", "blob", "foreign", "text", "newer"])
+def test_damaged_records_are_named(finished, tmp_path, how):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    file = out / "records.sqlite"
+    if how == "header":
+        file.write_bytes(b"SQLite format 4" + file.read_bytes()[15:])
+    elif how == "page":
+        content = file.read_bytes()
+        file.write_bytes(content[:4096] + bytes(4096) + content[8192:])
+    elif how == "foreign":
+        file.unlink()
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.execute("CREATE TABLE numbers (a)")
+    else:
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            if how == "blob":
+                database.execute("UPDATE blocks SET predictions = zeroblob(length(predictions)) WHERE number = 3")
+            elif how == "text":
+                database.execute("UPDATE blocks SET flags = 'none' WHERE number = 3")
+            else:
+                database.execute("PRAGMA user_version = 99")
+            database.commit()
+    words = "records of version 99" if how == "newer" else r"records\.sqlite is damaged: .* move it away"
+    with pytest.raises(DamagedFileError, match=words):
+        run(out)
+    file.unlink()
+    assert run(out).cells == finished[1].cells
 
 
-@pytest.mark.parametrize(
-    ("name", "line"), [("records.jsonl", '{"defense": "off"}'), ("evaluation.json", '{"settings": []}')]
-)
-def test_files_of_an_evaluation_without_their_entries_are_refused(finished, tmp_path, name, line):
-    shutil.copytree(finished[0], tmp_path / "copy")
-    (tmp_path / "copy" / name).write_text(line + "\n")
-    with pytest.raises(ValueError, match=r"line 1 of .* has no entry 'attack'|holds an evaluation of other settings"):
-        run(tmp_path / "copy")
+def test_a_link_in_the_place_of_the_records_is_refused(finished, tmp_path):
+    before = (finished[0] / "records.sqlite").read_bytes()
+    (tmp_path / "records.sqlite").symlink_to(finished[0] / "records.sqlite")
+    with pytest.raises(WriteError, match=r"cannot write .*records\.sqlite"):
+        run(tmp_path)
+    assert (finished[0] / "records.sqlite").read_bytes() == before
+
+
+def test_a_full_disk_is_named_and_loses_nothing_that_was_kept(finished, tmp_path, monkeypatch):
+    opened = storing._opened
+
+    def small(*arguments):
+        connection = opened(*arguments)
+        connection.execute("PRAGMA max_page_count = 6")
+        return connection
+
+    monkeypatch.setattr(storing, "_opened", small)
+    with pytest.raises(WriteError, match=r"cannot write .*records\.sqlite: No space left on device; make room"):
+        run(tmp_path)
+    kept = len(records(tmp_path))
+    assert 0 < kept < COUNT * len(defenses()) * len(ROWS)
+    monkeypatch.undo()
+    assert run(tmp_path).cells == finished[1].cells
+
+
+def test_records_of_an_earlier_version_are_computed_anew_and_left_alone(finished, tmp_path):
+    (tmp_path / "records.jsonl").write_text('{"defense": "off"}\n')
+    printed = io.StringIO()
+    done = evaluate(defenses(), loader(), SETTINGS, tmp_path, console=Console(file=printed, width=300))
+    assert done.cells == finished[1].cells
+    assert printed.getvalue().count("is of an earlier version") == 1
+    assert (tmp_path / "records.jsonl").read_text() == '{"defense": "off"}\n'
 
 
 @pytest.mark.parametrize(
@@ -432,7 +576,6 @@ def test_files_of_an_evaluation_without_their_entries_are_refused(finished, tmp_
     [
         (lambda file: file.write_bytes(file.read_bytes()[:-1]), "is damaged, and is made again: "),
         (lambda file: save_file({"clean": torch.zeros(1)}, file), "holds something else, and is made again"),
-        (lambda file: save_file(load_file(file), file, metadata={"images": "{"}), "is damaged, and is made again: "),
     ],
 )
 def test_a_damaged_gallery_is_named_and_made_again(finished, tmp_path, damage, words):
@@ -441,13 +584,15 @@ def test_a_damaged_gallery_is_named_and_made_again(finished, tmp_path, damage, w
     damage(file)
     with pytest.warns(UserWarning, match=rf"the gallery .*noise none\.safetensors {words}"):
         again = run(tmp_path / "copy")
-    assert file.read_bytes() == (finished[0] / "examples" / file.name).read_bytes()
+    made, before = (load_file(place) for place in (file, finished[0] / "examples" / file.name))
+    assert made.keys() == before.keys()
+    assert all(torch.equal(made[key], before[key]) for key in made)
     assert again.cells == finished[1].cells
 
 
 def test_an_evaluation_may_go_on_with_another_max_batch(finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, source=loader(fail_after=14))
+        run(tmp_path, source=loader(fail_after=4))
     assert run(tmp_path, options=replace(SETTINGS, max_batch=3)).cells == finished[1].cells
 
 
@@ -456,41 +601,118 @@ def masked(ratio: float) -> De3:
         return De3(Autoencoder(CONFIG).eval(), Linear(), 0, degrade="both", mask_ratio=ratio)
 
 
+class Halved(Linear):
+    """The same weights as `Linear`, and other logits."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels / 2)
+
+
+def replaced() -> dict[str, De3]:
+    """The same modules, with a `forward` of their own."""
+    chosen = defenses()
+    classifier = chosen["off"].classifier
+    classifier.forward = lambda pixels: Linear.forward(classifier, pixels.flip(-1))
+    return chosen
+
+
+def hooked() -> dict[str, De3]:
+    chosen = defenses()
+    chosen["off"].classifier.layer.register_forward_hook(lambda module, given, logits: logits.flip(-1))
+    return chosen
+
+
+def scaled() -> dict[str, De3]:
+    chosen = defenses()
+    chosen["off"].classifier.scale = 2.0
+    return chosen
+
+
+def shifted() -> dict[str, De3]:
+    chosen = defenses()
+    chosen["off"].classifier.layer.bias += 0.25
+    return chosen
+
+
+def of(classifier: nn.Module) -> dict[str, De3]:
+    noisy = De3(None, classifier, 70)
+    return {"off": De3(None, classifier, None), "noise": noisy, "frozen": noisy.frozen(1)}
+
+
+ALL = len(ROWS) * COUNT
+
+
 @pytest.mark.parametrize(
-    ("chosen", "options"),
+    ("chosen", "options", "computed"),
     [
-        (lambda: defenses() | {"noise": De3(None, Linear(), 71)}, SETTINGS),
-        (lambda: defenses() | {"frozen": De3(None, Linear(), 70).frozen(2)}, SETTINGS),
-        (lambda: defenses() | {"more": De3(None, Linear(), 70)}, SETTINGS),
-        (lambda: defenses() | {"noise": De3(None, Linear(), 70, draws=2)}, SETTINGS),
-        (lambda: {"other": defenses()["noise"]}, SETTINGS),
-        (defenses, replace(SETTINGS, score_draws=6)),
-        (defenses, replace(SETTINGS, seed=5)),
-        (defenses, replace(SETTINGS, attacks=SETTINGS.attacks[:1])),
+        (defenses, SETTINGS, 0),
+        (lambda: defenses() | {"noise": De3(None, Linear(), 71)}, SETTINGS, ALL),
+        (lambda: defenses() | {"frozen": De3(None, Linear(), 70).frozen(2)}, SETTINGS, ALL),
+        (lambda: defenses() | {"more": De3(None, Linear(), 69)}, SETTINGS, ALL),
+        (lambda: defenses() | {"twin": De3(None, Linear(), 70)}, SETTINGS, 0),
+        (lambda: defenses() | {"noise": De3(None, Linear(), 70, draws=2)}, SETTINGS, ALL),
+        (lambda: {"other name": defenses()["noise"]}, SETTINGS, 0),
+        (lambda: of(Halved()), SETTINGS, 3 * ALL),
+        (replaced, SETTINGS, 3 * ALL),
+        (hooked, SETTINGS, 3 * ALL),
+        (scaled, SETTINGS, 3 * ALL),
+        (shifted, SETTINGS, 3 * ALL),
+        (defenses, replace(SETTINGS, score_draws=6), 3 * ALL),
+        (defenses, replace(SETTINGS, seed=5), 3 * ALL),
+        (defenses, replace(SETTINGS, precision="bf16"), 3 * ALL),
+        (defenses, replace(SETTINGS, attacks=SETTINGS.attacks[:1]), 0),
+        (defenses, replace(SETTINGS, attacks=(*SETTINGS.attacks, "fgsm:3/255,eot=2")), 3 * COUNT),
+        (defenses, replace(SETTINGS, attacks=(*SETTINGS.attacks, "fgsm:12/255,eot=3")), 3 * COUNT),
+        (defenses, replace(SETTINGS, max_batch=3, examples=0), 0),
     ],
 )
-def test_a_folder_of_another_evaluation_is_refused_and_left_alone(finished, chosen, options):
-    out, _ = finished
-    before = contents(out)
-    with pytest.raises(ValueError, match=r"holds an evaluation of other settings.*another folder"):
-        run(out, chosen(), options=options)
-    assert contents(out) == before
+def test_what_has_no_record_of_its_key_is_computed_and_the_rest_stands(finished, tmp_path, chosen, options, computed):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    options = replace(options, examples=0)
+    again = run(out, chosen(), options=options)
+    old, new = records(finished[0]), records(out)
+    assert new[: len(old)] == old
+    assert len(new) == len(old) + computed
+    assert again.cells == run(tmp_path / "fresh", chosen(), options=options).cells
+    # Back to what was, and nothing is left to do.
+    assert run(out, options=replace(SETTINGS, examples=0)).cells == finished[1].cells
+    assert len(records(out)) == len(new)
 
 
-def test_an_evaluation_of_the_first_version_goes_on(tmp_path):
-    options = EvaluationSettings((), score_draws=1, examples=0)
-    finished = run(tmp_path, options=options)
-    file = tmp_path / "evaluation.json"
-    text = file.read_text()
-    assert text.count('"score_draws"') == 1
-    settings = json.loads(text)
-    del settings["settings"]["precision"]
-    file.write_text(json.dumps(settings).replace('"score_draws"', '"draws"'))
-    assert run(tmp_path, options=options).cells == finished.cells
-    with pytest.raises(ValueError, match="other settings"):
-        run(tmp_path, options=replace(options, score_draws=2))
-    with pytest.raises(ValueError, match="other settings"):
-        run(tmp_path, options=replace(options, precision="bf16"))
+def test_another_torch_is_another_key(finished, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    real = evaluating.version
+    monkeypatch.setattr(evaluating, "version", lambda name: "9.9" if name == "timm" else real(name))
+    run(out, options=replace(SETTINGS, examples=0))
+    assert len(records(out)) == 2 * 3 * ALL
+
+
+def test_confirmation_draws_are_made_where_a_second_attack_reads_them(tmp_path):
+    """They are those of an evaluation that had both attacks from the start; until then nothing asks for them."""
+    asked: list[Domain] = []
+
+    class Spy(De3):
+        def seeds(self, run_seed, domain, ids, draws=1, step=0):
+            asked.append(domain)
+            return super().seeds(run_seed, domain, ids, draws, step)
+
+    def spy() -> dict[str, De3]:
+        return {"noise": Spy(None, Wavy(), 70), "off": Spy(None, Wavy(), None)}
+
+    one = replace(SETTINGS, attacks=SETTINGS.attacks[:1], examples=0)
+    run(tmp_path / "grown", spy(), options=one)
+    assert Domain.CONFIRMATION not in asked
+    assert {row["missed"] for row in records(tmp_path / "grown")} == {-1}
+    printed = io.StringIO()
+    both = replace(SETTINGS, examples=0)
+    grown = evaluate(spy(), loader(), both, tmp_path / "grown", console=Console(file=printed, width=300))
+    assert Domain.CONFIRMATION in asked
+    assert grown.cells == run(tmp_path / "fresh", spy(), options=both).cells
+    assert printed.getvalue().count("10 images of noise are attacked again with fgsm:12/255,eot=2") == 1
+    assert "of off are attacked again" not in printed.getvalue()
+    assert {row["missed"] for row in records(tmp_path / "fresh") if row["defense"] == "off"} == {-1}
 
 
 def test_the_precision_is_that_of_every_network_and_is_recorded(tmp_path):
@@ -552,21 +774,11 @@ def test_bf16_has_the_robust_accuracy_of_fp32(tmp_path, digits):
     assert clean > 0.5
 
 
-def test_another_mask_ratio_is_another_evaluation(tmp_path):
+def test_another_mask_ratio_is_computed(tmp_path):
     options = EvaluationSettings((), score_draws=1, examples=0)
     run(tmp_path, {"dmae": masked(0.5)}, options=options)
-    with pytest.raises(ValueError, match="other settings"):
-        run(tmp_path, {"dmae": masked(0.75)}, options=options)
-
-
-def test_other_weights_or_images_are_another_evaluation(tmp_path):
-    options = EvaluationSettings((), score_draws=1, examples=0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    run(tmp_path, {"off": De3(None, network, None)}, options=options)
-    with torch.no_grad():
-        network[1].weight.add_(1)
-    with pytest.raises(ValueError, match="weights or images"):
-        run(tmp_path, {"off": De3(None, network, None)}, options=options)
+    run(tmp_path, {"dmae": masked(0.75)}, options=options)
+    assert len(records(tmp_path)) == 2 * COUNT
 
 
 def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
@@ -725,10 +937,10 @@ def test_progress_comes_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluating, "_predict", slow)
     evaluate(defenses(), loader(), SETTINGS, tmp_path, console=console)
     lines = printed.getvalue().splitlines()
-    cells = len(defenses()) * (1 + len(SETTINGS.attacks))
-    assert re.fullmatch(rf"evaluating: 0/{cells}  off, none, \d+ images", lines[0])
-    assert len(lines) == 2 + (now[0] - 4) // 30  # after the pass that ends at 4 s, every 30 s, and at the end
-    assert re.fullmatch(rf"evaluating: {cells}/{cells}  in \d:\d\d:\d\d", lines[-1])
+    total = COUNT * len(defenses()) * (1 + len(SETTINGS.attacks))
+    assert re.fullmatch(rf"evaluating: \d+/{total} records  off under .*", lines[0])
+    assert 3 <= len(lines) == 2 + (now[0] - 3) // 30  # after the pass that ends at 3 s, every 30 s, and at the end
+    assert re.fullmatch(rf"evaluating: {total}/{total} records  in \d:\d\d:\d\d", lines[-1])
 
 
 def test_images_that_have_changed_are_evaluated_again(finished, tmp_path):
@@ -750,10 +962,10 @@ def test_images_that_have_changed_are_evaluated_again(finished, tmp_path):
     run(out, chosen, some_changed(), classes=("a", "b", "c"))
     assert chosen["off"].classifier.sizes == []
     assert (out / "results.json").read_bytes() == (tmp_path / "fresh" / "results.json").read_bytes()
-    # A kept record is the old one, and three of ten images were attacked.
-    kept = {row["id"] for row in records(finished[0])} - {int(IDS[row]) for row in (1, 7, 9)}
-    old, new = ({(r["defense"], r["attack"], r["id"]): r for r in records(place)} for place in (finished[0], out))
-    assert all(old[place] == new[place] for place in old if place[2] in kept)
+    # Kept records are the old ones, and of the three new ones there is one for each row.
+    old, new = records(finished[0]), records(out)
+    assert new[: len(old)] == old
+    assert len(new) == len(old) + 3 * len(ROWS) * len(defenses())
 
 
 def test_images_that_are_gone_are_not_counted(finished, tmp_path):
@@ -766,12 +978,23 @@ def test_images_that_are_gone_are_not_counted(finished, tmp_path):
     assert again.cells == run(tmp_path / "fresh", source=fewer).cells
 
 
-def test_an_evaluation_of_other_images_is_refused_and_left_alone(finished, tmp_path):
-    before, source = contents(finished[0]), loader()
+def test_other_images_are_computed_and_those_that_were_stand(finished, tmp_path):
+    out, source = tmp_path / "copy", loader()
+    shutil.copytree(finished[0], out)
     source.images = 255 - source.images
-    with pytest.raises(ValueError, match="holds an evaluation of other images"):
-        run(finished[0], source=source)
-    assert contents(finished[0]) == before
+    again = run(out, source=source)
+    assert again.cells == run(tmp_path / "fresh", source=source).cells != finished[1].cells
+    assert len(records(out)) == 2 * 3 * ALL
+    assert run(out).cells == finished[1].cells
+    assert len(records(out)) == 2 * 3 * ALL
+
+
+def test_images_that_are_added_are_computed_alone(finished, tmp_path):
+    fewer, out = loader(), tmp_path / "grown"
+    fewer.images, fewer.labels, fewer.ids = fewer.images[:7], fewer.labels[:7], fewer.ids[:7]
+    run(out, source=fewer)
+    assert run(out).cells == finished[1].cells
+    assert len(records(out)) == 3 * ALL
 
 
 def test_images_that_change_while_they_are_evaluated_are_an_error(tmp_path):
@@ -780,7 +1003,7 @@ def test_images_that_change_while_they_are_evaluated_are_an_error(tmp_path):
 
         def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
             self.epochs += 1
-            if self.epochs == 4:
+            if self.epochs == 2:
                 self.images[3] = 0
             return super().epoch(epoch, start_step)
 
@@ -790,3 +1013,7 @@ def test_images_that_change_while_they_are_evaluated_are_an_error(tmp_path):
     source.images[3] = 0
     done = run(tmp_path / "moving", source=source)
     assert done.cells == run(tmp_path / "fresh", source=source).cells
+
+
+if __name__ == "__main__":
+    kill_often(Path(sys.argv[1]))
