@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from denim.defense.attacks import Attack, radius_text
+from denim.defense.attacks import Attack, parse_attack, radius_text
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.images import Images, as_loader, batches_of, identify, pixels_of, same_again
@@ -111,14 +111,14 @@ def open_attack(text: str) -> tuple[str, AttackMethod]:
     """An attack by its text form, and that form with all that it leaves out.
 
     Args:
-        text: see `Attack`; or `package.module:Class`, which is called without arguments and gives an `AttackMethod`.
+        text: see `parse_attack`; or `package.module:Class`, which is called without arguments and gives an `AttackMethod`.
 
     Raises:
         ValueError: no such form, or no such class.
         TypeError: what it gives has no such method.
     """
     if OBJECT.fullmatch(text) is None:
-        attack = Attack.parse(text)
+        attack = parse_attack(text)
         return str(attack), attack
     found = import_object(text)
     made = found() if isinstance(found, type) or inspect.isfunction(found) else found
@@ -750,7 +750,7 @@ def _attack(row: _Row, clean: Tensor, labels: Tensor, ids: Tensor, seed: int, li
     count = len(clean)
     if row.attack is None:
         return _Attacked(clean, np.zeros(count, np.uint8), np.zeros(count, np.int64))
-    options = {"max_batch": limit} if _takes_max_batch(row.attack) else {}
+    options: dict[str, Any] = {"max_batch": limit} if _takes_max_batch(row.attack) else {}
     if isinstance(row.attack, Attack):
         found = row.attack.run(row.target, clean, labels, ids, seed, **options)
     else:
