@@ -111,7 +111,8 @@ def open_attack(text: str) -> tuple[str, AttackMethod]:
     """An attack by its text form, and that form with all that it leaves out.
 
     Args:
-        text: see `parse_attack`; or `package.module:Class`, which is called without arguments and gives an `AttackMethod`.
+        text: see `parse_attack`; or `package.module:Class`, which is called without arguments and gives an
+            `AttackMethod`.
 
     Raises:
         ValueError: no such form, or no such class.

@@ -941,7 +941,7 @@ def test_an_empty_batch_gives_empty_logits(options, frozen):
     assert pixels.grad.shape == pixels.shape
     assert defense.denoise(pixels).shape == pixels.shape
     for attack in (Attack("fgsm", 0.1, eot=2), Attack("pgd", 0.1, steps=2, restarts=2, gray=True)):
-        assert [len(part) for part in attack.run(defense, pixels.detach(), none, none, 0)] == [0, 0, 0]
+        assert [len(part) for part in attack.run(defense, pixels.detach(), none, none, 0)] == [0, 0, 0, 0]
 
 
 # ------------------------------------------------------------------------------------------------- saved and loaded
