@@ -19,6 +19,7 @@ _MODULES = {
     "Interval": "scores",
     "Scores": "scores",
     "paired_difference": "scores",
+    "resubmission_curve": "scores",
     "score": "scores",
 }
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "paired_difference",
     "print_table",
+    "resubmission_curve",
     "score",
     "write_report",
 ]
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from denim.defense.evaluation import Evaluation, EvaluationSettings, HealthWarning, evaluate
     from denim.defense.health import check_health
     from denim.defense.report import print_table, write_report
-    from denim.defense.scores import Interval, Scores, paired_difference, score
+    from denim.defense.scores import Interval, Scores, paired_difference, resubmission_curve, score
 
 else:
 

@@ -1,20 +1,27 @@
 from __future__ import annotations
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
-from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
-from denim.defense import Interval, paired_difference, score
+from denim.benchmarks.interval_coverage import coverage_of_differences, coverage_of_shares
+from denim.defense import Interval, paired_difference, resubmission_curve, score
+
+RUNS = 4000
+ERROR = 4 * np.sqrt(0.94 * 0.06 / RUNS)
 
 Z = 1.959963984540054  # the 97.5 % point of the standard normal
 
 
-def wilson(successes: float, images: int) -> tuple[float, float]:
-    """Wilson 1927: the shares p with |p_hat - p| <= z sqrt(p (1 - p) / n), from the quadratic equation."""
-    share = successes / images
-    centre = (share + Z**2 / (2 * images)) / (1 + Z**2 / images)
-    half = Z / (1 + Z**2 / images) * np.sqrt(share * (1 - share) / images + Z**2 / (4 * images**2))
-    return centre - half, centre + half
+def bounds(values, low: float = 0, high: float = 1) -> tuple[float, float]:
+    """The interval by the text of the method, from the images' own numbers."""
+    numbers = np.asarray(values, dtype=float)
+    mean = numbers.mean()
+    unseen = Z**2 * max(mean - low, high - mean) ** 2
+    half = Z * np.sqrt(((numbers - mean) ** 2).sum() + unseen) / len(numbers)
+    return max(mean - half, low), min(mean + half, high)
 
 
 def close(interval: Interval, value: float, low: float, high: float) -> None:
@@ -32,16 +39,9 @@ def test_scores_by_hand():
     ]
     scores = score(predictions, [1, 1, 1, 1, 1])
     assert (scores.num_images, scores.score_draws) == (5, 4)
-    close(scores.mean, (4 + 3 + 2 + 0 + 2) / 20, *wilson(11 / 4, 5))
-    close(scores.vote, 3 / 5, *wilson(3, 5))
-    close(scores.worst, 1 / 5, *wilson(1, 5))
-
-
-def test_wilson_intervals_against_published_digits():
-    # Newcombe 1998, table I (Statistics in Medicine 17, 857-872), method 3, printed with four decimals.
-    for successes, images, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
-        interval = score((np.arange(images)[:, None] < successes).astype(int), np.ones(images, dtype=int)).mean
-        assert (round(interval.low, 4), round(interval.high, 4)) == (low, high)
+    close(scores.mean, (4 + 3 + 2 + 0 + 2) / 20, *bounds([1, 0.75, 0.5, 0, 0.5]))
+    close(scores.vote, 3 / 5, *bounds([1, 1, 0, 0, 1]))
+    close(scores.worst, 1 / 5, *bounds([1, 0, 0, 0, 0]))
 
 
 def test_intervals_at_the_ends_stay_inside_and_have_a_width():
@@ -51,35 +51,32 @@ def test_intervals_at_the_ends_stay_inside_and_have_a_width():
         assert 0 <= interval.low < interval.high <= 1
 
 
-IMAGES, RUNS = 200, 2000
+@pytest.mark.parametrize("images", [50, 200])
+@pytest.mark.parametrize(("share", "spread"), [(0.5, 0.02), (0.9, 2), (0.9, np.inf), (0.99, 0.5), (0.999, np.inf)])
+@pytest.mark.parametrize("draws", [1, 20])
+def test_intervals_of_means_cover_the_truth(images, share, spread, draws):
+    """At least 94 %, less four standard errors of the simulation."""
+    covered, _ = coverage_of_shares(images, share, spread, draws, RUNS)
+    assert covered >= 0.94 - ERROR
 
 
-def covered(right: np.ndarray, share: float) -> float:
-    """Share of simulated evaluations (RUNS, IMAGES, R) whose interval holds the true value."""
-    intervals = [score(run, np.ones(IMAGES, dtype=int)).mean for run in right.astype(int)]
-    return float(np.mean([interval.low <= share <= interval.high for interval in intervals]))
+@pytest.mark.parametrize("images", [50, 200])
+@pytest.mark.parametrize("differing", [0.5, 2, 5])
+@pytest.mark.parametrize(("side", "draws", "size"), [(1, 1, 1), (1, 20, 0.3), (0.5, 1, 1)])
+def test_intervals_of_rare_differences_cover_the_truth(images, differing, side, draws, size):
+    covered, _ = coverage_of_differences(images, differing / images, side, draws, size, RUNS)
+    assert covered >= 0.94 - ERROR
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
-def test_intervals_of_coins_cover_the_truth(share):
-    right = np.random.default_rng(0).random((RUNS, IMAGES, 1)) < share
-    counts = np.arange(IMAGES + 1)
-    inside = [low <= share <= high for low, high in (wilson(count, IMAGES) for count in counts)]
-    exact = stats.binom.pmf(counts, IMAGES, share)[inside].sum()
-    assert exact == pytest.approx(0.95, abs=0.02)  # counts are whole numbers: no interval of 200 has 95 % exactly
-    assert covered(right, share) == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / RUNS))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
-@pytest.mark.parametrize("spread", [0.5, 4])
-def test_intervals_of_means_over_draws_cover_the_truth(share, spread):
-    """Images of different difficulty, 5 draws of each: at least 95 %, less four standard errors of the simulation."""
-    rng = np.random.default_rng(0)
-    chances = rng.beta(share * spread, (1 - share) * spread, (RUNS, IMAGES, 1))
-    right = rng.random((RUNS, IMAGES, 5)) < chances
-    assert covered(right, share) >= 0.95 - 4 * np.sqrt(0.95 * 0.05 / RUNS)
+def test_intervals_of_shares_are_narrower_than_those_of_coins():
+    """Wilson's interval counts a share as a coin: here it is twice as wide, which costs four times the images."""
+    _, width = coverage_of_shares(500, 0.95, np.inf, 20, RUNS)
+    low, high = proportion_confint(475, 500, method="wilson")
+    assert width < 0.5 * (high - low)
+    # Coins themselves: not wider than Wilson's by more than the term for what has not been seen.
+    _, width = coverage_of_shares(500, 0.5, np.inf, 1, RUNS)
+    low, high = proportion_confint(250, 500, method="wilson")
+    assert width < 1.02 * (high - low)
 
 
 def test_a_vote_needs_more_than_every_other_class():
@@ -104,23 +101,77 @@ def test_shapes_that_do_not_fit_are_refused(predictions, labels):
         score(predictions, labels)
 
 
-def test_the_paired_difference_is_the_paired_t_test():
+def test_the_paired_difference_by_hand():
     rng = np.random.default_rng(1)
     first = rng.integers(0, 21, 40) / 20
     second = np.clip(first + rng.normal(0.1, 0.2, 40), 0, 1)
     interval = paired_difference(first, second)
-    test = stats.ttest_rel(first, second)
-    expected = test.confidence_interval(0.95)
-    close(interval, float((first - second).mean()), expected.low, expected.high)
-    swapped = paired_difference(second, first)
-    close(swapped, -interval.value, -interval.high, -interval.low)
+    close(interval, float((first - second).mean()), *bounds(first - second, -1, 1))
+    close(paired_difference(second, first), -interval.value, -interval.high, -interval.low)
 
 
 def test_pairing_is_what_makes_it_sharp():
-    rng = np.random.default_rng(1)
-    first = rng.random(100)
-    interval = paired_difference(first, first - 0.01)
-    close(interval, 0.01, 0.01, 0.01)
+    first = np.tile([0.02, 0.98], 200)
+    paired, mean = paired_difference(first, first - 0.01), score(np.tile([[0], [1]], (200, 1)), [1] * 400).mean
+    assert paired.high - paired.low < 0.2 * (mean.high - mean.low)
+
+
+def test_equal_images_leave_what_400_images_cannot_tell():
+    close(paired_difference([0.5] * 400, [0.5] * 400), 0, -(Z**2) / 400, Z**2 / 400)
+
+
+# Resubmission
+
+
+def test_the_resubmission_curve_by_counting_all_subsets():
+    predictions = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 2, 1, 1], [2, 2, 2, 2], [0, 0, 1, 0]])
+    right = predictions == 1
+    curve = resubmission_curve(predictions, [1] * 5)
+    assert len(curve) == 4
+    for tries, interval in enumerate(curve, start=1):
+        chances = [np.mean([row[list(chosen)].all() for chosen in combinations(range(4), tries)]) for row in right]
+        close(interval, float(np.mean(chances)), *bounds(chances))
+
+
+@pytest.mark.parametrize("draws", [1, 7, 20])
+def test_the_resubmission_curve_falls_from_the_mean_to_the_worst(draws):
+    predictions = np.random.default_rng(0).integers(0, 2, (30, draws))
+    predictions[:10] = 1
+    curve, scores = resubmission_curve(predictions, [1] * 30), score(predictions, [1] * 30)
+    assert str(curve[0]) == str(scores.mean)
+    assert str(curve[-1]) == str(scores.worst)
+    assert all(one.value >= other.value for one, other in pairwise(curve))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("function", [score, resubmission_curve])
+@pytest.mark.parametrize(
+    ("predictions", "labels", "words"),
+    [
+        ([[0, 1], [2, 5]], [0, 1], "predictions of 3 classes count from 0, got 5 in 1 of 4 places"),
+        ([[0, 1], [2, -1]], [0, 1], "predictions of 3 classes count from 0, got -1 in 1 of 4 places"),
+        ([[0, 1], [2, 2]], [3, 7], "labels of 3 classes count from 0, got 3, 7 in 2 of 2 places"),
+        ([[0.5, float("nan")]], [0], "predictions must be whole numbers of classes, got float64"),
+        ([[0, 1]], [1.0], "labels must be whole numbers of classes, got float64"),
+    ],
+)
+def test_classes_out_of_range_are_refused(function, predictions, labels, words):
+    with pytest.raises(ValueError, match=words):
+        function(predictions, labels, 3)
+
+
+@pytest.mark.parametrize(("predictions", "labels"), [([[-1, 0]], [0]), ([[0, 0]], [-1])])
+def test_negative_classes_are_refused_without_a_number_of_classes(predictions, labels):
+    with pytest.raises(ValueError, match="of classes count from 0, got -1"):
+        score(predictions, labels)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -0.1, 1.1])
+def test_differences_of_what_is_no_share_are_refused(bad):
+    with pytest.raises(ValueError, match=r"second must have shares in \[0, 1\]"):
+        paired_difference([0.5, 1.0], [0.5, bad])
 
 
 @pytest.mark.parametrize(
