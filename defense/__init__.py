@@ -14,6 +14,8 @@ _MODULES = {
     "HealthWarning": "evaluation",
     "check_health": "health",
     "evaluate": "evaluation",
+    "Randomness": "probe",
+    "probe_randomness": "probe",
     "print_table": "report",
     "write_report": "report",
     "Interval": "scores",
@@ -29,11 +31,13 @@ __all__ = [
     "EvaluationSettings",
     "HealthWarning",
     "Interval",
+    "Randomness",
     "Scores",
     "check_health",
     "evaluate",
     "paired_difference",
     "print_table",
+    "probe_randomness",
     "resubmission_curve",
     "score",
     "write_report",
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from denim.defense.de3 import De3
     from denim.defense.evaluation import Evaluation, EvaluationSettings, HealthWarning, evaluate
     from denim.defense.health import check_health
+    from denim.defense.probe import Randomness, probe_randomness
     from denim.defense.report import print_table, write_report
     from denim.defense.scores import Interval, Scores, paired_difference, resubmission_curve, score
 

@@ -193,7 +193,13 @@ class De3(nn.Module):
 
     @property
     def is_random(self) -> bool:
-        """Whether two calls on one image may differ."""
+        """Whether two calls on one image may differ: by the noise, or as a module inside says of itself."""
+        inside = (part for part in self.modules() if part is not self)
+        return self._draws or any(getattr(part, "is_random", False) is True for part in inside)
+
+    @property
+    def _draws(self) -> bool:
+        """Whether the noise or the mask differs between calls."""
         degrades = self.degrade != "noise" or self.sigma != 0
         return self.sigma is not None and degrades and not self._is_frozen
 
@@ -366,7 +372,7 @@ class De3(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             first += torch.distributed.get_rank() << 32
         ids = torch.arange(first, first + batch, dtype=torch.int64, device=self._key.device)
-        if not self.is_random:
+        if not self._draws:
             return self.seeds(self._key, Domain.DEFENSE, ids).to(pixels.device)
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             ids = ids + member_of_vmap(pixels.detach()).to(ids.device) * batch
@@ -485,6 +491,9 @@ class De3(nn.Module):
             (draws, B, K), aggregated over self.draws, at least float32 (also under autocast). Differentiable in pixels.
             Values are not checked.
         """
+        if self.sigma is None and self.is_random:  # by what is inside: every draw is a call of its own
+            repeated = pixels.expand(seeds.shape[0], *pixels.shape)
+            return self._aggregate(self._classify(repeated), surrogate)
         if self.sigma is None:
             return _single(self._classify(pixels)).expand(seeds.shape[0] // self.draws, -1, -1)
         sigma = torch.full((pixels.shape[0],), self.sigma, dtype=_single_dtype(pixels), device=pixels.device)
