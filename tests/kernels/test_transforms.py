@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck
 
-from denim.kernels import attention, attention_kernel, decode_patches, derive_seeds, noise_patchify, patch_loss
+from denim.kernels import (
+    attention,
+    attention_kernel,
+    decode_patches,
+    derive_seeds,
+    gelu_linear,
+    noise_patchify,
+    norm_linear,
+    patch_loss,
+)
 from denim.kernels.seeds import Domain
 
 MEAN, STD = (0.5, 0.4), (0.25, 0.5)
@@ -81,6 +90,28 @@ def test_transformations_of_torch_func_agree_with_autograd():
     torch.testing.assert_close(torch.func.grad(loss)(plain), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.func.jacrev(loss)(plain), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.func.jacfwd(loss)(plain), expected, rtol=0, atol=1e-12)
+
+
+IMAGES = rand(2, 2, *SIZE).detach()
+WEIGHTS = {name: rand(*shape, seed=5).detach() for name, shape in (("norm", (8,)), ("linear", (3, 8)), ("bias", (3,)))}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: patch_loss(x, IMAGES, **GEOMETRY),
+        lambda x: norm_linear(x, WEIGHTS["norm"], WEIGHTS["norm"], WEIGHTS["linear"], WEIGHTS["bias"]).sin().sum(),
+        lambda x: gelu_linear(x, WEIGHTS["linear"], WEIGHTS["bias"]).sin().sum(),
+    ],
+    ids=["patch_loss", "norm_linear", "gelu_linear"],
+)
+def test_operators_of_training_under_torch_func(call):
+    given = rand(2, 6, 8)
+    (expected,) = torch.autograd.grad(call(given), given)
+    torch.testing.assert_close(torch.func.grad(call)(given.detach()), expected, rtol=0, atol=1e-12)
+    members = rand(3, 2, 6, 8, seed=4).detach()
+    each = torch.stack([torch.func.grad(call)(member) for member in members])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(call))(members), each, rtol=0, atol=1e-12)
 
 
 def test_members_of_vmap_are_computed_like_calls_of_their_own():
