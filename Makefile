@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 LOWEST := .venv-lowest
 # What the tests import beside Denim's own dependencies; their newest releases serve.
-TEST_TOOLS := pytest pytest-benchmark hypothesis foolbox pyautoattack adversarial-robustness-toolbox pytest-cov pytest-xdist import-linter
+TEST_TOOLS := pytest pytest-benchmark hypothesis foolbox pyautoattack adversarial-robustness-toolbox statsmodels pytest-cov pytest-xdist import-linter
 
 .PHONY: help demo quick test test-lowest coverage lint format types layers docs bench gpu-check kernels mutants noise-statistics package-check faults clean
 

@@ -214,7 +214,7 @@ def print_table(evaluation: Evaluation, console: Console) -> None:
                 groups.append([attack])
     for group in groups:
         console.print(_console_table(evaluation, group, form))
-    interval = "95% Wilson interval over images" + (" (± its longer side)" if form is _plus_minus else "")
+    interval = "95% interval over images" + (" (± its longer side)" if form is _plus_minus else "")
     lines = [
         f"Mean accuracy in % over {_draws(evaluation)} of noise, {_images(evaluation)}, {interval}; "
         "vote and worst of R are in the CSV.",
@@ -375,7 +375,7 @@ READING = """
 <strong>Worst of R</strong>: share that every draw gets right. For a defense without noise all three agree.</li>
 <li><strong>worst &epsilon;</strong>: for each image, the attack of that radius that misleads most confirmation
 draws.</li>
-<li>Intervals of accuracies are Wilson's over images, 95&nbsp;%; intervals of differences are paired t intervals.
+<li>Intervals are over images, 95&nbsp;%, from the variance of the images' shares; those of differences are paired.
 Neither covers the spread between training seeds.</li>
 <li><strong>off</strong>: the classifier alone. <strong>frozen</strong>: the noise is fixed, and the attacker knows
 it.</li>

@@ -395,7 +395,7 @@ def test_table_shows_every_number_and_warning_at_any_width(width):
     words = " ".join(text.split())
     for warning in WARNINGS:
         assert f"warning: {warning}" in words
-    assert "Mean accuracy in % over 5 fresh draws of noise, 150 images, 95% Wilson interval over images" in words
+    assert "Mean accuracy in % over 5 fresh draws of noise, 150 images, 95% interval over images" in words
     for cell in result.cells:
         m = cell.scores.mean
         half = max(m.high - m.value, m.value - m.low)
