@@ -81,7 +81,8 @@ def stages() -> list[list[Part]]:
     checks.append(Part("denim.benchmarks.gpu_operators:attention", 160))
     checks.append(Part("denim.benchmarks.gpu_models:compiled_and_captured", 160))
     checks += [Part(f"denim.benchmarks.gpu_runs:{name}", 160) for name in ("pretraining_run", "two_equal_runs")]
-    timed = [("pretraining", 125), ("sweep", 55), ("attack", 45), ("kernel_times", 75), ("attention_times", 15)]
+    timed = [("pretraining", 115), ("captured_training", 30), ("sweep", 55), ("attack", 40)]
+    timed += [("kernel_times", 65), ("attention_times", 15)]
     parts = [[Part(f"denim.benchmarks.gpu_models:{name}", seconds, autotune=True)] for name, seconds in timed]
     return [checks, *parts, [Part("denim.benchmarks.gpu_runs:sanitizer", 90)]]
 

@@ -11,6 +11,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from denim.benchmarks.gpu_rows import SIZES, Row, Sizes
 from denim.benchmarks.timing import measure, step_seconds
 from denim.benchmarks.training import TOLERANCE, Workload, check_loss, flops_per_image, open_step, peak_flops
 from denim.kernels import Domain, derive_seeds, draw_seeds
+from denim.nim.attention import set_attention
+from denim.nim.cuda_graph import WARM_UP
 from denim.nim.pretraining import PretrainTask
 from denim.nim.settings import PretrainConfig
 
@@ -31,6 +34,7 @@ __all__ = [
     "attack",
     "attention_times",
     "autoencoder",
+    "captured_training",
     "compiled_and_captured",
     "kernel_times",
     "nim_loss",
@@ -230,6 +234,38 @@ def _pretraining(device: str, size: Sizes, batch: int) -> Iterator[Row]:
         yield from _other_step(device, size, work, name, what, flops)
 
 
+def captured_training(device: str, sizes: str) -> Iterator[Row]:
+    """Updates of `denim pretrain --cuda-graph`: their weights against those of updates that run, and their speed."""
+    if device != "cuda":
+        yield Row("captured updates: were not run", 0, limit=0, note="CUDA graphs need a GPU")
+        return
+    size, weights = SIZES[sizes], {}
+    settings = _settings(replace(size, large=size.small), 8, device)
+    for graph in (False, True):
+        # In float32, by attention that sums in a fixed order: the same bits are to be expected.
+        config = replace(settings, precision="fp32", compile=False, cuda_graph=graph)
+        with closing(open_step("denim", Workload(config, torch.device(device)))) as step:
+            set_attention(step.model, "math")
+            start = _weights(step.model)
+            for _ in range(12):
+                step.run()
+            weights[graph] = _weights(step.model) - start
+    error = relative_rms(weights[True], weights[False].double())
+    yield Row("what 12 updates change, captured against run", error, "relative RMS error", 0.01)
+    for graph in (False, True):
+        _free()
+        work = Workload(replace(_settings(size, size.batch, device), cuda_graph=graph), torch.device(device))
+        with closing(open_step("denim", work)) as step:
+            for _ in range(WARM_UP):
+                step.run()
+            name = f"pretraining, Denim, {'captured' if graph else 'not captured'}"
+            yield from _speed(device, name, step.run, work.batch, "images/s", size.steps)
+
+
+def _weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
 def _denim_step(device: str, size: Sizes, work: Workload, flops: float) -> Iterator[Row]:
     """What `denim pretrain` runs; its first loss and gradients are compared with those in float32."""
     inputs, task = work.inputs(), PretrainTask(work.model(), work.objective, work.config.seed)
@@ -304,8 +340,6 @@ class _Defense:
         self.mean, self.std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
 
     def attention(self, backend: str) -> None:
-        from denim.nim.attention import set_attention
-
         set_attention(self.denoiser, backend)
         set_attention(self.classifier, backend)
 

@@ -33,6 +33,7 @@ from denim.kernels import attention, normal_noise
 from denim.nim.attention import set_attention
 from denim.nim.autoencoder import Autoencoder, Mask, preset
 from denim.nim.block import set_lean
+from denim.nim.cuda_graph import WARM_UP, check_capturable
 from denim.nim.data import Batch
 from denim.nim.engine import begin, keyed_torch, training_parts, training_step
 from denim.nim.gpus import gpu_of_driver
@@ -107,7 +108,7 @@ class Workload:
         loader: yields the parts of updates: uint8 (B, H, W, C), random bytes.
 
     Raises:
-        ValueError: settings that do not fit together, no `batch_size`, or a device without the precision.
+        ValueError: settings that do not fit together, no `batch_size`, or a device without the precision or graphs.
     """
 
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
@@ -116,6 +117,7 @@ class Workload:
         self.device = device
         self.batch: int = config.batch_size
         self.precision = resolve_precision(config.precision, device)
+        check_capturable(config, device)
         self.config = config.for_data(UPDATES * self.batch)
         self.architecture = preset(
             config.preset,
@@ -482,8 +484,8 @@ def compare(
                 )
         for name, run in updates.items():
             report(f"{name}: first updates")
-            run()
-            run()
+            for _ in range(2 + (WARM_UP if config.cuda_graph and name == "denim" else 0)):
+                run()
         report(f"timing {rounds} rounds")
         times, method = _turns(updates, device, rounds, clock)
         peaks: dict[str, int] = {}

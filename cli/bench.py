@@ -210,6 +210,7 @@ def train(
     precision: str = "auto",
     lean: bool = True,
     compile: bool | None = None,
+    cuda_graph: bool = False,
     grad_checkpointing: bool = False,
     against: tuple[str, ...] = ("published", "eager", "compiled", "floor"),
     rounds: int = 10,
@@ -236,6 +237,7 @@ def train(
         precision: Precision of all steps: fp32, tf32, bf16, or auto: bf16 where a GPU has it, else fp32.
         lean: Of Denim's step, as in `denim pretrain`.
         compile: Of Denim's step, as in `denim pretrain`.
+        cuda_graph: Of Denim's step, as in `denim pretrain`.
         grad_checkpointing: Of Denim's step, as in `denim pretrain`.
         against: Other steps: published, eager, compiled, floor.
         rounds: Turns of every step.
@@ -272,6 +274,7 @@ def train(
         precision=precision,
         lean=lean,
         compile=compile,
+        cuda_graph=cuda_graph,
         grad_checkpointing=grad_checkpointing,
     )
     made = environment(where)

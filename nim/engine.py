@@ -7,11 +7,12 @@ resumed reaches the same weights, bit for bit on the same machine, as one that i
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from denim.nim.checkpoint import Pretrained
+from denim.nim.cuda_graph import WARM_UP, WARM_UP_DDP, UpdateGraph
 from denim.nim.data import Batch, Loader, PlannedLoader, Source, TrainView, open_loader
 from denim.nim.owner import owned_by_first
 from denim.nim.parallel import alone, distribute, whole, without_sync
@@ -153,6 +155,7 @@ class TrainState:
         loader: state of this rank's loader after the last part that was used.
         average: moving averages of the parameters that learn, by name; None without `config.ema`.
         device_seconds: seconds times devices that earlier parts of the run have taken.
+        graph: replays the updates; None without `config.cuda_graph`.
     """
 
     config: TrainConfig
@@ -170,6 +173,7 @@ class TrainState:
     loader: dict[str, Any]
     average: dict[str, Tensor] | None
     device_seconds: float
+    graph: UpdateGraph | None = None
 
     @property
     def total(self) -> int:
@@ -200,7 +204,7 @@ class Schedule(CosineLRScheduler):
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        if device.type == "cuda":
+        if device.type == "cuda" or config.cuda_graph:
             self.rates = torch.zeros(len(optimizer.param_groups), device=device)
             for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate
@@ -212,7 +216,8 @@ class Schedule(CosineLRScheduler):
             return
         scales = [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
         rates = [value * scale for value, scale in zip(values, scales, strict=True)]
-        self.rates.copy_(torch.tensor(rates, dtype=torch.float32).pin_memory(), non_blocking=True)
+        given = torch.tensor(rates, dtype=torch.float32)
+        self.rates.copy_(given.pin_memory() if self.rates.is_cuda else given, non_blocking=True)
 
     def largest(self, update: int) -> float:
         """The largest rate of the update with a number."""
@@ -231,15 +236,30 @@ def training_step(state: TrainState, parts: Iterator[Inputs]) -> None:
         state: what is changed.
         parts: yields `state.passes` parts.
     """
-    config, device = state.config, state.losses.device
     state.scheduler.step_update(state.update)
-    state.optimizer.zero_grad(set_to_none=True)
-    for part in range(1, state.passes + 1):
+    taken = _tensors(state, parts)
+    if state.graph is None:
+        _update(state, taken)
+    else:
+        state.graph.run(functools.partial(_update, state), list(taken))
+    state.update += 1
+
+
+def _tensors(state: TrainState, parts: Iterator[Inputs]) -> Iterator[dict[str, Tensor]]:
+    for _ in range(state.passes):
         inputs = next(parts)
         state.loader = inputs.loader
+        yield inputs.tensors
+
+
+def _update(state: TrainState, parts: Iterable[dict[str, Tensor]]) -> None:
+    """What the device does in an update: a function of tensors alone, since a CUDA graph repeats it."""
+    config, device = state.config, state.losses.device
+    state.optimizer.zero_grad(set_to_none=True)
+    for part, tensors in enumerate(parts, start=1):
         with without_sync(state.module, state.model, last=part == state.passes):
             with autocast(config.precision, device):
-                value = state.module(**inputs.tensors)
+                value = state.module(**tensors)
             if state.passes > 1:
                 value = value / state.passes
             value.backward()
@@ -258,7 +278,6 @@ def training_step(state: TrainState, parts: Iterator[Inputs]) -> None:
         named = dict(state.model.named_parameters())
         latest = [named[name] for name in state.average]
         get_ema_multi_avg_fn(config.ema)(list(state.average.values()), latest, state.update)
-    state.update += 1
 
 
 def begin(
@@ -292,11 +311,13 @@ def begin(
     for state in progress.loaders:
         loader.load_state(state)
     precision = resolve_precision(config.precision, device)
-    module = distribute(task, config, ranks, device, precision)
+    graph = UpdateGraph(device, WARM_UP_DDP if ranks.world > 1 else WARM_UP) if config.cuda_graph else None
+    with graph.beside() if graph is not None else nullcontext():
+        module = distribute(task, config, ranks, device, precision)
     # FSDP has replaced the parameters; their names are the same.
     parameters = dict(model.named_parameters())
     groups = [{**group, "params": [parameters[name] for name in group["params"]]} for group in named]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True, capturable=config.cuda_graph)
     average = None
     if config.ema is not None:
         average = {
@@ -323,6 +344,7 @@ def begin(
         loader=loader.state(),
         average=average,
         device_seconds=progress.device_seconds,
+        graph=graph,
     )
 
 

@@ -17,6 +17,7 @@ from denim.nim.augmentation import Augmentation, Draws
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import CheckpointError
 from denim.nim.classifier import Classifier, ClassifierConfig, check_logits
+from denim.nim.cuda_graph import check_capturable
 from denim.nim.data import Batch, EvalView, Source, Subset, TorchLoader, open_loader
 from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.parallel import alone
@@ -163,6 +164,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Classifi
     """
     device = pick_device(config.device)
     resolve_precision(config.precision, device)  # raises where the device lacks it
+    check_capturable(config, device)
     autoencoder = Autoencoder.from_pretrained(str(config.denoiser)).requires_grad_(False)
     check_degradation(autoencoder, config.degrade, config.statistics)
     body = autoencoder.config

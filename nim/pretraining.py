@@ -12,6 +12,7 @@ from torch import Tensor
 from denim.kernels import Domain, derive_seeds
 from denim.kernels.patches import unpatchify
 from denim.nim.autoencoder import Autoencoder, Mask, preset
+from denim.nim.cuda_graph import check_capturable
 from denim.nim.data import BadSamplesError, Batch, EvalView, Source, Subset, TorchLoader
 from denim.nim.engine import Task, keyed_torch, train, training_loader
 from denim.nim.objectives import Objective
@@ -176,6 +177,7 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> Autoenco
     """
     device = pick_device(config.device)
     resolve_precision(config.precision, device)  # raises where the device lacks it
+    check_capturable(config, device)
     objective = Objective.published(config.objective, config.sigma, config.mask_ratio)
     with joined(device, config.stall_timeout, alone=config.fsdp) as ranks:
         console = console or open_console(stderr=True, quiet=not ranks.is_first)

@@ -62,7 +62,7 @@ USUAL_BASE_LR = (1e-5, 1e-2)
 # Settings that may differ between a run and its resumption, since they do not change its weights.
 FREE_SETTINGS = (
     "out", "resume", "workers", "loader", "max_bad", "log_every",
-    "micro_batch", "accumulate", "lean", "compile", "grad_checkpointing", "fsdp", "stall_timeout",
+    "micro_batch", "accumulate", "lean", "compile", "cuda_graph", "grad_checkpointing", "fsdp", "stall_timeout",
     "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "keep_every",
     "eval_sigmas", "eval_every", "eval_images",
 )  # fmt: skip

@@ -59,6 +59,8 @@ class TrainConfig:
             pass under autocast; weights, loss and optimizer stay float32), or auto: bf16 where a GPU has it, else fp32.
         lean: Compute layer norms and GELUs again in the backward pass instead of keeping them, which saves memory.
         compile: Compile each transformer block with torch.compile; None does so on CUDA.
+        cuda_graph: Replay the work of an update on a GPU as one CUDA graph, in one process or under DDP. It has not run
+            on a GPU yet.
         grad_checkpointing: Compute the activations of each block again in the backward pass instead of keeping them.
         fsdp: Shard weights, gradients and optimizer state over the devices (FSDP2) instead of copying them (DDP).
         clip_grad: Largest norm of the gradients, above which they are scaled down to it; None clips nothing.
@@ -106,6 +108,7 @@ class TrainConfig:
     precision: str = "auto"
     lean: bool = True
     compile: bool | None = None
+    cuda_graph: bool = False
     grad_checkpointing: bool = False
     fsdp: bool = False
     clip_grad: float | None = None
@@ -138,6 +141,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.cuda_graph and self.fsdp:
+            raise ValueError("cuda_graph cannot capture fsdp, which gathers weights anew in every pass: choose one")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema must lie between 0 and 1, got {self.ema}")
         if self.batch_size is not None and self.batch_size % (self.micro_batch or 1):
@@ -374,6 +379,8 @@ class FinetuneConfig(TrainConfig):
                 "and cutmix=0"
             )
 
+        if self.adversarial is not None and self.cuda_graph:
+            raise ValueError("cuda_graph does not capture adversarial training: leave cuda_graph out")
         if self.adversarial_training is not None and self.trained_on != "clean":
             raise ValueError(
                 f"adversarial training attacks clean images, and trained_on is {self.trained_on}: take trained_on=clean"

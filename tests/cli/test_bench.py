@@ -152,6 +152,7 @@ def test_a_step_of_training_that_differs_has_no_time(denim, monkeypatch, tmp_pat
     [
         (("eager", "--preset", "enormous"), "unknown preset"),
         (("fastest",), "unknown step 'fastest'"),
+        (("eager", "--cuda-graph"), "cuda_graph needs a GPU, not cpu"),
         (("eager", "--clock", "sun"), "clock must be wall or processor"),
         (("eager", "--json", "no/such/folder/bench.json"), "there is no folder no/such/folder"),
         (("eager", "--batch-size", "4", "--micro-batch", "3"), "must be a multiple of micro_batch 3"),
