@@ -203,8 +203,10 @@ def test_damaged_files_of_a_run_are_named(tmp_path, content):
     with pytest.raises(DamagedFileError, match=r"line 1 of .*metrics\.jsonl"):
         run(configure(tmp_path / "run", epochs=1, resume=True))
     (tmp_path / "run" / "run.json").write_bytes(content)
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(DamagedFileError, match=r"run\.json"):
         run(configure(tmp_path / "run", epochs=1, resume=True))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
 
 
 def test_a_line_of_metrics_that_spans_the_stop_is_the_same(tmp_path):
@@ -715,6 +717,34 @@ def test_a_failure_in_the_background_reaches_the_run(tmp_path, monkeypatch):
     with pytest.raises(WriteError, match="make room there"):
         run(configure(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("at", ["optimizer", "weights", "sums"])
+def test_a_disk_that_is_full_in_a_checkpoint_costs_no_more_than_that_checkpoint(tmp_path, monkeypatch, at):
+    """The second of four, while a part of it is written already."""
+    place, name = {"optimizer": (saving, "save"), "weights": (Line, "save_pretrained"), "sums": (saving, "_sums")}[at]
+    real, calls = getattr(place, name), []
+
+    def full(*arguments, **options):
+        calls.append(0)
+        result = real(*arguments, **options)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return result
+
+    folder = tmp_path / "run" / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, full)
+        with pytest.raises(
+            WriteError, match=f"^cannot write {folder}/00000010: No space left on device; make room there"
+        ):
+            run(configure(tmp_path / "run"))
+    assert [path.name for path in folder.iterdir()] == ["00000005"]
+    assert saving._damage(folder / "00000005") == ""
+    resumed, seen = run(configure(tmp_path / "run", resume=True))
+    assert seen[0] == 5
+    whole, _ = run(configure(tmp_path / "whole"))
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
 
 
 def test_settings_of_a_later_version_have_their_defaults_in_an_earlier_run(tmp_path):
