@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,17 @@ def launch(folder, *names, world=2):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager"}
     command += [SCRIPT, folder, *names]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+
+
+def start_without_agent(folder, job):
+    """The processes of a job on two ranks, without torchrun: it ends the others of a rank that is gone."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager"}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [subprocess.Popen([sys.executable, SCRIPT, folder, job], env=each) for each in ranks]
 
 
 def found(folder, job):
@@ -203,10 +215,12 @@ def test_a_rank_that_does_not_answer_is_named(two):
     assert "1" in error.partition("in vain")[2]
 
 
-def test_a_killed_rank_ends_the_run_and_the_checkpoint_stays(alone, jobs):
-    done = launch(alone, "killed")
-    assert done.returncode != 0
-    assert "Signal 9 (SIGKILL)" in done.stderr
+def test_a_killed_rank_is_named_by_the_other_and_the_checkpoint_stays(alone, jobs):
+    processes = start_without_agent(alone, "killed")
+    assert [process.wait(timeout=300) for process in processes] == [0, -signal.SIGKILL]
+    error = json.loads((alone / "killed-0.json").read_text())["error"]
+    assert "rank 0 has waited for the others in vain" in error
+    assert "1" in error.partition("in vain")[2]
     assert latest_checkpoint(alone / "pretraining-killed").name == "00000010"
     jobs.pretraining(alone, "killed", resume=True)
     assert_equal(alone / "pretraining-alone", alone / "pretraining-killed")
