@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 
 def main(
-    classifier: str,
+    classifier: str | None = None,
     denoiser: str | None = None,
+    model: tuple[str, ...] = (),
+    weights: tuple[Path, ...] = (),
     out: Path = Path("runs/evaluation"),
     data: str = "digits",
     split: str = "test",
@@ -19,25 +22,29 @@ def main(
     degrade: str = "noise",
     statistics: str = "input",
     clean_classifier: str | None = None,
-    attacks: tuple[str, ...] = ("fgsm:4/255", "pgd:4/255,steps=20,eot=20", "pgd:4/255,steps=20,eot=20,gray"),
+    attacks: tuple[str, ...] = (),
     score_draws: int = 20,
     max_batch: int = 256,
     examples: int = 6,
     loader: str = "auto",
     workers: int | None = None,
     max_bad: float = 0.01,
+    img_size: int | None = None,
     seed: int = 0,
     device: str = "auto",
     precision: str = "fp32",
 ) -> None:
-    """Attack and score a defense at many noise levels, and write a table, a curve and a gallery.
+    """Attack and score a defense at many noise levels, or any models, and write a table, a curve and a gallery.
 
-    The same command with the same options goes on where an earlier one stopped.
+    The same command goes on where an earlier one stopped; other options compute what is new, and keep the rest.
 
     Args:
         classifier: The fine-tuned classifier: folder of a model or a run, name of a model that ships with Denim, or
             owner/name on the Hugging Face hub.
         denoiser: The denoiser, likewise; without it, the defense is noise alone.
+        model: Further models, each a row: package.module:factory, a function or class that is called without arguments
+            and gives a module from pixels in [0, 1] to logits; or timm:NAME. NAME=package.module:factory names the row.
+        weights: A .pt or .safetensors file for each --model, in their order.
         out: Folder that gets the evaluation.
         data: Images to evaluate on: digits, cifar10, cifar100 or a folder.
         split: Split of the data, such as train or test.
@@ -50,7 +57,9 @@ def main(
         statistics: Image that gives the patch means and standard deviations of a reconstruction: input or noisy. A
             denoiser with target raw needs none.
         clean_classifier: A classifier that was trained on clean images, likewise, for a reference row without defense.
-        attacks: Attacks, such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray.
+        attacks: Attacks, such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray, or package.module:Class for
+            one of your own. Without it, fgsm:4/255 and pgd:4/255,steps=20,eot=20, and this also gray where every row
+            is of the classifier.
         score_draws: Fresh draws of noise per image for the score.
         max_batch: Images per forward pass; a smaller number takes less memory.
         examples: Images in the gallery.
@@ -58,64 +67,100 @@ def main(
         workers: Processes (torch) or threads (DALI) that decode images. Without it, as many as help: at most the
             processors, and none for small data.
         max_bad: Largest share of images that may be unreadable; they are not counted, and above it the command stops.
+        img_size: Side of the images that the models get; by default that of the classifier, or of timm's model.
         seed: Seed of the evaluation.
         device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
         precision: Precision of the networks, in attacks and scores: fp32, tf32, bf16, or auto for bf16 where a GPU has
             it, else fp32.
     """
+    from torch import nn
+
     from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
+    from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier
     from denim.nim.data import EvalView, Subset, open_loader, open_source
+    from denim.nim.ranks import joined
     from denim.nim.settings import pick_device
     from denim.nim.text import open_console, printable
 
     if num_images < 0:
         raise ValueError(f"num_images must not be negative, and 0 takes all, got {num_images}")
-    console = open_console()
+    if classifier is None and not model:
+        raise ValueError("nothing to evaluate: give --classifier, or --model package.module:factory or timm:NAME")
+    for option, given in (("--denoiser", denoiser), ("--clean-classifier", clean_classifier)):
+        if classifier is None and given is not None:
+            raise ValueError(f"{option} needs --classifier, which it is compared or combined with")
+    if weights and len(weights) != len(model):
+        raise ValueError(f"--weights needs a file for each --model, got {len(weights)} for {len(model)}")
+    if not attacks:
+        attacks = ("fgsm:4/255", "pgd:4/255,steps=20,eot=20", *(() if model else ("pgd:4/255,steps=20,eot=20,gray",)))
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
     settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision)
-    model = Classifier.from_pretrained(classifier).to(where)
-    rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False).to(where)
-    defenses: dict[str, De3] = {}
-    if clean_classifier is not None:
-        reference = Classifier.from_pretrained(clean_classifier).to(where)
-        named = reference.config.classes and model.config.classes
-        if reference.config.num_classes != model.config.num_classes or (named and named != reference.config.classes):
-            raise ValueError(
-                f"{clean_classifier} and {classifier} do not have the same classes under the same numbers: both must "
-                "be trained on the same class folders"
-            )
-        defenses["clean classifier"] = De3(None, reference, None).to(where)
-    defenses["defense off"] = De3(rebuild, model, None).to(where)
-    if degrade == "mask":
-        for ratio in mask_ratios or (0.75,):
-            masked = De3(rebuild, model, 0.0, degrade="mask", mask_ratio=ratio, statistics=statistics, seed=seed)
-            defenses[f"mask {ratio:g}"] = masked.to(where)
-    else:
-        for sigma in sigmas:
-            defended = De3(rebuild, model, sigma, degrade=degrade, statistics=statistics, seed=seed).to(where)
-            defenses[f"sigma {sigma:g}"] = defended
-        if frozen is not None:
-            fixed = De3(rebuild, model, frozen, degrade=degrade, statistics=statistics, seed=seed).to(where)
-            defenses[f"sigma {frozen:g} frozen"] = fixed.frozen(seed)
-    classes = model.config.classes or model.config.num_classes
-    source = open_source(data, split, len(model.config.mean), classes=classes, max_bad=max_bad)
-    chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
-    view = EvalView(model.config.img_size[0])
-    batches = open_loader(
-        chosen,
-        view,
-        min(256, len(chosen)),
-        shuffle=False,
-        last="keep",
-        workers=workers,
-        backend=loader,
-        device=where,
-        max_bad=max_bad,
-    )
-    evaluation = evaluate(defenses, batches, settings, out, classes=model.config.classes, console=console)
-    report = write_report(evaluation, out, title=f"De3 on {printable(source.name)}, {len(chosen)} images")
-    print_table(evaluation, console)
-    console.print(f"precision: {evaluation.settings.precision} on {where}")
-    console.print(f"report: {printable(report)}", soft_wrap=True)
+    defenses: dict[str, Any] = {}
+    own: Classifier | None = None
+    if classifier is not None:
+        own = Classifier.from_pretrained(classifier).to(where)
+        rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False).to(where)
+        if clean_classifier is not None:
+            reference = Classifier.from_pretrained(clean_classifier).to(where)
+            named = reference.config.classes and own.config.classes
+            if reference.config.num_classes != own.config.num_classes or (named and named != reference.config.classes):
+                raise ValueError(
+                    f"{clean_classifier} and {classifier} do not have the same classes under the same numbers: both "
+                    "must be trained on the same class folders"
+                )
+            defenses["clean classifier"] = De3(None, reference, None).to(where)
+        defenses["defense off"] = De3(rebuild, own, None).to(where)
+        if degrade == "mask":
+            for ratio in mask_ratios or (0.75,):
+                masked = De3(rebuild, own, 0.0, degrade="mask", mask_ratio=ratio, statistics=statistics, seed=seed)
+                defenses[f"mask {ratio:g}"] = masked.to(where)
+        else:
+            for sigma in sigmas:
+                defended = De3(rebuild, own, sigma, degrade=degrade, statistics=statistics, seed=seed).to(where)
+                defenses[f"sigma {sigma:g}"] = defended
+            if frozen is not None:
+                fixed = De3(rebuild, own, frozen, degrade=degrade, statistics=statistics, seed=seed).to(where)
+                defenses[f"sigma {frozen:g} frozen"] = fixed.frozen(seed)
+    sizes = []
+    for number, text in enumerate(model):
+        name, _, spec = text.rpartition("=")
+        target = open_target(spec, weights[number] if weights else None)
+        if (name or spec) in defenses:
+            raise ValueError(f"two rows have the name {name or spec!r}: give one another by --model NAME={spec}")
+        defenses[name or spec] = target.to(where) if isinstance(target, nn.Module) else target
+        sizes.append(input_size(target))
+    channels, side = (len(own.config.mean), own.config.img_size[0]) if own else sizes[0]
+    side = img_size or side
+    if side is None:
+        raise ValueError(f"{model[0]} does not say what size of images it takes: give --img-size")
+    # The end of the slowest process may be hours after that of the first.
+    with joined(where, timeout=30 * 86400) as ranks:
+        console = open_console(quiet=not ranks.is_first)
+        with ranks.in_turn():
+            classes = None if own is None else own.config.classes or own.config.num_classes
+            source = open_source(data, split, channels, classes=classes, max_bad=max_bad)
+        chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
+        batches = open_loader(
+            chosen,
+            EvalView(side),
+            min(256, -(-len(chosen) // ranks.world)),
+            shuffle=False,
+            last="keep" if ranks.world == 1 else "pad",
+            workers=workers,
+            backend=loader,
+            rank=ranks.rank,
+            world=ranks.world,
+            device=where,
+            max_bad=max_bad,
+        )
+        names = source.classes if own is None else own.config.classes
+        evaluation = evaluate(defenses, batches, settings, out, classes=names, console=console, ranks=ranks)
+        if not ranks.is_first:
+            return
+        title = "De3" if own else ", ".join(defenses)
+        report = write_report(evaluation, out, title=f"{title} on {printable(source.name)}, {len(chosen)} images")
+        print_table(evaluation, console)
+        console.print(f"precision: {evaluation.settings.precision} on {where}")
+        console.print(f"report: {printable(report)}", soft_wrap=True)

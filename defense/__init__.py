@@ -13,6 +13,7 @@ _MODULES = {
     "EvaluationSettings": "evaluation",
     "HealthWarning": "evaluation",
     "check_health": "health",
+    "ModuleTarget": "targets",
     "evaluate": "evaluation",
     "Randomness": "probe",
     "probe_randomness": "probe",
@@ -31,6 +32,7 @@ __all__ = [
     "EvaluationSettings",
     "HealthWarning",
     "Interval",
+    "ModuleTarget",
     "Randomness",
     "Scores",
     "check_health",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from denim.defense.probe import Randomness, probe_randomness
     from denim.defense.report import print_table, write_report
     from denim.defense.scores import Interval, Scores, paired_difference, resubmission_curve, score
+    from denim.defense.targets import ModuleTarget
 
 else:
 

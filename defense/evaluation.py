@@ -312,6 +312,11 @@ def _rows(targets: Mapping[str, Any], settings: EvaluationSettings, fingerprints
     for name, target in targets.items():
         target_key = fingerprints.of(target)
         for (text, attack), radius in zip(attacks, radii, strict=True):
+            if getattr(attack, "gray", False) and not isinstance(target, De3):
+                raise ValueError(
+                    f"{text} attacks the classifier behind a De3, and {name} is none: leave `gray` out, or evaluate "
+                    "the two apart"
+                )
             digest = hashlib.blake2b(target_key + fingerprints.of(attack), digest_size=16)
             digest.update(repr((text, *shared)).encode("utf-8", "surrogatepass"))
             confirms = radius is not None and radii.count(radius) > 1

@@ -21,7 +21,7 @@ from denim.defense.de3 import De3
 __all__ = ["Fingerprints"]
 
 # Their code is known by their versions, which are no part of a fingerprint.
-LIBRARIES = ("builtins", "torch", "timm", "numpy")
+LIBRARIES = ("torch", "timm", "numpy")
 PLAIN = (
     type(None), type(...), bool, int, float, complex, str, bytes, range, slice, enum.Enum, PurePath,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -40,7 +40,9 @@ class Fingerprints:
     over. It is the same in every process. It does not cover global names that the code refers to, nor the code of
     torch, timm and NumPy, which their versions tell.
 
-    A `De3` counts by its settings: draws of an evaluation are keyed by the evaluation's seed and not by its own.
+    A class whose objects have attributes that do not change what they compute, such as counters and logs, names them in
+    `not_in_fingerprint`. A `De3` counts by its settings: draws of an evaluation are keyed by the evaluation's seed and
+    not by its own.
     """
 
     def __init__(self) -> None:
@@ -95,7 +97,7 @@ class Fingerprints:
             return self._of_function(value)
         if isinstance(value, functools.partial):
             return _hashed("partial", *map(self.of, (value.func, value.args, value.keywords)))
-        if isinstance(value, types.ModuleType) or _of_library(type(value)):
+        if isinstance(value, (types.ModuleType, types.BuiltinFunctionType)) or _of_library(type(value)):
             return _hashed(kind, getattr(value, "__name__", ""))
         return _hashed(kind, self.of(type(value)), self.of(dict(getattr(value, "__dict__", {}))))
 
@@ -104,7 +106,8 @@ class Fingerprints:
         if isinstance(module, De3):
             own = {name: part for name, part in vars(module).items() if name not in self._reference}
         else:
-            own = {name: part for name, part in vars(module).items() if name not in OF_ALL_MODULES}
+            left_out = {*OF_ALL_MODULES, *getattr(type(module), "not_in_fingerprint", ())}
+            own = {name: part for name, part in vars(module).items() if name not in left_out}
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 parts += [name, self.of(tensor)]
         parts += [self.of(own), *(self.of(list(vars(module)[name].values())) for name in HOOKS)]

@@ -277,7 +277,7 @@ def _images(evaluation: Evaluation) -> str:
 
 def _sigma(cell: Cell) -> str:
     if cell.sigma is None:
-        return "off"
+        return "off" if cell.case == "undefended" else "–"  # noqa: RUF001
     return f"{cell.sigma:g} frozen" if cell.frozen else f"{cell.sigma:g}"
 
 
@@ -314,13 +314,18 @@ def _fits(evaluation: Evaluation, attacks: Sequence[str], form: Callable[[Interv
     return Measurement.get(console, options, _console_table(evaluation, attacks, form)).maximum <= console.width
 
 
+def _csv_text(text: str) -> str:
+    """A name that a spreadsheet does not run as a formula (OWASP, "CSV injection")."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def _csv_row(cell: Cell) -> dict[str, object]:
     row: dict[str, object] = {
-        "defense": cell.defense,
+        "defense": _csv_text(cell.defense),
         "sigma": cell.sigma,
         "frozen": str(cell.frozen).lower(),
-        "case": cell.case,
-        "attack": cell.attack,
+        "case": _csv_text(cell.case),
+        "attack": _csv_text(cell.attack),
         "epsilon": cell.epsilon,
         "num_images": cell.scores.num_images,
         "score_draws": cell.scores.score_draws,

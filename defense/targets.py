@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import random
 import re
@@ -26,6 +27,7 @@ __all__ = [
     "as_target",
     "find_draws",
     "import_object",
+    "input_size",
     "keyed_generators",
     "normalisation_hint",
     "open_target",
@@ -83,6 +85,7 @@ class ModuleTarget(nn.Module):
         ValueError: `preprocessing` is not of that form.
     """
 
+    not_in_fingerprint = ("_found",)
     draws = 1
     sigma = None
     is_frozen = False
@@ -108,7 +111,7 @@ class ModuleTarget(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, device=where).view(-1, 1, 1), persistent=False)
         self.is_preprocessed = preprocessing is not None
-        self._is_random = is_random
+        self._said, self._found = is_random, is_random
 
     @property
     def is_random(self) -> bool:
@@ -117,23 +120,23 @@ class ModuleTarget(nn.Module):
         Raises:
             RuntimeError: nobody has said so, and `probe` has not been called.
         """
-        if self._is_random is None:
+        if self._found is None:
             raise RuntimeError("whether this model draws by itself is not known: call probe(pixels), or give is_random")
-        return self._is_random
+        return self._found
 
     @is_random.setter
-    def is_random(self, value: bool | None) -> None:
-        self._is_random = value
+    def is_random(self, value: bool) -> None:
+        self._found = value
 
     @property
     def is_known(self) -> bool:
         """Whether it is known if the model draws by itself."""
-        return self._is_random is not None
+        return self._found is not None
 
     def probe(self, pixels: Tensor) -> bool:
         """Find out whether the model draws by itself, by `find_draws`, and remember it."""
-        self._is_random = find_draws(self, pixels)
-        return self._is_random
+        self._found = find_draws(self, pixels)
+        return self._found
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (B, K) of one call of the model.
@@ -269,6 +272,16 @@ def _on_pixels(target: Any) -> nn.Module | None:
     return target if isinstance(target, nn.Module) else None
 
 
+def input_size(target: Any) -> tuple[int | None, int | None]:
+    """Channels and side of the images that a target takes, as far as it says: a model of timm, or preprocessing."""
+    if not isinstance(target, ModuleTarget):
+        return None, None
+    config = getattr(target.model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("input_size"):
+        return int(config["input_size"][0]), int(config["input_size"][-1])
+    return (len(target.mean) if target.is_preprocessed and len(target.mean) > 1 else None), None
+
+
 def import_object(text: str) -> Any:
     """The object that `package.module:name` names, from the installed packages or the current folder.
 
@@ -298,7 +311,7 @@ def import_object(text: str) -> Any:
 
 
 def _public(found: object) -> list[str]:
-    return [name for name in dir(found) if not name.startswith("_")][:20]
+    return [name for name in dir(found) if name.isidentifier() and not name.startswith("_")][:20]
 
 
 def open_target(text: str, weights: Path | None = None) -> Any:
@@ -347,7 +360,7 @@ def _of_timm(name: str, pretrained: bool) -> ModuleTarget:
 
     # For weights such as "resnet18.a1_in1k" the name of the architecture is that before the point.
     if not timm.is_model(name.partition(".")[0]):
-        alike = timm.list_models(f"*{name.partition('.')[0].partition('_')[0]}*")[:5]
+        alike = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5)
         raise ValueError(f"timm has no model {name!r}{'; it has ' + ', '.join(alike) if alike else ''}")
     try:
         model: Any = timm.create_model(name, pretrained=pretrained)
@@ -359,12 +372,10 @@ def _of_timm(name: str, pretrained: bool) -> ModuleTarget:
 
 def _load(model: nn.Module, weights: Path, text: str) -> None:
     own, state = model.state_dict(), read_state_dict(weights)
-    # A name before all others, such as "model.", is taken away on reading.
-    first = next(iter(own), "")
-    for end in (match.end() for match in re.finditer(r"\.", first)):
-        if {first[:end] + name for name in state} == own.keys():
-            state = {first[:end] + name: tensor for name, tensor in state.items()}
-            break
+    # `read_state_dict` takes away what trainers put before all names; here the module itself may have it.
+    if (before := re.match(r"((module|_orig_mod|model|backbone|encoder)\.)+", next(iter(own), ""))) is not None:
+        named = {before[0] + name: tensor for name, tensor in state.items()}
+        state = named if named.keys() == own.keys() else state
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

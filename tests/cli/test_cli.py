@@ -7,6 +7,7 @@ import sys
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from denim import cli
@@ -78,6 +79,39 @@ def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_pat
     before = (tmp_path / "ev" / "records.sqlite").read_bytes()
     denim(*words)
     assert (tmp_path / "ev" / "records.sqlite").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_evaluate_models_of_others(runs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "models_of_test.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Plain(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(256, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    torch.save({"1.weight": torch.zeros(10, 256), "1.bias": torch.arange(10.0)}, tmp_path / "nine.pt")
+    base = ("evaluate", "--out", "ev", "--num-images", "30", "--attacks", "fgsm:8/255", "--examples", "0")
+    named = ("--model", "nine=models_of_test:Plain", "--weights", "nine.pt")
+    denim(*base, *named, "--img-size", "16")
+    cells = json.loads((tmp_path / "ev" / "results.json").read_text())["cells"]
+    assert {(cell["defense"], cell["case"]) for cell in cells} == {("nine", "model")}
+    assert 0 < cells[0]["scores"]["mean"]["value"] < 0.3  # the share of nines
+    classifier = ("--classifier", runs / "ft" / "model", "--sigmas", "70", "--frozen", "None", "--score-draws", "3")
+    denim(*base, *named, *classifier)
+    cells = json.loads((tmp_path / "ev" / "results.json").read_text())["cells"]
+    assert list(dict.fromkeys(cell["defense"] for cell in cells)) == ["defense off", "sigma 70", "nine"]
+    capsys.readouterr()
+    for words, message in (
+        ((), "nothing to evaluate: give --classifier, or --model"),
+        (("--model", "models_of_test:Plain"), "models_of_test:Plain does not say what size of images it takes"),
+        ((*named[:2], "--weights", "a.pt", "b.pt"), "--weights needs a file for each --model, got 2 for 1"),
+        ((*named, "--denoiser", runs / "nim" / "model"), "--denoiser needs --classifier"),
+    ):
+        denim(*base, *words, status=2)
+        assert message in capsys.readouterr().err
+    sys.modules.pop("models_of_test")
 
 
 def test_evaluate_by_masking(runs, tmp_path):

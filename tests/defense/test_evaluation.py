@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -31,11 +32,13 @@ from torch import Tensor, nn
 from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
 from denim.defense import evaluation as evaluating
 from denim.defense import records as storing
+from denim.defense.report import write_report
 from denim.kernels import Domain, derive_seeds, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig, PretrainConfig, pretrain, progress, reconstruct
 from denim.nim.data import Batch, EvalView, Subset, TorchLoader
 from denim.nim.files import DamagedFileError, WriteError
 from denim.nim.owner import OwnedError, owned
+from denim.nim.ranks import joined
 from denim.nim.stopping import Stopped
 
 pytestmark = pytest.mark.slow
@@ -1015,5 +1018,179 @@ def test_images_that_change_while_they_are_evaluated_are_an_error(tmp_path):
     assert done.cells == run(tmp_path / "fresh", source=source).cells
 
 
+# Anything plugs in
+
+
+class Noisy(nn.Module):
+    """Draws by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linear()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.inner(pixels + 0.3 * torch.randn(pixels.shape))
+
+
+class Fixed:
+    """A target that is no module."""
+
+    is_random = False
+
+    def seeds(self, run_seed, domain, ids, draws=1, step=0):
+        return draw_seeds(run_seed, domain, ids, draws, step)
+
+    def draw_logits(self, pixels, seeds, *, surrogate=False):
+        return Linear()(pixels).float().expand(len(seeds), -1, -1)
+
+
+class Brighter:
+    """An attack of somebody else, which draws from the process's generator and returns pixels alone."""
+
+    epsilon = 12 / 255
+
+    def run(self, target, pixels, labels, ids, seed):
+        return (pixels + self.epsilon * torch.rand(pixels.shape)).clamp(0, 1)
+
+
+class Outside(Brighter):
+    def run(self, target, pixels, labels, ids, seed):
+        return pixels + 1
+
+
+@pytest.mark.usefixtures("global_rng_untouched")
+def test_modules_and_targets_of_others_stand_beside_de3(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "attacks_of_others", sys.modules[__name__])
+    options = replace(SETTINGS, attacks=(*SETTINGS.attacks, "attacks_of_others:Brighter"))
+
+    def mixed() -> dict[str, object]:
+        return {"off": De3(None, Linear(), None), "noisy": Noisy(), "module": Linear(), "fixed": Fixed()}
+
+    data = (pixels(), loader().labels)
+    done = run(tmp_path, mixed(), data, options)
+    rows = records(tmp_path)
+    assert len(rows) == 4 * 4 * COUNT
+    assert {row["defense"]: len(row["predictions"]) for row in rows} == {"off": 1, "noisy": 5, "module": 1, "fixed": 1}
+    for text in (*ROWS, "worst 12/255"):
+        scores = [cell_of(done, name, text).scores for name in ("off", "module", "fixed")]
+        assert scores[0] == scores[1] == scores[2], text
+    assert {cell.case for cell in done.cells} == {"undefended", "model"}
+    # A new process does not know that the module draws, and finds it in the records.
+    assert run(tmp_path, mixed(), data, options).cells == done.cells
+    assert len(records(tmp_path)) == len(rows)
+    assert run(tmp_path / "fresh", mixed(), data, options).cells == done.cells
+    with pytest.raises(ValueError, match=r"Outside on off returned images that are none: pixels must lie in \[0, 1\]"):
+        run(tmp_path / "out", {"off": mixed()["off"]}, data, replace(SETTINGS, attacks=("attacks_of_others:Outside",)))
+
+
+class Wide(nn.Module):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return pixels.flatten(1)[:, :7]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "labels", "more", "words"),
+    [
+        (defenses, [3] * COUNT, {}, "off has 3 classes, and 10 of 10 labels are none of them, such as 3 of sample id"),
+        (defenses, [-1, *[0] * 9], {}, "labels must be class numbers from 0 on, got -1 of sample id 0"),
+        (lambda: defenses() | {"wide": Wide()}, [0] * COUNT, {}, "must have the same classes, got off: 3, .* wide: 7"),
+        (lambda: {"wide": Wide()}, [0] * COUNT, {"classes": ("a", "b")}, "wide has 7 classes, and 2 names"),
+        (lambda: {"flat": nn.Flatten(0)}, [0] * COUNT, {}, r"Flatten must return logits \(B, K\)"),
+        (lambda: {"other": nn.Linear(5, 5)}, [0] * COUNT, {}, r"other does not take pixels of shape \(2, 1, 8, 8\)"),
+        (
+            lambda: {"module": Linear()},
+            [0] * COUNT,
+            {"options": replace(SETTINGS, attacks=("fgsm:1/255,gray",))},
+            "De3",
+        ),
+    ],
+)
+def test_models_and_labels_that_do_not_fit_are_refused_before_any_work(tmp_path, chosen, labels, more, words):
+    with pytest.raises(ValueError, match=words):
+        run(tmp_path, chosen(), (pixels(), torch.tensor(labels)), **more)
+    assert not list(tmp_path.glob("*"))
+
+
+def test_a_timm_model_on_pixels_is_a_warning(tmp_path):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=3).eval().requires_grad_(False)
+    photos = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    options = EvaluationSettings((), score_draws=1, examples=0)
+    with pytest.warns(UserWarning, match="vit: VisionTransformer is a model of timm, which expects images normalised"):
+        assert len(run(tmp_path, {"vit": model}, photos, options).warnings) == 1
+
+
+def test_memory_that_does_not_suffice_halves_the_passes_and_says_so(finished, tmp_path):
+    class Small(Linear):
+        most = 5
+
+        def forward(self, given: Tensor) -> Tensor:
+            if len(given) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().forward(given)
+
+    printed = io.StringIO()
+    console = Console(file=printed, width=200)
+    done = evaluate(of(Small()), loader(), SETTINGS, tmp_path / "small", console=console)
+    assert done.cells == finished[1].cells
+    assert printed.getvalue().count("out of memory for noise under none: from now on at most 4 images in a pass") == 1
+    small = Small()
+    small.most = 1
+    with pytest.raises(MemoryError, match=r"noise under .* the passes of one image do not fit into memory"):
+        run(tmp_path / "none", {"noise": De3(None, small, 70)}, (pixels()[:1], loader().labels[:1]))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\u0633" * 300, "=cmd|' /C calc'!A0", "../../up", "a/b\\c\n"])
+def test_any_name_of_a_defense_makes_files(tmp_path, name):
+    long = {name: De3(None, Linear(), None), f"{name}2": De3(None, Linear(), 70)}
+    options = EvaluationSettings(("fgsm:12/255,eot=2",), score_draws=2, examples=2)
+    done = run(tmp_path / "out", long, options=options)
+    assert set(done.examples) == {(row, text) for row in long for text in ("none", "fgsm:12/255,eot=2")}
+    assert len(list((tmp_path / "out" / "examples").iterdir())) == 4
+    write_report(done, tmp_path / "out", title="long")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        kept = [row["defense"] for row in csv.DictReader(file)]
+    assert kept[0] == (f"'{name}" if name.startswith("=") else name)
+
+
+def test_a_frozen_defense_is_compared_with_the_random_one_of_its_own_model():
+    fingerprints = evaluating.Fingerprints()
+    random = De3(None, Linear(), 70)
+    twin = De3(None, Linear(), 70).frozen(1)
+    assert evaluating._is_frozen_twin(twin, random, fingerprints), "equal models count, not the same objects alone"
+    for other in (De3(None, Halved(), 70), De3(None, Linear(), 69), De3(None, Linear(), 70, draws=2), twin, Linear()):
+        assert not evaluating._is_frozen_twin(twin, other, fingerprints)
+
+
+def test_two_ranks_have_the_results_of_one(finished, tmp_path):
+    """Each evaluates its own batches; then one process goes on with what both have."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager"}
+    done = subprocess.run([*command, __file__, tmp_path, "ranks"], env=environment, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
+    parts = []
+    for file in ("records.sqlite", "records-1.sqlite"):
+        (tmp_path / file).rename(tmp_path / "alone.sqlite")
+        with contextlib.closing(sqlite3.connect(tmp_path / "alone.sqlite")) as database:
+            parts.append(database.execute("SELECT sum(count) FROM blocks").fetchone()[0])
+        (tmp_path / "alone.sqlite").rename(tmp_path / file)
+    assert parts == [6 * 9, 4 * 9]  # batches of 4, 4 and 2: the first and the third, and the second
+    chosen = defenses()
+    assert (
+        run(tmp_path, chosen, classes=("a", "b", "c"), options=replace(SETTINGS, examples=0)).cells == finished[1].cells
+    )
+    assert chosen["off"].classifier.sizes == []
+
+
+def work_of_ranks(out: Path) -> None:
+    storing.SYNCHRONOUS = "OFF"
+    with joined(torch.device("cpu"), 100) as ranks:
+        done = run(out, classes=("a", "b", "c"), ranks=ranks)
+        assert len(ranks.gather(len(done.cells))) == 2
+
+
 if __name__ == "__main__":
-    kill_often(Path(sys.argv[1]))
+    (work_of_ranks if sys.argv[2:] else kill_often)(Path(sys.argv[1]))
