@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from denim.defense.attacks import Attack, parse_attack, radius_text
+from denim.defense.attacks import Attack, AttackMethod, parse_attack, radius_text
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.images import Images, as_loader, batches_of, identify, pixels_of, same_again
@@ -59,7 +59,6 @@ from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import open_console
 
 __all__ = [
-    "AttackMethod",
     "Cell",
     "Evaluation",
     "EvaluationSettings",
@@ -80,31 +79,6 @@ LONGEST_NAME = 150  # bytes of the name of a file of the gallery before its endi
 
 class HealthWarning(UserWarning):
     """A health check doubts a result (docs/method.md). `Evaluation.warnings` and the report have all such warnings."""
-
-
-class AttackMethod(Protocol):
-    """What an evaluation needs of an attack; `Attack` is one.
-
-    It may have `epsilon`, its radius in [0, 1] units: attacks of one radius (and one `norm`) are compared image by
-    image, and the report has the radius. It may have `eot`, the draws of a gradient, by which the images of a pass are
-    counted.
-    """
-
-    def run(self, target: Any, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Any:
-        """Attack a batch.
-
-        Args:
-            target: a `denim.defense.targets.Target`.
-            pixels: (B, C, H, W) in [0, 1].
-            labels: int64 (B,).
-            ids: int64 (B,), sample ids, to key whatever is random.
-            seed: of the evaluation.
-
-        Returns:
-            The attacked pixels, or an object with them as `pixels` and, where it knows them, `zero_gradients` and
-            `bad_gradients`, bool (B,), and `gradients`, int64 (B,), backward passes that were spent.
-        """
-        ...
 
 
 def open_attack(text: str) -> tuple[str, AttackMethod]:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from denim.defense.attacks import Attack, Target
+from denim.defense.attacks import Attack
 from denim.defense.de3 import De3
+from denim.defense.targets import Target
 from denim.kernels import Domain
 
 __all__ = ["Check", "check_health"]

@@ -25,6 +25,7 @@ class Randomness:
         calls: number of times that it was asked.
         differing: number of images whose logits were not the same bits in all calls.
         largest: largest absolute difference of a logit between the first and a later call.
+        scale: largest absolute logit of the first call that is finite.
         declared: names of the modules that say of themselves that they are random (an attribute `is_random`, as that
             of `De3`); "" is the model itself.
     """
@@ -33,6 +34,7 @@ class Randomness:
     calls: int
     differing: int
     largest: float
+    scale: float
     declared: tuple[str, ...]
 
     @property
@@ -105,4 +107,5 @@ def probe_randomness(model: nn.Module, pixels: Tensor, *, calls: int = 4) -> Ran
             differs |= unequal.flatten(1).any(dim=1)
             distance = (logits - first).abs()[unequal].nan_to_num(nan=float("inf"))
             largest = max(largest, float(distance.max())) if distance.numel() else largest
-    return Randomness(len(pixels), calls, int(differs.sum()), largest, names)
+    scale = float(first.nan_to_num(0.0, 0.0, 0.0).abs().max()) if first.numel() else 0.0
+    return Randomness(len(pixels), calls, int(differs.sum()), largest, scale, names)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from denim.defense.de3 import De3
+from denim.defense.probe import probe_randomness
 from denim.kernels import Domain, draw_seeds
 from denim.nim.classifier import Classifier
 from denim.nim.exchange import read_state_dict
@@ -25,7 +26,6 @@ __all__ = [
     "ModuleTarget",
     "Target",
     "as_target",
-    "find_draws",
     "import_object",
     "input_size",
     "keyed_generators",
@@ -38,7 +38,6 @@ TIMM = "timm:"
 # Two calls differ if a logit moves by more than this share of the largest one: kernels of a GPU that add in any order
 # move the last digits.
 ROUNDING = 1e-4
-CALLS = 3
 
 
 class Target(Protocol):
@@ -134,8 +133,16 @@ class ModuleTarget(nn.Module):
         return self._found is not None
 
     def probe(self, pixels: Tensor) -> bool:
-        """Find out whether the model draws by itself, by `find_draws`, and remember it."""
-        self._found = find_draws(self, pixels)
+        """Find out whether the model draws by itself, by `probe_randomness`, and remember it.
+
+        A module that draws rarely can be missed.
+
+        Args:
+            pixels: (B, C, H, W) in [0, 1], a few.
+        """
+        self._found = False  # the module is asked, and not what is known of it
+        found = probe_randomness(self, pixels)
+        self._found = bool(found.declared) or found.largest > ROUNDING * found.scale
         return self._found
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -210,23 +217,6 @@ def keyed_generators(seed: int | None, device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-@torch.no_grad()
-def find_draws(model: nn.Module, pixels: Tensor) -> bool:
-    """Whether a module draws by itself in evaluation mode: whether three calls on the same pixels differ.
-
-    The global generators are afterwards as before. A module that draws rarely can be missed.
-
-    Args:
-        model: in evaluation mode, from pixels to logits.
-        pixels: (B, C, H, W) in [0, 1], a few.
-    """
-    with keyed_generators(None, pixels.device):
-        first, *others = [_single(model(pixels)) for _ in range(CALLS)]
-    # Logits that are not finite are an error of the evaluation, and no sign of draws where they come every time.
-    bound = ROUNDING * first.nan_to_num(0.0, 0.0, 0.0).abs().max() if first.numel() else 0.0
-    return not all(torch.allclose(other, first, rtol=0.0, atol=float(bound), equal_nan=True) for other in others)
 
 
 def as_target(model: Any) -> Any:

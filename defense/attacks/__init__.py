@@ -8,21 +8,19 @@ from denim.defense.attacks.attack import (
     ATTACKS,
     Attack,
     Attacked,
-    AttackLike,
+    AttackMethod,
     parse_attack,
     radius_text,
     register_attack,
 )
 from denim.defense.attacks.foreign import ForeignAttack
-from denim.defense.attacks.search import Target
 
 __all__ = [
     "ATTACKS",
     "Attack",
-    "AttackLike",
+    "AttackMethod",
     "Attacked",
     "ForeignAttack",
-    "Target",
     "parse_attack",
     "radius_text",
     "register_attack",

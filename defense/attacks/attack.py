@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from denim.defense.attacks.balls import Ball
 from denim.defense.attacks.losses import LOSSES
 from denim.defense.attacks.rules import Apgd, Fgsm, Momentum, Pgd, Rule
-from denim.defense.attacks.search import Found, Items, Search, Target
+from denim.defense.attacks.search import Found, Items, Search
 from denim.defense.attacks.square import Square
 from denim.defense.de3 import De3
+from denim.defense.targets import Target
 from denim.kernels import Domain
 from denim.nim.adversarial import evaluating
 
-__all__ = ["ATTACKS", "Attack", "AttackLike", "Attacked", "parse_attack", "radius_text", "register_attack"]
+__all__ = ["ATTACKS", "Attack", "AttackMethod", "Attacked", "parse_attack", "radius_text", "register_attack"]
 
 # Leaving early costs nothing where the target does not draw. Where it does, an image leaves if all draws of a pass and
 # all confirmation draws miss; with fewer steps or draws this asks for more than it saves.
@@ -45,17 +46,28 @@ class Attacked(NamedTuple):
     gradients: Tensor
 
 
-@runtime_checkable
-class AttackLike(Protocol):
-    """What an evaluation needs of an attack."""
+class AttackMethod(Protocol):
+    """What an evaluation needs of an attack; `Attack` is one.
 
-    @property
-    def epsilon(self) -> float:
-        """Radius, in [0, 1] units; attacks of one radius are compared."""
-        ...
+    It may have `epsilon`, its radius in [0, 1] units: attacks of one radius (and one `norm`) are compared image by
+    image, and the report has the radius. It may have `eot`, the draws of a gradient, by which the images of a pass are
+    counted.
+    """
 
-    def run(self, target: Target, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Attacked:
-        """Attack images (B, C, H, W) of labels (B,) and sample ids (B,), all random keyed by seed and ids."""
+    def run(self, target: Any, pixels: Tensor, labels: Tensor, ids: Tensor, seed: int) -> Any:
+        """Attack a batch.
+
+        Args:
+            target: what is attacked, see `denim.defense.targets.Target`.
+            pixels: (B, C, H, W) in [0, 1].
+            labels: int64 (B,).
+            ids: int64 (B,), sample ids, to key whatever is random.
+            seed: of the evaluation.
+
+        Returns:
+            The attacked pixels, or an object with them as `pixels` and, where it knows them, `zero_gradients` and
+            `bad_gradients`, bool (B,), and `gradients`, int64 (B,), backward passes that were spent.
+        """
         ...
 
 
@@ -407,10 +419,10 @@ def radius_text(epsilon: float) -> str:
     return f"{levels}/255" if levels / 255 == epsilon else repr(epsilon)
 
 
-_PARSERS: dict[str, Callable[[str], AttackLike]] = dict.fromkeys(ATTACKS, Attack.parse)
+_PARSERS: dict[str, Callable[[str], AttackMethod]] = dict.fromkeys(ATTACKS, Attack.parse)
 
 
-def register_attack(name: str, parse: Callable[[str], AttackLike]) -> None:
+def register_attack(name: str, parse: Callable[[str], AttackMethod]) -> None:
     """Make an attack known by a name, for text forms that begin with it.
 
     Args:
@@ -426,7 +438,7 @@ def register_attack(name: str, parse: Callable[[str], AttackLike]) -> None:
     _PARSERS[name] = parse
 
 
-def parse_attack(text: str) -> AttackLike:
+def parse_attack(text: str) -> AttackMethod:
     """An attack from its text form, by the parser of its name.
 
     Raises:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from denim.defense.attacks.attack import Attacked, radius_text, register_attack
 from denim.defense.attacks.balls import NORMS, Ball
-from denim.defense.attacks.search import Target
+from denim.defense.targets import Target
 from denim.kernels import Domain, derive_seeds
 from denim.nim.adversarial import evaluating
 

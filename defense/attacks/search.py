@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,28 +18,10 @@ from torch import Tensor
 from denim.defense.attacks.losses import loss as loss_of
 from denim.defense.attacks.losses import scale_of
 from denim.defense.attacks.rules import Rule, Seen, State
+from denim.defense.targets import Target
 from denim.kernels import Domain, derive_seeds
 
-__all__ = ["Found", "Items", "Search", "Target"]
-
-
-class Target(Protocol):
-    """What is attacked: a classifier of pixels in [0, 1] that may draw, such as a `De3`."""
-
-    @property
-    def is_random(self) -> bool:
-        """Whether two draws for one image may differ."""
-        ...
-
-    def seeds(
-        self, run_seed: int | Tensor, domain: Domain, ids: Tensor, draws: int = 1, step: int | Tensor = 0
-    ) -> Tensor:
-        """int64 (draws * n, B): seeds of draws, keyed by all arguments; n is for the target to choose."""
-        ...
-
-    def draw_logits(self, pixels: Tensor, seeds: Tensor, *, surrogate: bool = False) -> Tensor:
-        """(draws, B, K) of such seeds; with `surrogate` those whose gradient an attack follows."""
-        ...
+__all__ = ["Found", "Items", "Search"]
 
 
 class Items(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from denim.defense import Attack, De3, ModuleTarget
 from denim.defense.fingerprint import Fingerprints
-from denim.defense.targets import as_target, find_draws, import_object, input_size, normalisation_hint, open_target
+from denim.defense.targets import as_target, import_object, input_size, normalisation_hint, open_target
 from denim.kernels import Domain
 
 PIXELS = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def test_a_module_that_draws_is_found_and_its_draws_are_functions_of_the_seeds(n
     with pytest.raises(RuntimeError, match=r"call probe\(pixels\)"):
         _ = target.is_random
     with untouched():
-        assert find_draws(Net(noise), PIXELS) is target.probe(PIXELS) is target.is_random is (noise != "none")
+        assert target.probe(PIXELS) is target.is_random is (noise != "none")
         seeds = target.seeds(0, Domain.SCORE, IDS, 3)
         logits = target.draw_logits(PIXELS, seeds)
         again = target.draw_logits(PIXELS, seeds)
@@ -71,8 +71,9 @@ def test_a_module_that_draws_is_found_and_its_draws_are_functions_of_the_seeds(n
 
 def test_dropout_that_is_off_in_evaluation_is_no_draw():
     module = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 4))
-    assert find_draws(module.train(), PIXELS)
-    assert not find_draws(module.eval(), PIXELS)
+    target = ModuleTarget(module.train())
+    assert not target.probe(PIXELS)
+    assert all(part.training for part in module.modules())
 
 
 def test_preprocessing_is_that_of_the_model():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from denim.defense import De3
-from denim.defense.attacks import Attack, AttackLike, ForeignAttack, parse_attack
+from denim.defense.attacks import Attack, AttackMethod, ForeignAttack, parse_attack
 from denim.defense.attacks.foreign import LIBRARIES, Library
 
 LABELS, IDS = torch.arange(6) % 4, torch.arange(10, 16)
@@ -38,7 +38,7 @@ def images() -> torch.Tensor:
     return 0.2 + 0.6 * torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-def attack_of(library: str) -> AttackLike:
+def attack_of(library: str) -> AttackMethod:
     pytest.importorskip(PACKAGES[library], reason=f"{library} is not installed; its attacks cannot be run")
     return parse_attack(TEXTS[library])
 
@@ -146,7 +146,7 @@ def test_denims_attack_on_more_draws_is_not_weaker_than_a_librarys(network):
     labels = network(images()).argmax(dim=1)
     seeds = target.seeds(9, 5, IDS, 50)
 
-    def share(attack: AttackLike) -> float:
+    def share(attack: AttackMethod) -> float:
         with torch.no_grad():
             hits = target.draw_logits(attack.run(target, images(), labels, IDS, 0).pixels, seeds).argmax(-1) == labels
         return float(hits.double().mean())
