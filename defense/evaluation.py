@@ -34,10 +34,12 @@ from denim.defense.attacks import Attack, AttackMethod, parse_attack, radius_tex
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.images import Images, as_loader, batches_of, identify, pixels_of, same_again
+from denim.defense.probe import probe_randomness
 from denim.defense.records import RecordColumns, Records
 from denim.defense.scores import Interval, Scores, paired_difference, score
 from denim.defense.targets import (
     OBJECT,
+    ROUNDING,
     ModuleTarget,
     Target,
     as_target,
@@ -549,6 +551,8 @@ class _Work:
             try:
                 if isinstance(target, ModuleTarget) and not target.is_known:
                     random[name] = target.probe(pixels)
+                if isinstance(target, De3):
+                    _refuse_hidden_draws(name, target, pixels)
                 logits = target.draw_logits(pixels, target.seeds(self.settings.seed, Domain.SELECTION, ids, 1))
             except RuntimeError as error:
                 if _is_out_of_memory(error):
@@ -686,6 +690,18 @@ def _at(batch: Batch, rows: Array) -> Batch:
     chosen = torch.from_numpy(rows)
     return Batch(
         batch.images[chosen.to(batch.images.device)], batch.labels[chosen.to(batch.labels.device)], batch.ids[chosen]
+    )
+
+
+def _refuse_hidden_draws(name: str, defense: De3, pixels: Tensor) -> None:
+    """Refuse a classifier that draws without a word: it would be attacked and scored as one that does not."""
+    found = probe_randomness(defense.classifier, pixels)
+    if found.declared or found.largest <= ROUNDING * found.scale:
+        return
+    raise ValueError(
+        f"{name}: its classifier draws by itself in evaluation mode ({found}). If that is meant, set is_random = True "
+        "on the classifier: then it is attacked over many draws and scored on fresh ones. Otherwise look for dropout "
+        "that stays on, or for noise in its code"
     )
 
 

@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import ast
 import importlib
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from denim.defense.attacks.attack import Attacked, radius_text, register_attack
 from denim.defense.attacks.balls import NORMS, Ball
-from denim.defense.targets import Target
+from denim.defense.targets import Target, keyed_generators
 from denim.kernels import Domain, derive_seeds
 from denim.nim.adversarial import evaluating
 
@@ -61,21 +58,6 @@ class _Drawn(nn.Module):
         ids = torch.arange(len(pixels), device=pixels.device)
         seeds = self._target[0].seeds(self._seed, Domain.ATTACK, ids, 1, self._calls)
         return self._target[0].draw_logits(pixels, seeds, surrogate=True)[0]
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, the global generators, from which libraries draw, are at a seed; they get their states back."""
-    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed % 2**63)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 def _import(library: str, module: str) -> ModuleType:
@@ -246,7 +228,7 @@ class ForeignAttack:
             return Attacked(pixels.clone(), empty, empty.clone(), empty.long())
         key = int(derive_seeds(seed, Domain.ATTACK, ids).sum())
         model = _Drawn(target, key, pixels.device)
-        with torch.inference_mode(False), torch.enable_grad(), _seeded(key, pixels.device):
+        with torch.inference_mode(False), torch.enable_grad(), keyed_generators(key, pixels.device):
             clean, truth = pixels.clone(), labels.clone()
             try:
                 if isinstance(target, nn.Module):

@@ -159,7 +159,8 @@ class Search:
         return found
 
     def _loss(self, logits: Tensor, state: State, items: Items) -> Tensor:
-        scale = torch.where(state["step"] == 0, scale_of(logits.detach()), state["scale"])
+        first = scale_of(logits.detach()).to(state["scale"].dtype)
+        scale = torch.where(state["step"] == 0, first, state["scale"])
         state["scale"] = scale
         if self.towards and self.loss != "dlr-targeted":
             return -loss_of(self.loss, logits, items.targets, items.targets, scale)

@@ -325,6 +325,23 @@ def test_an_image_lost_half_way_is_left_out_everywhere(tmp_path, lost_in):
     assert lost.cells == run(tmp_path / "rest", source=Images(plain.images[rest], plain.labels[rest], IDS[rest])).cells
 
 
+class Dozing(Linear):
+    """Dropout that evaluation mode does not turn off."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(pixels), 0.5, training=True)
+
+
+@pytest.mark.parametrize("sigma", [None, 35.0])
+def test_a_classifier_that_draws_without_a_word_is_refused_and_one_that_says_so_is_random(tmp_path, sigma):
+    hidden = De3(None, Dozing(), sigma)
+    with pytest.raises(ValueError, match=r"its classifier draws by itself in evaluation mode .* set is_random = True"):
+        run(tmp_path / "hidden", {"hidden": hidden})
+    hidden.classifier.is_random = True
+    evaluation = run(tmp_path / "said", {"said": De3(None, hidden.classifier, sigma)})
+    assert {cell.scores.score_draws for cell in evaluation.cells} == {SETTINGS.score_draws}
+
+
 @pytest.mark.usefixtures("global_rng_untouched")
 @pytest.mark.parametrize("draws", [1, 3])
 @pytest.mark.parametrize("max_batch", [1, 7, 1000])

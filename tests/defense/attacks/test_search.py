@@ -211,6 +211,18 @@ def test_what_is_found_does_not_depend_on_the_slots(robust, test_digits, rule, s
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12, msg=name)
 
 
+def test_logits_of_another_precision_than_the_pixels(robust, test_digits):
+    class Double(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return robust(pixels).double()
+
+    pixels, labels, ids = (tensor[:9] for tensor in test_digits)
+    attack = Attack("apgd", EPSILON, steps=4)
+    twice = [attack.run(De3(None, model, None), pixels, labels, ids, 0, max_batch=2) for model in (robust, Double())]
+    assert twice[1].pixels.dtype == torch.float32
+    assert torch.equal(*(right(robust, attacked.pixels, labels) for attacked in twice))
+
+
 def test_every_pass_is_full_until_the_last_images(robust, test_digits):
     sizes = []
     robust_hook = robust.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
