@@ -57,7 +57,8 @@ class TrainConfig:
         device: Device to train on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
         precision: Precision of the networks: fp32, tf32 (float32 whose products have TF32 inputs), bf16 (the forward
             pass under autocast; weights, loss and optimizer stay float32), or auto: bf16 where a GPU has it, else fp32.
-        lean: Compute layer norms and GELUs again in the backward pass instead of keeping them, which saves memory.
+        lean: Compute layer norms and GELUs again in the backward pass instead of keeping them, which saves memory. On a
+            CPU models narrower than 160 keep them: there it would cost time.
         compile: Compile each transformer block with torch.compile; None does so on CUDA.
         cuda_graph: Replay the work of an update on a GPU as one CUDA graph, in one process or under DDP. It has not run
             on a GPU yet.

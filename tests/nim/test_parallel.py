@@ -15,13 +15,13 @@ from denim.nim.settings import TrainConfig
 CPU = torch.device("cpu")
 
 
-def wrapped(tmp_path, objective="nim", **changes):
+def wrapped(tmp_path, objective="nim", width=64, **changes):
     """A pretraining task of a micro model, distributed by the settings."""
     settings = {"epochs": 1, "warmup_epochs": 0, "batch_size": 4, "base_lr": 1e-3, "betas": (0.9, 0.95)}
     config = TrainConfig(out=tmp_path, crop_scale=None, **settings, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Autoencoder(preset("micro", objective=objective))
+        model = Autoencoder(preset("micro", objective=objective, embed_dim=width))
     task = PretrainTask(model.train(), Objective.published(objective), seed=0)
     return task, distribute(task, config, Ranks(), CPU, "fp32")
 
@@ -38,10 +38,27 @@ def gradients(task, module, count=4):
     return loss.detach(), found
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_the_switch_for_lean_blocks_reaches_the_model(tmp_path, lean):
-    task, _ = wrapped(tmp_path, lean=lean)
-    assert {module.lean for module in task.modules() if isinstance(module, (Block, Mlp))} == {lean}
+@pytest.mark.parametrize(("lean", "width", "found"), [(True, 160, True), (False, 160, False), (True, 128, False)])
+def test_the_switch_for_lean_blocks_reaches_the_model(tmp_path, lean, width, found):
+    """On a CPU narrow models are not lean: it would cost them time."""
+    task, _ = wrapped(tmp_path, lean=lean, width=width)
+    assert {module.lean for module in task.modules() if isinstance(module, (Block, Mlp))} == {found}
+
+
+def test_narrow_models_are_lean_elsewhere(tmp_path):
+    config = TrainConfig(
+        out=tmp_path,
+        compile=False,
+        epochs=1,
+        warmup_epochs=0,
+        batch_size=4,
+        base_lr=1e-3,
+        betas=(0.9, 0.95),
+        crop_scale=None,
+    )
+    task = PretrainTask(Autoencoder(preset("micro")), Objective.published("nim"), seed=0)
+    distribute(task, config, Ranks(), torch.device("cuda"), "fp32")
+    assert {module.lean for module in task.modules() if isinstance(module, (Block, Mlp))} == {True}
 
 
 @pytest.mark.parametrize("objective", ["nim", "mae"])
