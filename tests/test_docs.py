@@ -38,13 +38,15 @@ def test_examples_page_includes_every_example():
     assert sorted(included) == sorted(f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py"))
 
 
-def test_design_names_every_file_of_nim():
+@pytest.mark.parametrize("package", ["nim", "defense"])
+def test_design_names_every_file(package):
     """Each once, in the table of the layout; a package's `__init__.py` is named where it holds more than names."""
     layout = (DOCS / "design.md").read_text().split("## Layout\n")[1].split("\n## ")[0]
-    named = re.findall(r"`(nim/[\w/]+\.py)`", layout)
+    named = re.findall(rf"`({package}/[\w/]+\.py)`", layout)
     assert len(named) == len(set(named))
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "nim").rglob("*.py")}
-    assert set(named) == files - {"nim/__init__.py", "nim/data/__init__.py"}
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
+    names_alone = {"nim/__init__.py", "nim/data/__init__.py", "defense/__init__.py", "defense/attacks/__init__.py"}
+    assert set(named) == files - names_alone
 
 
 def test_every_page_is_in_the_navigation():
