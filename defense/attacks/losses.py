@@ -74,6 +74,9 @@ LOSSES = {
 def scale_of(logits: Tensor) -> Tensor:
     """What makes the largest and the smallest logit of each image differ by `GAP`, the mean of its draws.
 
+    Of several draws, by `GAP` at most: where they differ by less, larger logits would leave the mean to a few draws,
+    and the attack would be weaker.
+
     Args:
         logits: (R, B, K), where searches start.
 
@@ -81,7 +84,8 @@ def scale_of(logits: Tensor) -> Tensor:
         (B,), finite and positive.
     """
     gap = (logits.amax(dim=-1) - logits.amin(dim=-1)).mean(dim=0)
-    return torch.where((gap > 0) & gap.isfinite(), GAP / gap, 1.0)
+    scale = torch.where((gap > 0) & gap.isfinite(), GAP / gap, 1.0)
+    return scale if len(logits) == 1 else scale.clamp(max=1.0)
 
 
 def loss(name: str, logits: Tensor, labels: Tensor, targets: Tensor, scale: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_a_scale_of_all_logits_changes_no_direction(name):
     """Logits times 10,000 make cross entropy vanish in float32; scaled back, it is the same."""
 
     def gradient(factor: float) -> torch.Tensor:
-        leaf = logits().float().requires_grad_()
+        leaf = logits()[:1].float().requires_grad_()
         rows = leaf * factor
         value = loss(name, rows, LABELS, TARGETS, scale_of(rows.detach()))
         (found,) = torch.autograd.grad(value.sum(), leaf)
@@ -75,11 +75,19 @@ def test_a_scale_of_all_logits_changes_no_direction(name):
 
 
 def test_the_scale_makes_the_gap_and_survives_equal_and_infinite_logits():
-    rows = logits()
-    gap = (rows.amax(dim=-1) - rows.amin(dim=-1)).mean(dim=0) * scale_of(rows)
-    torch.testing.assert_close(gap, torch.full_like(gap, GAP))
+    rows = logits()[:1]
+    gap = (rows.amax(dim=-1) - rows.amin(dim=-1)).mean(dim=0)
+    torch.testing.assert_close(gap * scale_of(rows), torch.full_like(gap, GAP))
     odd = torch.tensor([[[1.0, 1.0, 1.0], [0.0, -math.inf, 1.0], [math.nan, 0.0, 1.0]]])
     assert scale_of(odd).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_of_several_draws_the_scale_only_shrinks():
+    rows = logits()
+    gap = (rows.amax(dim=-1) - rows.amin(dim=-1)).mean(dim=0)
+    assert (gap < GAP).all()
+    assert torch.equal(scale_of(rows), torch.ones_like(gap))
+    torch.testing.assert_close(scale_of(1e4 * rows), GAP / (1e4 * gap))
 
 
 def test_half_precision_is_computed_in_float32():
