@@ -18,6 +18,7 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import sys
 import tempfile
 import time
@@ -160,8 +161,11 @@ def content(folder: Path) -> dict[str, object]:
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
-        elif path.name == "run.json":
-            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "out"}
+        elif path.name in ("run.json", "training.json"):
+            different = ("out", "device_seconds")
+            found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in different}
+        elif path.suffix == ".sqlite":
+            found[name] = _records(path)
         else:
             found[name] = _whole(path)
     return found
@@ -176,6 +180,23 @@ def _whole(path: Path) -> object:
         sums = {key: (value.dtype, value.shape, digest(value.tobytes())) for key, value in tensors.items()}
         return file.metadata(), sums
     return digest(path.read_bytes())
+
+
+def _records(file: Path) -> list[tuple[object, ...]]:
+    """The records of an evaluation, in order. A killed one has stored them in other blocks."""
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        blocks = database.execute(
+            "SELECT defense, attack, ids, labels, predictions, missed, flags, gradients "
+            "FROM blocks JOIN cells ON cells.number = cell"
+        ).fetchall()
+    rows: list[tuple[object, ...]] = []
+    for defense, attack, *blobs in blocks:
+        kinds = ("<i8", "<i4", "<u2", "<i4", "u1", "<i4")
+        ids, labels, predictions, *rest = map(np.frombuffer, blobs, kinds)
+        classes = predictions.reshape(len(ids), -1).tolist()
+        columns = zip(ids.tolist(), labels.tolist(), classes, *(column.tolist() for column in rest), strict=True)
+        rows += [(defense, attack, *row) for row in columns]
+    return sorted(rows)
 
 
 def difference(ours: dict[str, object], expected: dict[str, object]) -> str:

@@ -444,7 +444,7 @@ def parse_attack(text: str) -> AttackMethod:
     Raises:
         ValueError: unknown name, or not of the form of that name.
     """
-    parse = _PARSERS.get(text.partition(":")[0])
-    if parse is None:
-        raise ValueError(f"attack {text!r} is not of the form {_FORM}")
-    return parse(text)
+    name, colon, _ = text.partition(":")
+    if name not in _PARSERS and colon and name:
+        raise ValueError(f"unknown attack {name!r}; choose one of {', '.join(_PARSERS)}")
+    return _PARSERS.get(name, Attack.parse)(text)

@@ -857,8 +857,9 @@ class Brightness(nn.Module):
         return torch.cat((0 * margin, margin.sign() if self.flat else margin), dim=1)
 
 
-def grey(level: int) -> Images:
-    return Images(torch.full((COUNT, 8, 8, 1), level, dtype=torch.uint8), torch.ones(COUNT, dtype=torch.int64))
+def grey(level: int, count: int = COUNT) -> Images:
+    images = torch.full((count, 8, 8, 1), level, dtype=torch.uint8)
+    return Images(images, torch.ones(count, dtype=torch.int64), torch.arange(count))
 
 
 def test_gradients_that_are_zero_are_reported_and_others_are_not(tmp_path):
@@ -894,7 +895,7 @@ def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
     dark, light = min(shift, key=shift.__getitem__), max(shift, key=shift.__getitem__)
     options = EvaluationSettings(("fgsm:1/255,eot=1",), score_draws=20, examples=0)
     with pytest.warns(UserWarning, match="randomness, not denoising, carries the difference") as caught:
-        bad = run(tmp_path / "dark", {"random": random, "frozen": random.frozen(dark)}, grey(132), options)
+        bad = run(tmp_path / "dark", {"random": random, "frozen": random.frozen(dark)}, grey(132, 40), options)
     assert len(caught) == 1
     assert cell_of(bad, "frozen", "fgsm:1/255,eot=1").scores.mean.value == 0
     assert cell_of(bad, "random", "fgsm:1/255,eot=1").scores.mean.value > 0.4
@@ -903,9 +904,9 @@ def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(tmp_path / "light", {"random": random, "frozen": random.frozen(light)}, grey(132), options)
+        run(tmp_path / "light", {"random": random, "frozen": random.frozen(light)}, grey(132, 40), options)
         other = {"random": De3(None, Brightness(False), 135), "frozen": random.frozen(dark)}
-        run(tmp_path / "other level", other, grey(132), options)
+        run(tmp_path / "other level", other, grey(132, 40), options)
 
 
 class Broken(Linear):

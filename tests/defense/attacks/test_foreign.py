@@ -98,7 +98,7 @@ def test_the_text_form_gives_the_attack_back(library):
         ("foolbox:LinfPGD:four", "is not of the form"),
         ("foolbox:LinfPGD:4/255,steps", "is not of the form"),
         ("foolbox:LinfPGD:4/255,norm=l1", "is not of the form"),
-        ("nobody:PGD:4/255", "is not of the form NAME:EPSILON"),
+        ("nobody:PGD:4/255", "unknown attack 'nobody'; choose one of fgsm, .*, autoattack"),
     ],
 )
 def test_other_texts_are_refused(text, message):
