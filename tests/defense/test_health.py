@@ -72,7 +72,7 @@ class Planted(nn.Module):
         return logits * {"scaled": 1e4, "as it is": 1.0}[self.kind]
 
 
-def failed(target, images, text: str = f"apgd:{EPSILON},steps=20,eot=2", **options) -> set[str]:
+def failed(target, images, text: str = f"apgd:{EPSILON},steps=20,eot=4", **options) -> set[str]:
     checks = check_health(target, *images, Attack.parse(text), **options)
     assert len({check.name for check in checks}) == len(checks)
     return {check.name for check in checks if not check.passed}
