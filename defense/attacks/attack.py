@@ -35,7 +35,7 @@ class Attacked(NamedTuple):
 
     Attributes:
         pixels: (B, C, H, W), the candidates.
-        zero_gradients: bool (B,), True for images whose gradient was zero at some step of every search.
+        zero_gradients: bool (B,), True for images whose gradient was zero at some step of every search that has one.
         bad_gradients: bool (B,), True for images whose gradient was not finite at some step.
         gradients: int64 (B,), gradients of one draw that were computed for each image.
     """
@@ -333,10 +333,10 @@ class _Run:
                     better = better_rank > rank[place]
                     best[place] = torch.where(better.view(-1, 1, 1, 1), pixels, best[place])
                     rank[place] = torch.where(better, better_rank, rank[place])
-                searched[place] = True
-                zero[place] &= found.zero
                 bad[place] |= found.bad
                 if stage.rule.needs_gradient:
+                    searched[place] = True
+                    zero[place] &= found.zero
                     gradients[place] += found.passes * self.eot
         return Attacked(best, zero & searched, bad, gradients)
 

@@ -481,13 +481,21 @@ def test_gradients_that_are_not_finite_are_counted_and_never_become_steps():
 TEXTS = pytest.mark.parametrize("text", ["fgsm:4/255,eot=2", "pgd:4/255,steps=2,eot=2", "fgsm:4/255,gray"])
 
 
-@TEXTS
+@pytest.mark.parametrize(
+    "text", ["fgsm:4/255,eot=2", "pgd:4/255,steps=2,eot=2", "fgsm:4/255,gray", "aa:4/255,steps=1,eot=2"]
+)
 def test_a_classifier_of_derivative_zero_is_counted_and_stops_nothing(text):
     flat = Function(lambda pixels: torch.eye(3)[:1] + 0 * pixels.flatten(1)[:, :1])
     attacked = Attack.parse(text).run(De3(None, flat, 35), images(), LABELS, IDS, 0)
     assert attacked.zero_gradients.all()
     assert not attacked.bad_gradients.any()
     assert ((attacked.pixels - images()).abs() <= 4 / 255 + ULP).all()
+
+
+def test_square_alone_has_no_gradient_that_could_be_zero():
+    attacked = Attack("square", 4 / 255, 5).run(De3(None, linear(), None), images(), LABELS, IDS, 0)
+    assert not attacked.zero_gradients.any()
+    assert not attacked.gradients.any()
 
 
 def without_gradients(pixels: Tensor) -> Tensor:
