@@ -12,7 +12,7 @@ from denim.nim.files import DamagedFileError, atomic_write, read_json, read_json
 from denim.nim.owner import is_owned
 from denim.nim.progress import measured_texts
 
-__all__ = ["CURVE_FILE", "RunSummary", "differences", "draw_curve", "find_runs", "tabulated"]
+__all__ = ["CURVE_FILE", "RunSummary", "differences", "draw_curve", "find_runs", "losses", "tabulated"]
 
 CURVE_FILE = "loss.png"
 
@@ -99,6 +99,16 @@ def differences(runs: Sequence[RunSummary]) -> dict[str, list[str]]:
     return {name: values for name, values in found.items() if len(set(values)) > 1}
 
 
+def losses(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that have a loss, as written: update, epoch, loss, lr and more.
+
+    Raises:
+        DamagedFileError: the metrics are damaged.
+    """
+    lines = read_json_lines(run / "metrics.jsonl", {"update": int})
+    return [line for line in lines if "loss" in line]
+
+
 def draw_curve(run: Path) -> Path | None:
     """Write a picture of the loss and the learning rate over the epochs into a run's folder.
 
@@ -109,7 +119,7 @@ def draw_curve(run: Path) -> Path | None:
         DamagedFileError: the metrics are damaged.
         WriteError: the picture cannot be written.
     """
-    lines = _losses(run)
+    lines = losses(run)
     if not lines:
         return None
     # Imported here: it takes a second, and most of the package has no use for it.
@@ -138,11 +148,6 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         if "run.json" in files:
             folders.clear()
             yield Path(path)
-
-
-def _losses(run: Path) -> list[dict[str, Any]]:
-    lines = read_json_lines(run / "metrics.jsonl", {"update": int})
-    return [line for line in lines if "loss" in line]
 
 
 def _summary(run: Path) -> RunSummary:
