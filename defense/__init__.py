@@ -10,7 +10,7 @@ _MODULES = {
     "Attack": "attacks",
     "De3": "de3",
     "Evaluation": "evaluation",
-    "EvaluationSettings": "evaluation",
+    "EvaluationSettings": "rows",
     "HealthWarning": "evaluation",
     "check_health": "health",
     "ModuleTarget": "targets",
@@ -48,10 +48,11 @@ __all__ = [
 if TYPE_CHECKING:
     from denim.defense.attacks import Attack
     from denim.defense.de3 import De3
-    from denim.defense.evaluation import Evaluation, EvaluationSettings, HealthWarning, evaluate
+    from denim.defense.evaluation import Evaluation, HealthWarning, evaluate
     from denim.defense.health import check_health
     from denim.defense.probe import Randomness, probe_randomness
     from denim.defense.report import print_table, write_report
+    from denim.defense.rows import EvaluationSettings
     from denim.defense.scores import Interval, Scores, paired_difference, resubmission_curve, score
     from denim.defense.targets import ModuleTarget
 

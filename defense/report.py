@@ -27,7 +27,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from denim.defense.evaluation import CLEAN, WORST, Cell, Evaluation, Examples
+from denim.defense.cells import WORST, Cell
+from denim.defense.evaluation import Evaluation
+from denim.defense.gallery import Examples
+from denim.defense.rows import CLEAN
 from denim.defense.scores import Interval
 from denim.nim.files import atomic_write
 from denim.nim.text import printable

@@ -30,8 +30,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
-from denim.defense import evaluation as evaluating
 from denim.defense import records as storing
+from denim.defense import rows as numbering
+from denim.defense import work as working
 from denim.defense.report import write_report
 from denim.kernels import Domain, derive_seeds, draw_seeds, normal_noise
 from denim.nim import Autoencoder, AutoencoderConfig, PretrainConfig, pretrain, progress, reconstruct
@@ -703,8 +704,8 @@ def test_what_has_no_record_of_its_key_is_computed_and_the_rest_stands(finished,
 def test_another_torch_is_another_key(finished, tmp_path, monkeypatch):
     out = tmp_path / "copy"
     shutil.copytree(finished[0], out)
-    real = evaluating.version
-    monkeypatch.setattr(evaluating, "version", lambda name: "9.9" if name == "timm" else real(name))
+    real = numbering.version
+    monkeypatch.setattr(numbering, "version", lambda name: "9.9" if name == "timm" else real(name))
     run(out, options=replace(SETTINGS, examples=0))
     assert len(records(out)) == 2 * 3 * ALL
 
@@ -822,23 +823,6 @@ def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
 # Bad input and health
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"score_draws": 0}, "score_draws must be at least 1, got 0"),
-        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
-        ({"examples": -1}, "examples must not be negative, got -1"),
-        ({"seed": -(2**63) - 1}, "seed must be an int64"),
-        ({"attacks": ("cw:4/255",)}, "unknown attack 'cw'; choose one of fgsm, pgd, mpgd"),
-        ({"attacks": ("pgd",)}, "is not of the form"),
-        ({"attacks": ("pgd:4/255", "pgd:4/255,steps=20")}, "attacks must differ"),
-    ],
-)
-def test_bad_settings_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        EvaluationSettings(**{"attacks": ("fgsm:4/255",)} | options)
-
-
 def test_no_defense_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="at least one defense"):
         evaluate({}, loader(), SETTINGS, tmp_path)
@@ -949,13 +933,13 @@ def test_progress_comes_by_the_clock(tmp_path, monkeypatch):
     now, printed = [0.0], io.StringIO()
     console = Console(file=printed, width=200)
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    real = evaluating._predict
+    real = working._predict
 
     def slow(*arguments):
         now[0] += 1.0  # twice for each pass
         return real(*arguments)
 
-    monkeypatch.setattr(evaluating, "_predict", slow)
+    monkeypatch.setattr(working, "_predict", slow)
     evaluate(defenses(), loader(), SETTINGS, tmp_path, console=console)
     lines = printed.getvalue().splitlines()
     total = COUNT * len(defenses()) * (1 + len(SETTINGS.attacks))
@@ -1171,15 +1155,6 @@ def test_any_name_of_a_defense_makes_files(tmp_path, name):
     with (tmp_path / "out" / "results.csv").open(newline="") as file:
         kept = [row["defense"] for row in csv.DictReader(file)]
     assert kept[0] == (f"'{name}" if name.startswith("=") else name)
-
-
-def test_a_frozen_defense_is_compared_with_the_random_one_of_its_own_model():
-    fingerprints = evaluating.Fingerprints()
-    random = De3(None, Linear(), 70)
-    twin = De3(None, Linear(), 70).frozen(1)
-    assert evaluating._is_frozen_twin(twin, random, fingerprints), "equal models count, not the same objects alone"
-    for other in (De3(None, Halved(), 70), De3(None, Linear(), 69), De3(None, Linear(), 70, draws=2), twin, Linear()):
-        assert not evaluating._is_frozen_twin(twin, other, fingerprints)
 
 
 def test_two_ranks_have_the_results_of_one(finished, tmp_path):

@@ -15,8 +15,11 @@ from PIL import Image
 from rich.console import Console
 
 from denim.defense import report
-from denim.defense.evaluation import Cell, Evaluation, EvaluationSettings, Examples
+from denim.defense.cells import Cell
+from denim.defense.evaluation import Evaluation
+from denim.defense.gallery import Examples
 from denim.defense.report import curves, print_table, tradeoff, write_report
+from denim.defense.rows import EvaluationSettings
 from denim.defense.scores import paired_difference, score
 
 pytestmark = pytest.mark.slow
