@@ -479,25 +479,36 @@ class De3(nn.Module):
         shares = torch.logaddexp(votes.log(), mean_log - math.log(4 * self.draws))
         return shares.detach() + (mean_log - mean_log.detach())
 
-    def draw_logits(self, pixels: Tensor, seeds: Tensor, *, surrogate: bool = False) -> Tensor:
+    def draw_logits(
+        self, pixels: Tensor, seeds: Tensor, *, surrogate: bool = False, sigma: Tensor | None = None
+    ) -> Tensor:
         """Logits of several draws, for given seeds.
 
         Args:
             pixels: (B, C, H, W) in [0, 1].
             seeds: int64 (draws * self.draws, B), see `seeds`.
             surrogate: for "vote", return the log of the mean probability instead of the votes, for an attack to raise.
+            sigma: float (B,), noise levels of the images in 0-255 pixel levels; None takes the defense's own. Without
+                effect for "mask".
 
         Returns:
             (draws, B, K), aggregated over self.draws, at least float32 (also under autocast). Differentiable in pixels.
             Values are not checked.
+
+        Raises:
+            ValueError: levels for a defense that is off.
         """
+        if sigma is not None and self.sigma is None:
+            raise ValueError("this defense is off, so it takes no noise levels: give it a sigma")
         if self.sigma is None and self.is_random:  # by what is inside: every draw is a call of its own
             repeated = pixels.expand(seeds.shape[0], *pixels.shape)
             return self._aggregate(self._classify(repeated), surrogate)
         if self.sigma is None:
             return _single(self._classify(pixels)).expand(seeds.shape[0] // self.draws, -1, -1)
-        sigma = torch.full((pixels.shape[0],), self.sigma, dtype=_single_dtype(pixels), device=pixels.device)
-        return self._aggregate(self._defended(pixels, sigma, seeds), surrogate)
+        levels = sigma
+        if levels is None:
+            levels = torch.full((pixels.shape[0],), self.sigma, dtype=_single_dtype(pixels), device=pixels.device)
+        return self._aggregate(self._defended(pixels, levels, seeds), surrogate)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (B, K) for pixels (B, C, H, W) in [0, 1]; B may be 0.

@@ -249,6 +249,7 @@ class Attack:
         seed: int,
         *,
         targets: Tensor | None = None,
+        sigma: Tensor | None = None,
         max_batch: int = 256,
     ) -> Attacked:
         """Attack images.
@@ -264,6 +265,8 @@ class Attack:
                 what it is attacked together with.
             seed: of the evaluation.
             targets: int64 (B,), classes that the attacker wants predicted; None for any that is not the label.
+            sigma: float (B,), noise levels in 0-255 pixel levels, for a De3 to take in place of its own: images at many
+                levels are attacked in one batch. Its own still says whether it draws. Without effect with `gray`.
             max_batch: images in a pass, draws counted; at least one image with all draws is in a pass.
 
         Returns:
@@ -271,10 +274,13 @@ class Attack:
 
         Raises:
             ValueError: the logits do not depend on the pixels by operations of autograd, labels are no classes, or a
-                gray box attack on something that is no De3.
+                gray box attack or levels for something that is no De3.
         """
         module = target
+        if sigma is not None and not isinstance(target, De3):
+            raise ValueError(f"noise levels are those of a De3, and this is {type(target).__name__}")
         if self.gray:
+            sigma = None
             if not isinstance(target, De3):
                 raise ValueError(
                     f"a gray box attack is on the classifier of a De3, and this is {type(target).__name__}"
@@ -285,7 +291,7 @@ class Attack:
             # Autograd saves no tensors that were made in inference mode.
             aims = labels if targets is None else targets
             pixels, labels, ids, aims = (x.clone() if x.is_inference() else x for x in (pixels, labels, ids, aims))
-            items = Items(pixels, labels, aims, ids)
+            items = Items(pixels, labels, aims, ids, None if sigma is None else sigma.clone())
             return _Run(self, module, items, seed, targets is not None, max_batch).all_searches()
 
 
@@ -321,7 +327,7 @@ class _Run:
                 place = open_.nonzero().flatten()
                 if not len(place):
                     continue
-                chosen = Items(*(column[place] for column in items))
+                chosen = items.at(place)
                 if aims and not self.towards:
                     chosen = chosen._replace(targets=order[place, aim])
                 search = Search(stage.rule, stage.loss, self.eot, self.slots, self.towards)
@@ -367,11 +373,11 @@ class _Run:
         if not self.target.is_random or not bool(misled.any()):
             return misled
         row = misled.nonzero().flatten()
-        asked = Items(*(column[row] for column in items))
+        asked = items.at(row)
         # Step 0 has the confirmation draws by which an evaluation compares attacks.
         seeds = self.target.seeds(self.seed, Domain.CONFIRMATION, asked.ids, self.eot, 1)
         with torch.no_grad():
-            confirmed = self._misled(self.target.draw_logits(pixels[row], seeds), asked).all(dim=0)
+            confirmed = self._misled(asked.logits(self.target, pixels[row], seeds), asked).all(dim=0)
         return misled.index_put((row,), confirmed)
 
     @torch.no_grad()
@@ -385,9 +391,9 @@ class _Run:
         """
         ranks, means = [], []
         for part in torch.arange(len(pixels), device=pixels.device).split(self.slots):
-            here = Items(*(column[part] for column in items))
+            here = items.at(part)
             seeds = self.target.seeds(self.seed, Domain.SELECTION, here.ids, self.eot)
-            logits = self.target.draw_logits(pixels[part], seeds)
+            logits = here.logits(self.target, pixels[part], seeds)
             if first:
                 for name, classes in (("labels", here.labels), ("targets", here.targets)):
                     _check_classes(name, classes, here.ids, logits.shape[-1])

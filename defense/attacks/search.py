@@ -18,6 +18,7 @@ from torch import Tensor
 from denim.defense.attacks.losses import loss as loss_of
 from denim.defense.attacks.losses import scale_of
 from denim.defense.attacks.rules import Rule, Seen, State
+from denim.defense.de3 import De3
 from denim.defense.targets import Target
 from denim.kernels import Domain, derive_seeds
 
@@ -32,12 +33,26 @@ class Items(NamedTuple):
         labels: int64 (N,).
         targets: int64 (N,), classes to aim at, for losses that do so.
         ids: int64 (N,), sample ids.
+        sigma: float (N,), noise levels in 0-255 pixel levels in place of that of the target; None for its own.
     """
 
     origin: Tensor
     labels: Tensor
     targets: Tensor
     ids: Tensor
+    sigma: Tensor | None = None
+
+    def at(self, rows: Tensor) -> Items:
+        """The images of these rows, int64 (M,)."""
+        return Items(*(None if column is None else column[rows] for column in self))  # type: ignore[arg-type]
+
+    def logits(self, target: Target, pixels: Tensor, seeds: Tensor, *, surrogate: bool = False) -> Tensor:
+        """Logits (R, N, K) of pixels in the places of these images; see `Target.draw_logits`."""
+        if self.sigma is None:
+            return target.draw_logits(pixels, seeds, surrogate=surrogate)
+        # Of a De3 alone: other targets have no level.
+        leveled: De3 = target  # type: ignore[assignment]
+        return leveled.draw_logits(pixels, seeds, surrogate=surrogate, sigma=self.sigma)
 
 
 class Found(NamedTuple):
@@ -116,7 +131,7 @@ class Search:
         upcoming = len(places)
         state = self._open(items, places, seed, restart)
         while len(places):
-            here = Items(*(column[places] for column in items))
+            here = items.at(places)
             steps = state["step"]
             # A rule without gradients compares losses of different steps, which other draws would blur.
             drawn = steps if self.rule.needs_gradient else torch.zeros_like(steps)
@@ -186,11 +201,11 @@ class Search:
         iterate = state["iterate"]
         if not self.rule.needs_gradient:
             with torch.no_grad():
-                logits = target.draw_logits(iterate, seeds, surrogate=True)
+                logits = items.logits(target, iterate, seeds, surrogate=True)
                 return logits, self._loss(logits, state, items).nan_to_num(-math.inf), None
         with torch.enable_grad():
             leaf = iterate.detach().requires_grad_()
-            logits = target.draw_logits(leaf, seeds, surrogate=True)
+            logits = items.logits(target, leaf, seeds, surrogate=True)
             value = self._loss(logits, state, items)
             gradient = None
             if value.requires_grad:

@@ -307,6 +307,25 @@ def test_seeds_of_another_length_are_refused():
 
 
 @pytest.mark.parametrize(
+    ("degrade", "target", "statistics"),
+    [("noise", "raw", "input"), ("noise", "norm", "noisy"), ("both", "norm", "input")],
+)
+def test_images_of_one_call_may_have_levels_of_their_own(degrade, target, statistics):
+    levels = torch.tensor([0.0, 12.5, 70.0])
+    defense = De3(build(target), linear(), 35, draws=2, degrade=degrade, statistics=statistics).eval()
+    images, seeds = pixels(3), SEEDS[:, :3]
+    together = defense.draw_logits(images, seeds, sigma=levels)
+    assert defense.sigma == 35
+    for number, level in enumerate(levels.tolist()):
+        defense.sigma = level
+        alone = defense.draw_logits(images[number, None], seeds[:, number, None])
+        torch.testing.assert_close(together[:, number, None], alone, rtol=1e-5, atol=1e-6)
+    defense.sigma = None
+    with pytest.raises(ValueError, match="this defense is off, so it takes no noise levels"):
+        defense.draw_logits(images, seeds, sigma=levels)
+
+
+@pytest.mark.parametrize(
     ("sigmas", "draws", "max_batch", "batch"),
     [([], 1, 8, 1), ([35], 0, 8, 1), ([35], 1, 0, 1), ([35], 1, 8, 0)],
 )

@@ -11,7 +11,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from denim.defense import Attack, De3
+from denim.defense import Attack, De3, ModuleTarget
 from denim.defense.attacks.balls import Ball
 from denim.defense.attacks.rules import Apgd, Pgd
 from denim.defense.attacks.search import Items, Search
@@ -209,6 +209,42 @@ def test_what_is_found_does_not_depend_on_the_slots(robust, test_digits, rule, s
         for name, ours, theirs in zip(found[7]._fields, found[7], found[slots], strict=True):
             # Signs of float64 gradients flip with the batch only where these are below 1e-15, which none is.
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("text", ["pgd:0.2,steps=3,eot=2", "apgd:0.2,steps=4,eot=2,loss=ce"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_levels_in_one_batch_are_attacked_as_each_alone(robust, test_digits, text, frozen):
+    pixels, labels, ids = (tensor[:5] for tensor in test_digits)
+    pixels, attack, levels = pixels.double(), Attack.parse(text), (20.0, 70.5)
+    defense = De3(None, copy.deepcopy(robust).double(), 1.0)
+    defense = defense.frozen(5) if frozen else defense
+    alone = []
+    for level in levels:
+        defense.sigma = level
+        alone.append(attack.run(defense, pixels, labels, ids, 3))
+    defense.sigma = 1.0  # without effect
+    assert not torch.equal(alone[0].pixels, alone[1].pixels)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))  # levels and images mixed
+    sigma = torch.tensor(levels, dtype=torch.float64).repeat_interleave(5)[order]
+    for slots in (1, 7, 64):
+        together = attack.run(
+            defense, pixels.repeat(2, 1, 1, 1)[order], labels.repeat(2)[order], ids.repeat(2)[order], 3,
+            sigma=sigma, max_batch=slots * (1 if frozen else 2),
+        )  # fmt: skip
+        for name, ours, *theirs in zip(together._fields, together, *alone, strict=True):
+            torch.testing.assert_close(ours, torch.cat(theirs)[order], rtol=0, atol=1e-12, msg=name)
+
+
+def test_levels_are_those_of_a_de3(robust, test_digits):
+    pixels, labels, ids = (tensor[:2] for tensor in test_digits)
+    attack, sigma = Attack("pgd", EPSILON, steps=1), torch.tensor([1.0, 2.0])
+    with pytest.raises(ValueError, match="noise levels are those of a De3, and this is ModuleTarget"):
+        attack.run(ModuleTarget(robust, is_random=False), pixels, labels, ids, 0, sigma=sigma)
+    with pytest.raises(ValueError, match="this defense is off, so it takes no noise levels"):
+        attack.run(De3(None, robust, None), pixels, labels, ids, 0, sigma=sigma)
+    gray = Attack("pgd", EPSILON, steps=2, gray=True)
+    blind = [gray.run(De3(None, robust, 9.0), pixels, labels, ids, 0, sigma=levels).pixels for levels in (None, sigma)]
+    assert torch.equal(*blind)
 
 
 def test_logits_of_another_precision_than_the_pixels(robust, test_digits):
