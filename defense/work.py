@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from denim.kernels import Domain, check_pixels, derive_seeds
 from denim.nim.checkpoint import first_words
 from denim.nim.classifier import check_logits
 from denim.nim.data import Batch, Loader, PlannedLoader
+from denim.nim.lean import is_plain
 from denim.nim.progress import LineClock, clock_text
 from denim.nim.ranks import Ranks
 from denim.nim.stopping import StopRequest
@@ -52,10 +53,12 @@ def _draws_of(target: Any) -> int:
 
 
 @torch.no_grad()
-def _predict(target: Any, pixels: Tensor, seeds: Tensor, ids: Tensor, max_batch: int) -> Tensor:
+def _predict(
+    target: Any, pixels: Tensor, seeds: Tensor, ids: Tensor, max_batch: int, sigma: Tensor | None = None
+) -> Tensor:
     """Predictions (draws, B) for seeds (draws * n, B), one draw where the target is not random.
 
-    At most max_batch images go through the networks in one pass.
+    At most max_batch images go through the networks in one pass. Of a De3, images may have levels of their own.
     """
     draws = _draws_of(target)
 
@@ -64,7 +67,8 @@ def _predict(target: Any, pixels: Tensor, seeds: Tensor, ids: Tensor, max_batch:
         images = max(1, max_batch // len(part))
         for first in range(0, len(pixels), images):
             rows = slice(first, first + images)
-            logits = target.draw_logits(pixels[rows], part[:, rows])
+            levels = {} if sigma is None else {"sigma": sigma[rows]}
+            logits = target.draw_logits(pixels[rows], part[:, rows], **levels)
             check_logits(logits, ids[rows])
             blocks.append(logits.argmax(dim=-1))
         return torch.cat(blocks, dim=1)
@@ -81,6 +85,33 @@ class _Attacked(NamedTuple):
     pixels: Tensor
     flags: Array
     gradients: Array
+
+    def at(self, rows: Array) -> _Attacked:
+        """Those of these rows, int (M,)."""
+        pixels = self.pixels[torch.from_numpy(rows).to(self.pixels.device)]
+        return _Attacked(pixels, self.flags[rows], self.gradients[rows])
+
+
+class _Group(NamedTuple):
+    """Rows that are computed in one batch, and which image of a batch is of which row.
+
+    Attributes:
+        rows: with their numbers; of several, each is a De3 of another level under the same attack.
+        of: int (B,), for each image the place of its row in `rows`.
+    """
+
+    rows: Sequence[tuple[int, Row]]
+    of: Array
+
+    def __str__(self) -> str:
+        return f"{', '.join(row.name for _, row in self.rows)} under {self.rows[0][1].text}"
+
+    def sigma(self, device: torch.device) -> Tensor | None:
+        """float32 (B,), the noise level of each image; None for a single row, whose target has its own."""
+        if len(self.rows) == 1:
+            return None
+        levels = np.array([row.target.sigma for _, row in self.rows], np.float32)
+        return torch.from_numpy(levels[self.of]).to(device)
 
 
 class Work:
@@ -238,19 +269,26 @@ class Work:
             task = bar.add_task("evaluating", total=total, state="")
             for step, batch in self.batches:
                 places, open_batch = self._opened(step, batch, np.any(wanted, axis=0))
-                for number, row in enumerate(self.rows):
-                    chosen = np.flatnonzero(wanted[number][places])
-                    for count in self._compute(number, _at(open_batch, chosen), places[chosen]):
+                for numbers in self._kin():
+                    of, chosen = np.nonzero(np.stack([wanted[number][places] for number in numbers]))
+                    group = _Group([(number, self.rows[number]) for number in numbers], of)
+                    for count in self._compute(group, _at(open_batch, chosen), places[chosen]):
                         done += count
-                        where = f"{row.name} under {row.text}"
-                        bar.update(task, completed=done, state=where)
+                        bar.update(task, completed=done, state=str(group))
                         if not has_bar and lines.due():
-                            self.say(f"{done}/{total} records  {where}")
+                            self.say(f"{done}/{total} records  {group}")
                         self.stop.heed()
             for gallery in self.gallery:
                 gallery.finish()
             bar.update(task, completed=done, state="")
         self.say(f"{done}/{total} records  in {clock_text(time.perf_counter() - started)}")
+
+    def _kin(self) -> list[list[int]]:
+        """Numbers of the rows that are computed together: of a De3 at several levels, under one attack."""
+        groups: dict[Any, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            groups.setdefault(_all_but_sigma(row) or number, []).append(number)
+        return list(groups.values())
 
     def _opened(self, step: int, batch: Batch, wanted: Array) -> tuple[Array, Batch]:
         """The images of a batch that some row wants: where they are among those of this process, and the images."""
@@ -269,20 +307,20 @@ class Work:
             )
         return places, chosen
 
-    def _compute(self, number: int, batch: Batch, places: Array) -> Iterator[int]:
-        """Attack and score images under one row, pass by pass; yields the number of new records after each."""
-        row, settings = self.rows[number], self.settings
+    def _compute(self, group: _Group, batch: Batch, places: Array) -> Iterator[int]:
+        """Attack and score images of a group, pass by pass; yields the number of new records after each."""
+        settings, (row, *_) = self.settings, [row for _, row in group.rows]
         target, device = row.target, device_of(row.target)
         draws = _draws_of(target)
         each = draws * (int(getattr(row.attack, "eot", 1)) if row.attack is not None and target.is_random else 1)
         first = 0
         while first < len(places):
-            limit = self.limits.get(row.name, settings.max_batch)
+            limit = min(self.limits.get(row.name, settings.max_batch) for _, row in group.rows)
             whole = row.attack is not None and _takes_max_batch(row.attack)
             part = np.arange(first, min(len(places), first + (len(places) if whole else max(1, limit // each))))
             failure: Exception | None = None
             try:
-                count = self._pass(number, _at(batch, part), places[part], device, limit)
+                count = self._pass(group._replace(of=group.of[part]), _at(batch, part), places[part], device, limit)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -294,50 +332,92 @@ class Work:
             used = min(limit, len(part) * max(each, settings.score_draws * draws if target.is_random else 1))
             if used <= 1:
                 raise MemoryError(
-                    f"{row.name} under {row.text}: the passes of one image do not fit into memory ({failure}); take a "
-                    "smaller eot, another precision, or a device with more memory"
+                    f"{group}: the passes of one image do not fit into memory ({failure}); take a smaller eot, another "
+                    "precision, or a device with more memory"
                 ) from failure
-            self.limits[row.name] = used // 2
-            self.say(f"out of memory for {row.name} under {row.text}: from now on at most {used // 2} images in a pass")
+            self.limits |= {row.name: used // 2 for _, row in group.rows}
+            self.say(f"out of memory for {group}: from now on at most {used // 2} images in a pass")
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _pass(self, number: int, batch: Batch, places: Array, device: torch.device, limit: int) -> int:
+    def _pass(self, group: _Group, batch: Batch, places: Array, device: torch.device, limit: int) -> int:
         """Attack and score some images, append their records, and return how many."""
-        row, settings = self.rows[number], self.settings
-        target = row.target
+        settings, row = self.settings, group.rows[0][1]
+        target, sigma = row.target, group.sigma(device)
         clean, labels, ids = pixels_of(batch, device), batch.labels.to(device), batch.ids.to(device)
-        attacked = _attack(row, clean, labels, ids, settings.seed, limit)
+        some, back = np.arange(len(places)), np.arange(len(places))
+        if sigma is not None and getattr(row.attack, "gray", False):  # the same at every level
+            _, some, back = np.unique(places, return_index=True, return_inverse=True)
+        at = torch.from_numpy(some).to(device)
+        levels = None if sigma is None else sigma[at]
+        attacked = _attack(row, str(group), clean[at], labels[at], ids[at], settings.seed, limit, levels)
+        attacked = attacked.at(back)
         # The others are attacked again for the gallery alone.
-        new = np.flatnonzero(self.lacking[number][places])
-        if len(new):
+        lacking = np.stack([self.lacking[number] for number, _ in group.rows])[group.of, places]
+
+        def predict(domain: Domain, new: Array) -> Array:
+            """Predictions (N, R) of these images."""
             rows = torch.from_numpy(new).to(device)
-            pixels, sample, truth = attacked.pixels[rows], ids[rows], labels[rows]
+            seeds = target.seeds(settings.seed, domain, ids[rows], settings.score_draws)
+            levels = None if sigma is None else sigma[rows]
+            return _predict(target, attacked.pixels[rows], seeds, ids[rows], limit, levels).T.cpu().numpy()
 
-            def predict(domain: Domain) -> Tensor:
-                seeds = target.seeds(settings.seed, domain, sample, settings.score_draws)
-                return _predict(target, pixels, seeds, sample, limit)
+        def score(new: Array) -> tuple[Array, Array]:
+            """Confirmation draws that missed, (N,), and predictions on the score draws, (N, R)."""
+            missed = np.full(len(new), -1)
+            if row.confirms and target.is_random:
+                missed = (predict(Domain.CONFIRMATION, new) != batch.labels.numpy()[new, None]).sum(axis=1)
+            return missed, predict(Domain.SCORE, new)
 
+        new = np.flatnonzero(lacking)
+        missed, predictions = np.empty(0), np.empty(0)
+        if len(new):
             try:
-                missed = np.full(len(new), -1)
-                if row.confirms and target.is_random:
-                    missed = (predict(Domain.CONFIRMATION) != truth).sum(dim=0).cpu().numpy()
-                predictions = predict(Domain.SCORE).T.cpu().numpy()
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{row.name} under {row.text}: {error}") from error
-            block = RecordColumns(
-                self.own.digests[places[new]],
-                self.own.ids[places[new]],
-                self.own.labels[places[new]],
-                predictions,
-                missed,
-                attacked.flags[new],
-                attacked.gradients[new],
-            )
-            names = (row.name, row.text)
-            self.records.append(row.key, row.target_key, bool(target.is_random), names, block)
-        self.gallery[number].add(places, clean, attacked.pixels, labels, ids, settings.seed)
+                missed, predictions = score(new)
+            except FloatingPointError:
+                self._name_broken(group, new, score)
+                raise
+        for place, (number, row) in enumerate(group.rows):
+            own = new[group.of[new] == place]
+            if len(own):
+                here = np.searchsorted(new, own)
+                block = RecordColumns(
+                    self.own.digests[places[own]],
+                    self.own.ids[places[own]],
+                    self.own.labels[places[own]],
+                    predictions[here],
+                    missed[here],
+                    attacked.flags[own],
+                    attacked.gradients[own],
+                )
+                names = (row.name, row.text)
+                self.records.append(row.key, row.target_key, bool(row.target.is_random), names, block)
+            mine = np.flatnonzero(group.of == place)
+            at = torch.from_numpy(mine).to(device)
+            self.gallery[number].add(places[mine], clean[at], attacked.pixels[at], labels[at], ids[at], settings.seed)
         return len(new)
+
+    @staticmethod
+    def _name_broken(group: _Group, new: Array, score: Callable[[Array], object]) -> None:
+        """Raise FloatingPointError with the row, of a group whose logits are not finite somewhere."""
+        for place, (_, row) in enumerate(group.rows):
+            if len(own := new[group.of[new] == place]):
+                try:
+                    score(own)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{row.name} under {row.text}: {error}") from error
+
+
+def _all_but_sigma(row: Row) -> Hashable:
+    """Equal for rows whose targets differ in the level of a De3 alone; None for those that stand by themselves."""
+    target = row.target
+    if not (row.attack is None or type(row.attack) is Attack) or type(target) is not De3 or target.sigma is None:
+        return None
+    if not is_plain(target, De3) or {"draw_logits", "seeds"} & vars(target).keys():
+        return None
+    modules = id(target.denoiser), id(target.classifier)
+    settings = target.degrade, target.mask_ratio, target.statistics, target.draws, target.aggregate
+    return row.text, modules, settings, target.is_random, target.seed if target.is_frozen else None
 
 
 def _at(batch: Batch, rows: Array) -> Batch:
@@ -391,8 +471,13 @@ def _check_classes(counts: Mapping[str, int], images: Images, classes: Sequence[
         raise ValueError(f"defenses that are compared must have the same classes, got {listed}")
 
 
-def _attack(row: Row, clean: Tensor, labels: Tensor, ids: Tensor, seed: int, limit: int) -> _Attacked:
-    """The candidates for clean images (B, C, H, W).
+def _attack(
+    row: Row, where: str, clean: Tensor, labels: Tensor, ids: Tensor, seed: int, limit: int, sigma: Tensor | None
+) -> _Attacked:
+    """The candidates for clean images (B, C, H, W), which may have noise levels of their own.
+
+    Args:
+        where: what is attacked and how, for messages.
 
     Raises:
         ValueError: the attack returns something else, or pixels outside of [0, 1].
@@ -402,6 +487,7 @@ def _attack(row: Row, clean: Tensor, labels: Tensor, ids: Tensor, seed: int, lim
         return _Attacked(clean, np.zeros(count, np.uint8), np.zeros(count, np.int64))
     options: dict[str, Any] = {"max_batch": limit} if _takes_max_batch(row.attack) else {}
     if isinstance(row.attack, Attack):
+        options |= {} if sigma is None else {"sigma": sigma}
         found = row.attack.run(row.target, clean, labels, ids, seed, **options)
     else:
         # It may draw from the generators of the process, or seed them.
@@ -416,7 +502,7 @@ def _attack(row: Row, clean: Tensor, labels: Tensor, ids: Tensor, seed: int, lim
     try:
         check_pixels(pixels)
     except ValueError as error:
-        raise ValueError(f"{row.text} on {row.name} returned images that are none: {error}") from error
+        raise ValueError(f"{where}: the attack returned images that are none: {error}") from error
 
     def column(name: str, missing: int) -> Array:
         values = getattr(found, name, None)

@@ -917,6 +917,97 @@ def test_logits_that_are_not_finite_are_an_error_with_the_row_and_the_images(tmp
     assert 8 not in {row["id"] for row in records(tmp_path)}
 
 
+# Levels
+
+
+def levels(classifier: nn.Module, *sigmas: float) -> dict[str, De3]:
+    rows = {f"sigma {sigma:g}": De3(None, classifier, sigma) for sigma in sigmas}
+    return rows | {f"{name} frozen": row.frozen(1) for name, row in rows.items()}
+
+
+def by_key(out: Path) -> dict[tuple[str, str, int], dict]:
+    return {(row["defense"], row["attack"], row["id"]): row for row in records(out)}
+
+
+GRAY = replace(SETTINGS, attacks=(*SETTINGS.attacks, "pgd:12/255,steps=3,eot=2,gray"), examples=2)
+
+
+@pytest.fixture(scope="module")
+def levels_alone(tmp_path_factory) -> dict[tuple[str, str, int], dict]:
+    """Records of three levels, random and frozen, each in an evaluation of its own."""
+    found = {}
+    for name, row in levels(Wavy(), 0, 35, 70.5).items():
+        found |= by_key(run(out := tmp_path_factory.mktemp("alone"), {name: row}, options=GRAY) and out)
+    return found
+
+
+@pytest.mark.parametrize("slots", [1, 7, 64])
+def test_levels_in_one_batch_have_the_records_of_each_alone(levels_alone, tmp_path, slots):
+    classifier = Wavy()
+    done = run(tmp_path, levels(classifier, 0, 35, 70.5), options=replace(GRAY, max_batch=2 * slots))
+    assert by_key(tmp_path) == levels_alone
+    assert len({tuple(row["predictions"]) for row in levels_alone.values() if row["attack"] == ROWS[2]}) > 4
+    shown = run(tmp_path / "one", {"sigma 35": De3(None, Wavy(), 35)}, options=GRAY).examples
+    for (name, attack), examples in shown.items():
+        for field, tensor in vars(done.examples[name, attack]).items():
+            assert torch.equal(tensor, getattr(examples, field)), field
+
+
+def test_levels_fill_passes(tmp_path):
+    """Batches of 4, 4 and 2 images with two draws, at one level and at two."""
+
+    class Watched(Wavy):
+        def forward(self, given: Tensor) -> Tensor:
+            if given.requires_grad:
+                gradients.append(len(given))
+            return super().forward(given)
+
+    found = []
+    attack = "pgd:12/255,steps=3,eot=2,loss=dlr,full"
+    for sigmas in ((35,), (35, 70)):
+        classifier, gradients = Watched(), []
+        rows = {str(sigma): De3(None, classifier, sigma) for sigma in sigmas}
+        options = replace(SETTINGS, attacks=(attack,), max_batch=16, examples=0)
+        run(tmp_path / str(len(sigmas)), rows, options=options)
+        found.append(gradients)
+    assert found == [[8] * 6 + [4] * 3, [16] * 6 + [8] * 3]
+
+
+def test_a_level_that_is_added_is_computed_alone(tmp_path):
+    options = replace(GRAY, examples=0)
+    run(tmp_path, levels(Wavy(), 35, 70.5), options=options)
+    old = records(tmp_path)
+    grown = run(tmp_path, levels(Wavy(), 35, 50, 70.5), options=options)
+    new = records(tmp_path)
+    assert new[: len(old)] == old
+    assert {row["defense"] for row in new[len(old) :]} == {"sigma 50", "sigma 50 frozen"}
+    assert grown.cells == run(tmp_path / "fresh", levels(Wavy(), 35, 50, 70.5), options=options).cells
+
+
+def test_of_levels_in_one_batch_the_broken_one_is_named(tmp_path):
+    source = loader()
+    source.images[5] = 250
+    rows = {str(sigma): De3(None, Broken(float("nan")), sigma) for sigma in (3, 200)}
+    rows["200"].classifier = rows["3"].classifier  # one classifier, and at the higher level the image is darker
+    with pytest.raises(FloatingPointError, match=r"^3 under none: the logits of 1 of \d images .*\(sample ids 8\)"):
+        run(tmp_path, rows, source)
+
+
+def test_of_levels_in_one_batch_all_have_smaller_passes_where_memory_does_not_suffice(tmp_path):
+    class Small(Wavy):
+        def forward(self, given: Tensor) -> Tensor:
+            if len(given) > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().forward(given)
+
+    printed = io.StringIO()
+    rows = levels(Small(), 35, 70)
+    done = evaluate(rows, loader(), SETTINGS, tmp_path / "small", console=Console(file=printed, width=200))
+    assert done.cells == run(tmp_path / "large", levels(Wavy(), 35, 70)).cells
+    words = "out of memory for sigma 35, sigma 70 under none: from now on at most 4 images in a pass"
+    assert printed.getvalue().count(words) == 1
+
+
 # Images that change
 
 
@@ -1081,7 +1172,9 @@ def test_modules_and_targets_of_others_stand_beside_de3(tmp_path, monkeypatch):
     assert run(tmp_path, mixed(), data, options).cells == done.cells
     assert len(records(tmp_path)) == len(rows)
     assert run(tmp_path / "fresh", mixed(), data, options).cells == done.cells
-    with pytest.raises(ValueError, match=r"Outside on off returned images that are none: pixels must lie in \[0, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"off under \S*Outside: the attack returned images that are none: pixels must"
+    ):
         run(tmp_path / "out", {"off": mixed()["off"]}, data, replace(SETTINGS, attacks=("attacks_of_others:Outside",)))
 
 
