@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 # A name is imported with its module when it is first used (PEP 562): importing this package loads nothing.
 _MODULES = {
     "Attack": "attacks",
+    "Bpda": "bpda",
     "De3": "de3",
     "Evaluation": "evaluation",
     "EvaluationSettings": "rows",
     "HealthWarning": "evaluation",
+    "Jpeg": "bpda",
     "check_health": "health",
     "ModuleTarget": "targets",
     "evaluate": "evaluation",
@@ -27,11 +29,13 @@ _MODULES = {
 }
 __all__ = [
     "Attack",
+    "Bpda",
     "De3",
     "Evaluation",
     "EvaluationSettings",
     "HealthWarning",
     "Interval",
+    "Jpeg",
     "ModuleTarget",
     "Randomness",
     "Scores",
@@ -47,6 +51,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from denim.defense.attacks import Attack
+    from denim.defense.bpda import Bpda, Jpeg
     from denim.defense.de3 import De3
     from denim.defense.evaluation import Evaluation, HealthWarning, evaluate
     from denim.defense.health import check_health

@@ -215,8 +215,8 @@ class Search:
             raise ValueError(
                 "the logits do not depend on the pixels by operations of autograd, so this attack would leave the "
                 "images as they are, and the defense would look robust: the classifier or the denoiser detaches, "
-                "rounds, leaves torch or runs under torch.no_grad. Give it a derivative, put a surrogate with one in "
-                "its place, or use an attack without gradients such as square"
+                "rounds, leaves torch or runs under torch.no_grad. Give it a derivative, put denim.defense.Bpda around "
+                "the part that has none, or use an attack without gradients such as square"
             )
         # A loss that is no number is no improvement.
         return logits.detach(), value.detach().to(iterate.dtype).nan_to_num(-math.inf), gradient
