@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -148,6 +149,8 @@ class Work:
         self.batches: Iterator[tuple[int, Batch]] = iter(())
         # By defense, where memory has not sufficed: images in a pass.
         self.limits: dict[str, int] = {}
+        # Of the batch that is open: predictions by domain, defense, place of the image, and digest of the candidate.
+        self.scored: dict[tuple[Domain, bytes, int, bytes], Array] = {}
 
     def say(self, text: str) -> None:
         """Print a line of progress."""
@@ -269,6 +272,7 @@ class Work:
             task = bar.add_task("evaluating", total=total, state="")
             for step, batch in self.batches:
                 places, open_batch = self._opened(step, batch, np.any(wanted, axis=0))
+                self.scored.clear()
                 for numbers in self._kin():
                     of, chosen = np.nonzero(np.stack([wanted[number][places] for number in numbers]))
                     group = _Group([(number, self.rows[number]) for number in numbers], of)
@@ -354,13 +358,24 @@ class Work:
         attacked = attacked.at(back)
         # The others are attacked again for the gallery alone.
         lacking = np.stack([self.lacking[number] for number, _ in group.rows])[group.of, places]
+        digests = [
+            hashlib.blake2b(image.numpy(), digest_size=16).digest() for image in attacked.pixels.cpu().contiguous()
+        ]
 
         def predict(domain: Domain, new: Array) -> Array:
-            """Predictions (N, R) of these images."""
-            rows = torch.from_numpy(new).to(device)
-            seeds = target.seeds(settings.seed, domain, ids[rows], settings.score_draws)
-            levels = None if sigma is None else sigma[rows]
-            return _predict(target, attacked.pixels[rows], seeds, ids[rows], limit, levels).T.cpu().numpy()
+            """Predictions (N, R) of these images.
+
+            Draws do not depend on the attack: what several attacks return, be it the clean image, has one score.
+            """
+            keys = [(domain, group.rows[group.of[i]][1].target_key, int(places[i]), digests[i]) for i in new]
+            unknown = [number for number, key in enumerate(keys) if key not in self.scored]
+            if unknown:
+                rows = torch.from_numpy(new[unknown]).to(device)
+                seeds = target.seeds(settings.seed, domain, ids[rows], settings.score_draws)
+                levels = None if sigma is None else sigma[rows]
+                found = _predict(target, attacked.pixels[rows], seeds, ids[rows], limit, levels).T.cpu().numpy()
+                self.scored.update(zip((keys[number] for number in unknown), found, strict=True))
+            return np.stack([self.scored[key] for key in keys])
 
         def score(new: Array) -> tuple[Array, Array]:
             """Confirmation draws that missed, (N,), and predictions on the score draws, (N, R)."""

@@ -1151,6 +1151,47 @@ class Outside(Brighter):
         return pixels + 1
 
 
+class Half(Brighter):
+    """Leaves the images with even ids as they are."""
+
+    def run(self, target, pixels, labels, ids, seed):
+        return torch.where((ids % 2 == 0)[:, None, None, None], pixels, (pixels + self.epsilon).clamp(0, 1))
+
+
+class HalfAgain(Half):
+    pass
+
+
+@pytest.mark.parametrize("sigma", [None, 70.0])
+def test_what_several_attacks_return_is_scored_once(tmp_path, monkeypatch, sigma):
+    monkeypatch.setitem(sys.modules, "attacks_of_others", sys.modules[__name__])
+    options = replace(SETTINGS, attacks=("attacks_of_others:Half", "attacks_of_others:HalfAgain"), examples=0)
+    asked: list[tuple[int, ...]] = []
+    real = working._predict
+
+    def watched(target, images, seeds, ids, *rest):
+        asked.append(tuple(ids.tolist()))
+        return real(target, images, seeds, ids, *rest)
+
+    monkeypatch.setattr(working, "_predict", watched)
+    defense = De3(None, Wavy(), sigma)
+    run(tmp_path, {"row": defense}, Images(images(), loader().labels), options)
+    all_ids = sorted(IDS.tolist())
+    odd = [i for i in all_ids if i % 2]
+    # Scores of the clean images, and of what is new; confirmation draws of two attacks, of which the first one's serve.
+    expected = all_ids + odd if sigma is None else all_ids + odd + all_ids
+    assert sorted(i for ids in asked for i in ids) == sorted(expected)
+    rows = by_key(tmp_path)
+    for name in ("Half", "HalfAgain"):
+        attacked = Half().run(defense, pixels(), loader().labels, IDS, 4)
+        seeds = defense.seeds(4, Domain.SCORE, IDS, 5)
+        alone = defense.draw_logits(attacked, seeds).argmax(dim=-1).T[:, : 5 if sigma else 1]
+        kept = [rows["row", f"attacks_of_others:{name}", i]["predictions"] for i in IDS.tolist()]
+        assert kept == alone.tolist()
+        missed = [rows["row", f"attacks_of_others:{name}", i]["missed"] for i in IDS.tolist()]
+        assert missed == [rows["row", "attacks_of_others:Half", i]["missed"] for i in IDS.tolist()]
+
+
 @pytest.mark.usefixtures("global_rng_untouched")
 def test_modules_and_targets_of_others_stand_beside_de3(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "attacks_of_others", sys.modules[__name__])
