@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from denim.defense.probe import declares_random
 from denim.defense.replay import member_of_vmap, number_of_call
 from denim.kernels import Domain, check_pixels, derive_seeds, draw_seeds
 from denim.kernels.patches import unpatchify
@@ -195,7 +196,7 @@ class De3(nn.Module):
     def is_random(self) -> bool:
         """Whether two calls on one image may differ: by the noise, or as a module inside says of itself."""
         inside = (part for part in self.modules() if part is not self)
-        return self._draws or any(getattr(part, "is_random", False) is True for part in inside)
+        return self._draws or any(declares_random(part) for part in inside)
 
     @property
     def _draws(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from denim.nim.adversarial import evaluating
 
-__all__ = ["Randomness", "probe_randomness"]
+__all__ = ["Randomness", "declares_random", "probe_randomness"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Randomness:
             return seen
         names = ", ".join(name or "the model itself" for name in self.declared[:5])
         return f"{seen}; declared random: {names}"
+
+
+def declares_random(part: nn.Module) -> bool:
+    """Whether a module says of itself that it draws. One that does not know yet (`is_known`) says nothing."""
+    return getattr(part, "is_known", True) and getattr(part, "is_random", False) is True
 
 
 @contextlib.contextmanager
@@ -92,7 +97,7 @@ def probe_randomness(model: nn.Module, pixels: Tensor, *, calls: int = 4) -> Ran
     """
     if calls < 2 or not len(pixels):
         raise ValueError(f"probe_randomness needs at least 2 calls and an image, got {calls} and {len(pixels)} images")
-    names = tuple(name for name, part in model.named_modules() if getattr(part, "is_random", False) is True)
+    names = tuple(name for name, part in model.named_modules() if declares_random(part))
     largest, differs = 0.0, torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
     with torch.no_grad(), evaluating(model), _undisturbed(model):
         first = model(pixels).clone()

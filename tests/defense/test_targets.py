@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from denim.defense import Attack, De3, ModuleTarget
+from denim.defense import Attack, De3, ModuleTarget, probe_randomness
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.targets import as_target, import_object, input_size, normalisation_hint, open_target
 from denim.kernels import Domain
@@ -74,6 +74,22 @@ def test_dropout_that_is_off_in_evaluation_is_no_draw():
     target = ModuleTarget(module.train())
     assert not target.probe(PIXELS)
     assert all(part.training for part in module.modules())
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda target: De3(None, target, 0.0)], ids=["module", "De3"])
+def test_what_holds_a_target_that_is_not_known_yet_is_probed_and_attacked(wrap):
+    """The target inside says nothing of itself; whether its draws differ is found from outside."""
+    model = wrap(ModuleTarget(Net(), preprocessing=((0.5,) * 3, (0.25,) * 3)))
+    target = as_target(model)
+    assert not probe_randomness(model, PIXELS).is_random
+    if isinstance(target, ModuleTarget):
+        assert not target.probe(PIXELS)
+    assert not target.is_random
+    assert Attack.parse("fgsm:4/255").run(target, PIXELS, IDS % 4, IDS, 0).pixels.ne(PIXELS).any()
+    drawing = wrap(ModuleTarget(Net("torch")))
+    assert probe_randomness(drawing, PIXELS).is_random
+    drawing = wrap(ModuleTarget(Net("torch"), is_random=True))
+    assert probe_randomness(drawing, PIXELS).declared
 
 
 def test_preprocessing_is_that_of_the_model():
