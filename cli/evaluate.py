@@ -18,6 +18,8 @@ def main(
     num_images: int = 512,
     sigmas: tuple[float, ...] = (0.0, 35.0, 70.0, 105.0, 140.0),
     frozen: float | None = 70.0,
+    jpeg: tuple[int, ...] = (),
+    noise_only: tuple[float, ...] = (),
     mask_ratios: tuple[float, ...] = (),
     degrade: str = "noise",
     statistics: str = "input",
@@ -41,7 +43,8 @@ def main(
     Args:
         classifier: The fine-tuned classifier: folder of a model or a run, name of a model that ships with Denim, or
             owner/name on the Hugging Face hub.
-        denoiser: The denoiser, likewise; without it, the defense is noise alone.
+        denoiser: The denoiser, likewise; without it, the defense is noise alone. Without --classifier, it stands before
+            each --model.
         model: Further models, each a row: package.module:factory, a function or class that is called without arguments
             and gives a module from pixels in [0, 1] to logits; or timm:NAME. NAME=package.module:factory names the row.
         weights: A .pt or .safetensors file for each --model, in their order.
@@ -52,6 +55,10 @@ def main(
         sigmas: Noise levels of the defense, standard deviations in 0-255 pixel levels.
         frozen: Noise level, in 0-255 pixel levels, that is also evaluated with noise that is fixed and known to the
             attacker; None leaves that row out.
+        jpeg: Qualities of JPEG, from 1 to 100, each a row with compression before the clean classifier, or else before
+            the classifier or each --model. Attacks take its derivative for that of the identity (BPDA).
+        noise_only: Noise levels, in 0-255 pixel levels, each a row with noise and no denoiser, before the classifier or
+            else before each --model.
         mask_ratios: Shares of hidden patches that are evaluated in place of sigmas with --degrade mask.
         degrade: How images are degraded before the denoiser: noise, mask or both.
         statistics: Image that gives the patch means and standard deviations of a reconstruction: input or noisy. A
@@ -75,7 +82,7 @@ def main(
     """
     from torch import nn
 
-    from denim.defense import De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
+    from denim.defense import De3, EvaluationSettings, HealthWarning, Jpeg, evaluate, print_table, write_report
     from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier
     from denim.nim.data import EvalView, Subset, open_loader, open_source
@@ -87,51 +94,81 @@ def main(
         raise ValueError(f"num_images must not be negative, and 0 takes all, got {num_images}")
     if classifier is None and not model:
         raise ValueError("nothing to evaluate: give --classifier, or --model package.module:factory or timm:NAME")
-    for option, given in (("--denoiser", denoiser), ("--clean-classifier", clean_classifier)):
-        if classifier is None and given is not None:
-            raise ValueError(f"{option} needs --classifier, which it is compared or combined with")
+    if classifier is None and clean_classifier is not None:
+        raise ValueError("--clean-classifier needs --classifier, which it is compared with")
     if weights and len(weights) != len(model):
         raise ValueError(f"--weights needs a file for each --model, got {len(weights)} for {len(model)}")
     if not attacks:
         attacks = ("fgsm:4/255", "pgd:4/255,steps=20,eot=20", *(() if model else ("pgd:4/255,steps=20,eot=20,gray",)))
+    compressions = [Jpeg(quality) for quality in jpeg]
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
     settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision)
     defenses: dict[str, Any] = {}
+
+    def add(name: str, row: Any) -> None:
+        if name in defenses:
+            raise ValueError(
+                f"two rows have the name {name!r}: give each level and quality once, and a --model another name by "
+                "NAME=package.module:factory"
+            )
+        defenses[name] = row.to(where) if isinstance(row, nn.Module) else row
+
+    def add_defenses(before: str, subject: nn.Module, undefended: nn.Module) -> None:
+        """The rows with something before a model, whose names begin with `before`."""
+        if degrade == "mask" and rebuild is not None:
+            for ratio in mask_ratios or (0.75,):
+                masked = De3(rebuild, subject, 0.0, degrade="mask", mask_ratio=ratio, statistics=statistics, seed=seed)
+                add(f"{before}mask {ratio:g}", masked)
+        elif classifier is not None or rebuild is not None:
+            for sigma in sigmas:
+                defended = De3(rebuild, subject, sigma, degrade=degrade, statistics=statistics, seed=seed)
+                add(f"{before}sigma {sigma:g}", defended)
+            if frozen is not None:
+                fixed = De3(rebuild, subject, frozen, degrade=degrade, statistics=statistics, seed=seed)
+                add(f"{before}sigma {frozen:g} frozen", fixed.frozen(seed))
+        for sigma in noise_only:
+            add(f"{before}noise alone, sigma {sigma:g}", De3(None, subject, sigma, seed=seed))
+        for compression in compressions:
+            add(f"{before}JPEG {compression.quality}", nn.Sequential(compression, undefended).eval())
+
+    rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False)
     own: Classifier | None = None
     if classifier is not None:
-        own = Classifier.from_pretrained(classifier).to(where)
-        rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False).to(where)
+        own = Classifier.from_pretrained(classifier)
+        undefended = own
         if clean_classifier is not None:
-            reference = Classifier.from_pretrained(clean_classifier).to(where)
-            named = reference.config.classes and own.config.classes
-            if reference.config.num_classes != own.config.num_classes or (named and named != reference.config.classes):
+            undefended = Classifier.from_pretrained(clean_classifier)
+            found, expected = undefended.config, own.config
+            named = found.classes and expected.classes
+            if found.num_classes != expected.num_classes or (named and named != found.classes):
                 raise ValueError(
                     f"{clean_classifier} and {classifier} do not have the same classes under the same numbers: both "
                     "must be trained on the same class folders"
                 )
-            defenses["clean classifier"] = De3(None, reference, None).to(where)
-        defenses["defense off"] = De3(rebuild, own, None).to(where)
-        if degrade == "mask":
-            for ratio in mask_ratios or (0.75,):
-                masked = De3(rebuild, own, 0.0, degrade="mask", mask_ratio=ratio, statistics=statistics, seed=seed)
-                defenses[f"mask {ratio:g}"] = masked.to(where)
-        else:
-            for sigma in sigmas:
-                defended = De3(rebuild, own, sigma, degrade=degrade, statistics=statistics, seed=seed).to(where)
-                defenses[f"sigma {sigma:g}"] = defended
-            if frozen is not None:
-                fixed = De3(rebuild, own, frozen, degrade=degrade, statistics=statistics, seed=seed).to(where)
-                defenses[f"sigma {frozen:g} frozen"] = fixed.frozen(seed)
+            add("clean classifier", De3(None, undefended, None))
+        add("defense off", De3(rebuild, own, None))
+        add_defenses("", own, undefended)
     sizes = []
     for number, text in enumerate(model):
         name, _, spec = text.rpartition("=")
         target = open_target(spec, weights[number] if weights else None)
-        if (name or spec) in defenses:
-            raise ValueError(f"two rows have the name {name or spec!r}: give one another by --model NAME={spec}")
-        defenses[name or spec] = target.to(where) if isinstance(target, nn.Module) else target
+        add(name or spec, target)
         sizes.append(input_size(target))
-    channels, side = (len(own.config.mean), own.config.img_size[0]) if own else sizes[0]
+        if classifier is None and (rebuild is not None or jpeg or noise_only):
+            if not isinstance(target, nn.Module):
+                raise ValueError(
+                    f"{spec} gives a {type(target).__name__}, which is no module: --denoiser, --jpeg and --noise-only "
+                    "stand before modules alone"
+                )
+            if rebuild is not None and sizes[-1][1] not in (None, rebuild.config.img_size[0]):
+                raise ValueError(
+                    f"{denoiser} takes images of side {rebuild.config.img_size[0]}, and {spec} of {sizes[-1][1]}: give "
+                    "a package.module:factory whose model resizes what it gets"
+                )
+            add_defenses(f"{name or spec}, ", target, target)
+    first = own or rebuild
+    channels, side = (len(first.config.mean), first.config.img_size[0]) if first else sizes[0]
     side = img_size or side
     if side is None:
         raise ValueError(f"{model[0]} does not say what size of images it takes: give --img-size")

@@ -107,11 +107,72 @@ def test_evaluate_models_of_others(runs, tmp_path, capsys, monkeypatch):
         ((), "nothing to evaluate: give --classifier, or --model"),
         (("--model", "models_of_test:Plain"), "models_of_test:Plain does not say what size of images it takes"),
         ((*named[:2], "--weights", "a.pt", "b.pt"), "--weights needs a file for each --model, got 2 for 1"),
-        ((*named, "--denoiser", runs / "nim" / "model"), "--denoiser needs --classifier"),
+        ((*named, "--clean-classifier", runs / "ft" / "model"), "--clean-classifier needs --classifier"),
     ):
         denim(*base, *words, status=2)
         assert message in capsys.readouterr().err
     sys.modules.pop("models_of_test")
+
+
+@pytest.mark.slow
+def test_evaluate_with_the_denoiser_jpeg_and_noise_before_a_model(runs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "models_before.py").write_text(
+        "from torch import nn\n"
+        "def linear():\n    return nn.Sequential(nn.Flatten(), nn.Linear(256, 10))\n"
+        "def large():\n    model = linear()\n    model.pretrained_cfg = {'input_size': (1, 32, 32)}\n    return model\n"
+        "class Drawing:\n"
+        "    is_random = True\n"
+        "    def seeds(self, *args): ...\n"
+        "    def draw_logits(self, *args): ...\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    base = ("evaluate", "--num-images", "4", "--attacks", "fgsm:8/255,eot=1", "--examples", "0", "--score-draws", "2")
+    before = ("--jpeg", "75", "30", "--noise-only", "35", "--sigmas", "70", "--frozen", "None")
+
+    def rows(*words):
+        denim(*base, *before, *words)
+        cells = json.loads((tmp_path / words[1] / "results.json").read_text())["cells"]
+        return {cell["defense"]: (cell["sigma"], cell["case"]) for cell in cells}
+
+    nim = runs / "nim" / "model"
+    assert rows("--out", "model", "--model", "a=models_before:linear", "--denoiser", nim) == {
+        "a": (None, "model"),
+        "a, sigma 70": (70, "noise, raw target"),
+        "a, noise alone, sigma 35": (35, "noisy"),
+        "a, JPEG 75": (None, "model"),
+        "a, JPEG 30": (None, "model"),
+    }
+    given = ("--classifier", runs / "ft" / "model", "--denoiser", nim, "--model", "a=models_before:linear")
+    assert list(rows("--out", "classifier", *given)) == [
+        *("defense off", "sigma 70", "noise alone, sigma 35", "JPEG 75", "JPEG 30", "a"),
+    ]
+    capsys.readouterr()
+    for words, message in (
+        (("--model", "models_before:linear", "--jpeg", "0"), "quality of JPEG must be a whole number from 1 to 100"),
+        (("--model", "a=models_before:linear", "--jpeg", "75", "75"), "the name 'a, JPEG 75': give each level and"),
+        (("--model", "models_before:Drawing", "--jpeg", "75"), "Drawing, which is no module: --denoiser, --jpeg"),
+        (
+            ("--model", "models_before:large", "--denoiser", nim),
+            "takes images of side 16, and models_before:large of 32",
+        ),
+    ):
+        denim(*base, "--out", "no", *words, status=2)
+        assert message in capsys.readouterr().err
+    sys.modules.pop("models_before")
+
+
+def test_jpeg_stands_before_the_clean_classifier(runs, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("denim.defense.evaluate", lambda defenses, *args, **options: seen.update(defenses))
+    monkeypatch.setattr("denim.defense.write_report", lambda *args, **options: tmp_path)
+    monkeypatch.setattr("denim.defense.print_table", lambda *args: None)
+    with pytest.raises(AttributeError):  # of what the evaluation would have returned
+        denim("evaluate", "--classifier", runs / "ft" / "model", "--clean-classifier", runs / "ft" / "model",
+              "--jpeg", "75", "--noise-only", "35")  # fmt: skip
+    assert seen["JPEG 75"][1] is seen["clean classifier"].classifier
+    assert seen["noise alone, sigma 35"].classifier is seen["defense off"].classifier
+    assert not any(row.training for row in seen.values())
 
 
 def test_evaluate_by_masking(runs, tmp_path):
