@@ -35,6 +35,7 @@ def main(
     seed: int = 0,
     device: str = "auto",
     precision: str = "fp32",
+    compile: bool | None = None,
 ) -> None:
     """Attack and score a defense at many noise levels, or any models, and write a table, a curve and a gallery.
 
@@ -79,6 +80,7 @@ def main(
         device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
         precision: Precision of the networks, in attacks and scores: fp32, tf32, bf16, or auto for bf16 where a GPU has
             it, else fp32.
+        compile: Compile each transformer block of Denim's models; by default on a GPU.
     """
     from torch import nn
 
@@ -103,7 +105,7 @@ def main(
     compressions = [Jpeg(quality) for quality in jpeg]
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
-    settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision)
+    settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision, compile)
     defenses: dict[str, Any] = {}
 
     def add(name: str, row: Any) -> None:

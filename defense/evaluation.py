@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +28,13 @@ from denim.defense.records import Records
 from denim.defense.rows import EvaluationSettings, rows_of
 from denim.defense.targets import Target, as_target
 from denim.defense.work import Work, device_of
+from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import first_words
+from denim.nim.classifier import Classifier
 from denim.nim.data import Loader
 from denim.nim.files import atomic_write
 from denim.nim.owner import owned_by_first
+from denim.nim.parallel import compiled_blocks
 from denim.nim.precision import precise, resolve_precision
 from denim.nim.ranks import Ranks
 from denim.nim.stopping import StopRequest, stop_requests
@@ -108,7 +111,8 @@ def evaluate(
         if isinstance(target, nn.Module):
             target.eval()
     device = device_of(next(iter(targets.values())))
-    settings = replace(settings, precision=resolve_precision(settings.precision, device))
+    compile = device.type == "cuda" if settings.compile is None else settings.compile
+    settings = replace(settings, precision=resolve_precision(settings.precision, device), compile=compile)
     loader = as_loader(data)
     stopped = f"the finished part is in {out}: the same call goes on there"
     with owned_by_first(out, ranks), stop_requests(stopped) as stop, precise(settings.precision, device):
@@ -142,7 +146,8 @@ def _evaluate(
     with Records(out, ranks.rank) as records:
         work = Work(rows, loader, own, settings, out, records, console, stop, ranks)
         work.examine(images, classes)
-        work.run()
+        with compiled_blocks(_own_models(targets.values()) if settings.compile else ()):
+            work.run()
     with ranks.naming():
         ranks.barrier()
         # By id: a rank reports what it has met.
@@ -176,6 +181,12 @@ def _evaluate(
         for note in notes:
             warnings.warn(note, HealthWarning, stacklevel=3)
     return evaluation
+
+
+def _own_models(targets: Iterable[Any]) -> list[nn.Module]:
+    """Denim's models in the defenses, each of them once."""
+    modules = (part for target in targets if isinstance(target, nn.Module) for part in target.modules())
+    return list({id(part): part for part in modules if isinstance(part, (Autoencoder, Classifier))}.values())
 
 
 def _distinct(images: Images) -> Images:

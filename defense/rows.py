@@ -57,6 +57,8 @@ class EvaluationSettings:
         examples: images that are kept for the gallery.
         precision: of the networks, in attacks and scores: fp32, tf32, bf16 or auto (see `resolve_precision`). What it
             means on the device of the first defense is recorded.
+        compile: compile each transformer block of Denim's models with torch.compile; None does so on CUDA. Records do
+            not tell it: results agree to rounding.
     """
 
     attacks: tuple[str, ...]
@@ -65,6 +67,7 @@ class EvaluationSettings:
     max_batch: int = 256
     examples: int = 6
     precision: str = "fp32"
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)

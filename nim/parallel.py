@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from denim.nim.block import set_lean
 from denim.nim.ranks import Ranks
 from denim.nim.settings import TrainConfig
 
-__all__ = ["alone", "distribute", "transformer_blocks", "whole", "without_sync"]
+__all__ = ["alone", "compiled_blocks", "distribute", "transformer_blocks", "whole", "without_sync"]
 
 
 # The gradient of the patch embedding, one small tensor, is copied: its memory has the order of patches.
@@ -47,6 +47,48 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for blocks in lists if blocks is not None for block in blocks]
 
 
+def _compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    for block in blocks:
+        # The bound method, and not the module: the hooks of FSDP are called around the compiled code.
+        compiled: Callable[..., Any] = torch.compile(block.forward, fullgraph=True)
+        block.forward = compiled
+
+
+# Graphs of one block of a class, of which all have one limit. A width of the tokens has up to six: with and without
+# gradients, for the first size of a batch, for any size, and for a batch of one, which torch compiles for itself.
+GRAPHS_PER_WIDTH = 6
+
+
+@contextmanager
+def compiled_blocks(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the transformer blocks of models are compiled, each of them in one graph; after, they are as before.
+
+    Results agree with those of eager blocks to rounding. The first batch is compiled for its size, the second size for
+    all others.
+
+    Args:
+        models: of this package, each of them once; those without such blocks stay as they are.
+    """
+    models = list(models)
+    blocks = [block for model in models for block in transformer_blocks(model)]
+    if not blocks:
+        yield
+        return
+    before = [vars(block).get("forward") for block in blocks]
+    # An encoder and a decoder have two widths.
+    limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_WIDTH * 2 * len(models))
+    try:
+        with torch._dynamo.config.patch(recompile_limit=limit):
+            _compile_blocks(blocks)
+            yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = forward
+
+
 def distribute(task: nn.Module, config: TrainConfig, ranks: Ranks, device: torch.device, precision: str) -> nn.Module:
     """The module to call in place of a task, so that gradients are those of all ranks. The task is changed in place.
 
@@ -71,10 +113,7 @@ def distribute(task: nn.Module, config: TrainConfig, ranks: Ranks, device: torch
             raise ValueError(f"{type(model).__name__} has no blocks whose activations could be computed again")
         model.set_grad_checkpointing(True)
     if config.compile if config.compile is not None else device.type == "cuda":
-        for block in transformer_blocks(model):
-            # The bound method, and not the module: the hooks of FSDP are called around the compiled code.
-            compiled: Callable[..., Any] = torch.compile(block.forward, fullgraph=True)
-            block.forward = compiled
+        _compile_blocks(transformer_blocks(model))
     if config.fsdp:
         dtype = torch.bfloat16 if precision == "bf16" else None
         # Inputs keep their dtype: the residual stream is float32 under autocast, as it is without FSDP.

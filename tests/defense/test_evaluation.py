@@ -28,6 +28,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
 from denim.defense import records as storing
@@ -35,7 +36,16 @@ from denim.defense import rows as numbering
 from denim.defense import work as working
 from denim.defense.report import write_report
 from denim.kernels import Domain, derive_seeds, draw_seeds, normal_noise
-from denim.nim import Autoencoder, AutoencoderConfig, PretrainConfig, pretrain, progress, reconstruct
+from denim.nim import (
+    Autoencoder,
+    AutoencoderConfig,
+    Classifier,
+    ClassifierConfig,
+    PretrainConfig,
+    pretrain,
+    progress,
+    reconstruct,
+)
 from denim.nim.data import Batch, EvalView, Subset, TorchLoader
 from denim.nim.files import DamagedFileError, WriteError
 from denim.nim.owner import OwnedError, owned
@@ -793,6 +803,42 @@ def test_bf16_has_the_robust_accuracy_of_fp32(tmp_path, digits):
     clean, attacked = (cell.scores.mean.value for cell in cells[0])
     assert 0.1 < attacked < clean - 0.1  # the attack succeeds in part
     assert clean > 0.5
+
+
+def test_compiled_blocks_give_the_records_of_eager_ones(tmp_path, monkeypatch):
+    """Denoiser and classifier have two widths; records do not tell who computed them."""
+    counter = CompileCounterWithBackend("aot_eager")
+    real = torch.compile
+
+    def counted(function, **options):
+        mine = options == {"fullgraph": True}  # and not the noise's, which says more
+        return real(function, **options, **({"backend": counter} if mine else {}))
+
+    monkeypatch.setattr(torch, "compile", counted)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        denoiser = Autoencoder(CONFIG).eval().requires_grad_(False)
+        classifier = Classifier(ClassifierConfig(CLASSES, (8, 8), 4, 32, 1, 2, mean=(0.5,), std=(0.25,)))
+        nn.init.normal_(classifier.head.weight)
+    classifier.eval().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a classifier of clean images
+        rows = {"off": De3(None, classifier, None)} | {
+            str(sigma): De3(denoiser, classifier, sigma) for sigma in (9, 35)
+        }
+    plain = replace(SETTINGS, attacks=SETTINGS.attacks[:1], examples=0)
+    options = replace(plain, compile=True)
+    torch._dynamo.reset()
+    done = run(tmp_path / "compiled", rows, options=options)
+    # Of each width one graph with gradients and one without, for the first size and for others.
+    assert 4 <= counter.frame_count <= 2 * 2 * 2
+    assert done.settings.compile
+    assert not [block for block in (*denoiser.blocks, *classifier.blocks) if "forward" in vars(block)]
+    eager = run(tmp_path / "eager", rows, options=plain)
+    assert by_key(tmp_path / "compiled") == by_key(tmp_path / "eager")
+    assert not eager.settings.compile
+    run(tmp_path / "eager", rows, options=options)
+    assert len(records(tmp_path / "eager")) == 3 * 2 * COUNT
 
 
 def test_another_mask_ratio_is_computed(tmp_path):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from denim.nim import Autoencoder, Classifier, ClassifierConfig, Objective, preset
+from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, Objective, preset
 from denim.nim.block import Block, Mlp
 from denim.nim.engine import Task
-from denim.nim.parallel import distribute, transformer_blocks
+from denim.nim.parallel import compiled_blocks, distribute, transformer_blocks
 from denim.nim.pretraining import PretrainTask
 from denim.nim.ranks import Ranks
 from denim.nim.settings import TrainConfig
@@ -118,6 +118,41 @@ def test_each_block_is_one_graph_and_a_new_batch_size_compiles_once_more(tmp_pat
         gradients(task, module, count)
     assert counter.frame_count <= first + len(transformer_blocks(task.model))
     assert task.model.state_dict().keys() == Autoencoder(task.model.config).state_dict().keys()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_agree_with_eager_ones_and_are_afterwards_as_before(monkeypatch):
+    """By Inductor: one graph of a width with gradients, and one without."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Autoencoder(AutoencoderConfig((8, 8), 4, 16, 2, 2, 16, 1, 2, target="raw")).eval().requires_grad_(False)
+    own = model.blocks[1].forward
+    model.blocks[1].forward = own  # somebody's
+    tokens = torch.randn(6, 4, model.config.patch_dim, generator=torch.Generator().manual_seed(1))
+
+    def run():
+        leaf = tokens.clone().requires_grad_()
+        prediction = model(leaf)
+        (gradient,) = torch.autograd.grad(prediction.square().sum(), leaf)
+        with torch.no_grad():
+            return prediction.detach(), gradient, model(leaf)
+
+    counter = CompileCounterWithBackend("inductor")
+    real = torch.compile
+    monkeypatch.setattr(
+        "denim.nim.parallel.torch.compile", lambda block, **options: real(block, backend=counter, **options)
+    )
+    expected = run()
+    torch._dynamo.reset()
+    with compiled_blocks([model]):
+        for got, exact in zip(run(), expected, strict=True):
+            # float32: only the order of sums differs, through three blocks.
+            torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 2
+    assert "forward" not in vars(model.blocks[0])
+    assert model.blocks[1].forward is own
+    with compiled_blocks([]):
+        pass
 
 
 def test_blocks_of_a_classifier_are_found():
