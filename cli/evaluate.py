@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
     statistics: str = "input",
     clean_classifier: str | None = None,
     attacks: tuple[str, ...] = (),
-    score_draws: int = 20,
+    score_draws: int | Literal["auto"] = 20,
     max_batch: int = 256,
     examples: int = 6,
     loader: str = "auto",
@@ -68,7 +68,8 @@ def main(
         attacks: Attacks, such as fgsm:4/255 or pgd:4/255,steps=20,eot=20,restarts=1,gray, or package.module:Class for
             one of your own. Without it, fgsm:4/255 and pgd:4/255,steps=20,eot=20, and this also gray where every row
             is of the classifier.
-        score_draws: Fresh draws of noise per image for the score.
+        score_draws: Fresh draws of noise per image for the score; auto takes as few as the width of the intervals
+            allows.
         max_batch: Images per forward pass; a smaller number takes less memory.
         examples: Images in the gallery.
         loader: Loader of the images: dali, torch, or auto for the first of these that can serve.

@@ -87,7 +87,7 @@ class Found(NamedTuple):
 
 def cells_of(rows: Sequence[Row], found: Found, settings: EvaluationSettings) -> tuple[Cell, ...]:
     """Scores of every defense under every attack, then under the worst attack of every radius."""
-    labels, draws = found.images.labels, settings.score_draws
+    labels, draws = found.images.labels, int(settings.score_draws)
     by_name: dict[str, list[Row]] = {}
     for row in rows:
         by_name.setdefault(row.name, []).append(row)

@@ -25,14 +25,15 @@ from denim.defense.fingerprint import Fingerprints
 from denim.defense.gallery import Examples, load_gallery
 from denim.defense.images import Images, as_loader, identify
 from denim.defense.records import Records
-from denim.defense.rows import EvaluationSettings, rows_of
+from denim.defense.rows import EvaluationSettings, Row, rows_of
+from denim.defense.scores import FEWEST_DRAWS, draws_needed
 from denim.defense.targets import Target, as_target
 from denim.defense.work import Work, device_of
 from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import first_words
 from denim.nim.classifier import Classifier
 from denim.nim.data import Loader
-from denim.nim.files import atomic_write
+from denim.nim.files import atomic_write, read_json
 from denim.nim.owner import owned_by_first
 from denim.nim.parallel import compiled_blocks
 from denim.nim.precision import precise, resolve_precision
@@ -41,6 +42,11 @@ from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import open_console
 
 __all__ = ["Evaluation", "HealthWarning", "evaluate"]
+
+
+# What chooses the number of score draws where that is "auto".
+DRAWS_FILE = "score_draws.json"
+PILOT_IMAGES, PILOT_DRAWS = 32, 20
 
 
 class HealthWarning(UserWarning):
@@ -142,14 +148,37 @@ def _evaluate(
     if not len(images):
         raise ValueError("evaluate needs images, and the loader yields none")
     fingerprints = Fingerprints()
-    rows = rows_of(targets, settings, fingerprints)
-    with Records(out, ranks.rank) as records:
-        work = Work(rows, loader, own, settings, out, records, console, stop, ranks)
-        work.examine(images, classes)
-        with compiled_blocks(_own_models(targets.values()) if settings.compile else ()):
-            work.run()
+
+    def compute(settings: EvaluationSettings, images: Images) -> list[Row]:
+        """The records of these images."""
+        rows = rows_of(targets, settings, fingerprints)
+        with Records(out, ranks.rank) as records:
+            wanted = np.isin(own.ids, images.ids)
+            work = Work(rows, loader, own, settings, out, records, console, stop, ranks, wanted)
+            work.examine(images, classes)
+            with compiled_blocks(_own_models(targets.values()) if settings.compile else ()):
+                work.run()
+        with ranks.naming():
+            ranks.barrier()
+        return rows
+
+    if settings.score_draws == "auto":
+        file = out / DRAWS_FILE
+        if file.exists():
+            draws = int(read_json(file, {"score_draws": int})["score_draws"])
+        else:
+            first = images.at(np.sort(np.argsort(images.ids)[:PILOT_IMAGES]))
+            console.print(f"evaluating: {len(first)} images to choose the number of score draws", markup=False)
+            rows = compute(replace(settings, score_draws=PILOT_DRAWS, examples=0), first)
+            with Records(out, ranks.rank) as records:
+                draws = _draws_needed(rows, Found.of(rows, records, first), len(images))
+            if ranks.is_first:
+                with atomic_write(file) as staged:
+                    staged.write_text(json.dumps({"score_draws": draws, "pilot_images": len(first)}, indent=2) + "\n")
+        console.print(f"evaluating: {draws} score draws, by the width of the intervals", markup=False)
+        settings = replace(settings, score_draws=draws)
+    rows = compute(settings, images)
     with ranks.naming():
-        ranks.barrier()
         # By id: a rank reports what it has met.
         bad = {sample: words for state in ranks.gather(loader.state()["bad"]) for sample, words in state.items()}
     with Records(out, ranks.rank) as records:
@@ -181,6 +210,16 @@ def _evaluate(
         for note in notes:
             warnings.warn(note, HealthWarning, stacklevel=3)
     return evaluation
+
+
+def _draws_needed(rows: Sequence[Row], found: Found, images: int) -> int:
+    """The most that any row needs; see `draws_needed`."""
+    needed = [FEWEST_DRAWS]
+    for row in rows:
+        predictions = found.predictions[row.name, row.text]
+        if predictions.shape[1] > 1 and len(predictions) > 1:
+            needed.append(draws_needed(predictions == found.images.labels[:, None], images))
+    return max(needed)
 
 
 def _own_models(targets: Iterable[Any]) -> list[nn.Module]:

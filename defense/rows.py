@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from denim.defense.attacks import AttackMethod, parse_attack
 from denim.defense.de3 import De3
@@ -50,7 +50,8 @@ class EvaluationSettings:
 
     Attributes:
         attacks: text forms of attacks, see `open_attack`; a row without an attack is always added.
-        score_draws: R, fresh draws per image for the score, and again for the confirmation.
+        score_draws: R, fresh draws per image for the score, and again for the confirmation; "auto" chooses as few as
+            the width of the intervals allows, on the first images (docs/method.md, "Number of draws").
         seed: of the evaluation.
         max_batch: images that go through the networks in one pass; bounds memory. At least one image, with all draws of
             a gradient of the attack, is in a pass. It is halved where memory does not suffice.
@@ -62,7 +63,7 @@ class EvaluationSettings:
     """
 
     attacks: tuple[str, ...]
-    score_draws: int = 20
+    score_draws: int | Literal["auto"] = 20
     seed: int = 0
     max_batch: int = 256
     examples: int = 6
@@ -74,8 +75,10 @@ class EvaluationSettings:
         check_seed(self.seed)
         if self.examples < 0:
             raise ValueError(f"examples must not be negative, got {self.examples}")
+        if isinstance(self.score_draws, str) and self.score_draws != "auto":
+            raise ValueError(f'score_draws must be a number or "auto", got {self.score_draws!r}')
         for name in ("score_draws", "max_batch"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         names = [open_attack(attack)[0] for attack in self.attacks]
         if len(set(names)) < len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["Interval", "Scores", "paired_difference", "resubmission_curve", "score"]
+__all__ = ["Interval", "Scores", "draws_needed", "paired_difference", "resubmission_curve", "score"]
 
 LEVEL = 0.95
+# How much wider than with any number of draws the interval of a mean may be, where the number is chosen.
+SHARE = 0.05
+FEWEST_DRAWS, MOST_DRAWS = 4, 100
 Z = float(stats.norm.ppf(0.5 + LEVEL / 2))
 
 Floats = npt.NDArray[np.float64]
@@ -136,6 +140,39 @@ def score(predictions: npt.ArrayLike, labels: npt.ArrayLike, num_classes: int | 
         vote=_interval(votes > counts.max(axis=1), 0, 1),
         worst=_interval(right.all(axis=1), 0, 1),
     )
+
+
+def draws_needed(right: npt.ArrayLike, images: int) -> int:
+    """Fewest draws R with which the interval of the mean is at most 5 % wider than with any number of draws.
+
+    From V, the variance between the images' chances p to be right, and W, the mean of p (1 - p), the interval of
+    `interval_bounds` of N images has a half-width of about
+
+        z sqrt(V + W / R + z^2 d^2 / N) / sqrt(N)
+
+    which is the variance of a mean in two stages, here of images and of draws for each (Cochran 1977, Sampling
+    Techniques, section 10.3). V and W are estimated without bias from a pilot (ibid., section 10.5).
+
+    Args:
+        right: bool (M, R0), which of R0 draws of the images of a pilot are right; at least 2 of each.
+        images: number N of images of the evaluation.
+
+    Returns:
+        From 4 to 100.
+
+    Raises:
+        ValueError: fewer than two images or two draws.
+    """
+    hits: Floats = np.asarray(right, dtype=np.float64)
+    if hits.ndim != 2 or min(hits.shape) < 2:
+        raise ValueError(f"draws_needed takes 2 or more images and draws (M, R0), got {hits.shape}")
+    shares = hits.mean(axis=1)
+    within = float((shares * (1 - shares)).mean()) * hits.shape[1] / (hits.shape[1] - 1)
+    between = max(0.0, float(shares.var(ddof=1)) - within / hits.shape[1])
+    mean = float(shares.mean())
+    unseen = (Z * max(mean, 1 - mean)) ** 2 / images
+    needed: float = within / ((between + unseen) * (1 / (1 - SHARE) ** 2 - 1))
+    return min(max(math.ceil(needed), FEWEST_DRAWS), MOST_DRAWS)
 
 
 def resubmission_curve(

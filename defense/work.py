@@ -128,6 +128,7 @@ class Work:
         console: for progress.
         stop: request to stop.
         ranks: the processes.
+        only: bool, of the images of this process those that are wanted; None wants all.
     """
 
     def __init__(
@@ -141,7 +142,9 @@ class Work:
         console: Console,
         stop: StopRequest,
         ranks: Ranks,
+        only: Array | None = None,
     ) -> None:
+        self.only = np.ones(len(own), bool) if only is None else only
         self.rows, self.loader, self.own, self.settings, self.out = rows, loader, own, settings, out
         self.records, self.console, self.stop, self.ranks = records, console, stop, ranks
         self.lacking: list[Array] = []
@@ -166,7 +169,7 @@ class Work:
                 row.target.is_random = known
             columns = self.records.cell(row.key)
             confirmed = row.confirms and known is not False
-            lacking = columns.find(self.own.digests, confirmed=confirmed) < 0
+            lacking = self.only & (columns.find(self.own.digests, confirmed=confirmed) < 0)
             again = lacking & (columns.find(self.own.digests) >= 0)
             if again.any():
                 radius = radius_text(row.radius[1]) if row.radius else ""
@@ -333,7 +336,7 @@ class Work:
                 first += len(part)
                 yield count
                 continue
-            used = min(limit, len(part) * max(each, settings.score_draws * draws if target.is_random else 1))
+            used = min(limit, len(part) * max(each, int(settings.score_draws) * draws if target.is_random else 1))
             if used <= 1:
                 raise MemoryError(
                     f"{group}: the passes of one image do not fit into memory ({failure}); take a smaller eot, another "
@@ -371,7 +374,7 @@ class Work:
             unknown = [number for number, key in enumerate(keys) if key not in self.scored]
             if unknown:
                 rows = torch.from_numpy(new[unknown]).to(device)
-                seeds = target.seeds(settings.seed, domain, ids[rows], settings.score_draws)
+                seeds = target.seeds(settings.seed, domain, ids[rows], int(settings.score_draws))
                 levels = None if sigma is None else sigma[rows]
                 found = _predict(target, attacked.pixels[rows], seeds, ids[rows], limit, levels).T.cpu().numpy()
                 self.scored.update(zip((keys[number] for number in unknown), found, strict=True))

@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
+from denim.defense import evaluation as evaluating
 from denim.defense import records as storing
 from denim.defense import rows as numbering
 from denim.defense import work as working
 from denim.defense.report import write_report
+from denim.defense.scores import draws_needed
 from denim.kernels import Domain, derive_seeds, draw_seeds, normal_noise
 from denim.nim import (
     Autoencoder,
@@ -961,6 +963,44 @@ def test_logits_that_are_not_finite_are_an_error_with_the_row_and_the_images(tmp
         run(tmp_path, {"row": De3(None, Broken(value), sigma)}, source)
     assert not (tmp_path / "results.json").exists()
     assert 8 not in {row["id"] for row in records(tmp_path)}
+
+
+# The number of score draws
+
+
+def test_the_number_of_score_draws_is_chosen_once_and_kept(tmp_path):
+    auto = replace(SETTINGS, score_draws="auto", examples=0)
+
+    def rows(*sigmas: float) -> dict[str, De3]:
+        return {str(sigma): De3(None, Wavy(), sigma) for sigma in sigmas}
+
+    done = run(tmp_path / "auto", rows(0, 70), options=auto)
+    draws = json.loads((tmp_path / "auto" / "score_draws.json").read_text())
+    chosen = done.settings.score_draws
+    assert draws == {"score_draws": chosen, "pilot_images": COUNT}
+    assert json.loads((tmp_path / "auto" / "results.json").read_text())["settings"]["score_draws"] == chosen
+    # By hand, of the random row under the attack that needs the most.
+    by_hand = run(tmp_path / "pilot", rows(70), options=replace(auto, score_draws=20))
+    assert {cell.scores.score_draws for cell in by_hand.cells} == {20}
+    right = {}
+    for row in records(tmp_path / "pilot"):
+        right.setdefault(row["attack"], []).append([prediction == row["label"] for prediction in row["predictions"]])
+    assert chosen == max(draws_needed(hits, COUNT) for hits in right.values())
+    assert 4 < chosen < 20
+    assert done.cells == run(tmp_path / "fixed", rows(0, 70), options=replace(auto, score_draws=chosen)).cells
+    # What is there decides, also for rows that would need more.
+    count = len(records(tmp_path / "auto"))
+    assert run(tmp_path / "auto", rows(0, 70), options=auto).cells == done.cells
+    assert len(records(tmp_path / "auto")) == count
+    (tmp_path / "auto" / "score_draws.json").write_text('{"score_draws": 4}')
+    assert run(tmp_path / "auto", rows(0, 5), options=auto).settings.score_draws == 4
+
+
+def test_the_pilot_has_the_images_of_the_lowest_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluating, "PILOT_IMAGES", 4)
+    run(tmp_path, {"row": De3(None, Wavy(), 70)}, options=replace(SETTINGS, score_draws="auto", examples=0))
+    pilot = {row["id"] for row in records(tmp_path) if len(row["predictions"]) == 20}
+    assert pilot == set(sorted(IDS.tolist())[:4])
 
 
 # Levels

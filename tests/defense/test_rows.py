@@ -9,6 +9,7 @@ from denim.defense.rows import EvaluationSettings
     ("options", "message"),
     [
         ({"score_draws": 0}, "score_draws must be at least 1, got 0"),
+        ({"score_draws": "some"}, "score_draws must be a number or \"auto\", got 'some'"),
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
         ({"examples": -1}, "examples must not be negative, got -1"),
         ({"seed": -(2**63) - 1}, "seed must be an int64"),

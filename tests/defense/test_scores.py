@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -8,6 +9,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from denim.benchmarks.interval_coverage import coverage_of_differences, coverage_of_shares
 from denim.defense import Interval, paired_difference, resubmission_curve, score
+from denim.defense.scores import draws_needed
 
 RUNS = 4000
 ERROR = 4 * np.sqrt(0.94 * 0.06 / RUNS)
@@ -185,3 +187,48 @@ def test_differences_of_other_images_are_refused(first, second):
 
 def test_an_interval_prints_percent():
     assert str(Interval(0.5, 0.4012, 0.5988)) == "50.0 [40.1, 59.9]"
+
+
+# Number of draws
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(3.0, 1.0), (1.0, 1.0), (0.5, 0.3), (0.05, 0.1)])
+@pytest.mark.parametrize("images", [200, 10**9])
+def test_draws_are_the_fewest_with_which_intervals_are_5_percent_wider(alpha, beta, images):
+    generator = np.random.default_rng(0)
+    chances = generator.beta(alpha, beta, 200_000)
+    found = draws_needed(generator.random((len(chances), 6)) < chances[:, None], images)
+    mean = alpha / (alpha + beta)
+    between = mean * (1 - mean) / (alpha + beta + 1)  # variance of a beta distribution
+    within = mean * (1 - mean) - between
+    unseen = (Z * max(mean, 1 - mean)) ** 2 / images
+
+    def wider(draws: float) -> float:
+        return math.sqrt((between + within / draws + unseen) / (between + unseen)) - 1
+
+    # The pilot's own error: a draw more or less than the exact number moves this by less than 0.005.
+    assert wider(found) < 0.055
+    assert found == 4 or wider(found - 1) > 0.045
+
+
+def test_intervals_of_the_chosen_draws_are_as_wide_as_said():
+    """The interval that `score` gives, beside that of a hundred times the draws."""
+    generator = np.random.default_rng(1)
+    chances = generator.beta(1.0, 1.0, 4000)
+    hits = generator.random((4000, 1000)) < chances[:, None]
+    draws = draws_needed(hits[:500, :20], 4000)
+    few, many = (score((~hits[:, :count]).astype(int), np.zeros(4000, int)).mean for count in (draws, 1000))
+    assert 10 < draws < 30
+    assert (few.high - few.low) / (many.high - many.low) == pytest.approx(1.05, abs=0.01)
+
+
+def test_draws_have_bounds():
+    assert draws_needed(np.repeat([[True], [False]], 20, axis=1), 100) == 4
+    coins = np.random.default_rng(0).random((50, 20)) < 0.5
+    assert draws_needed(coins, 10**6) == 100
+
+
+@pytest.mark.parametrize("shape", [(1, 20), (20, 1), (20,)])
+def test_a_pilot_of_one_image_or_one_draw_is_refused(shape):
+    with pytest.raises(ValueError, match="takes 2 or more images and draws"):
+        draws_needed(np.ones(shape, bool), 10)
