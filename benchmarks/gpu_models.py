@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -27,6 +28,7 @@ from denim.benchmarks.training import TOLERANCE, Workload, check_loss, flops_per
 from denim.kernels import Domain, derive_seeds, draw_seeds
 from denim.nim.attention import set_attention
 from denim.nim.cuda_graph import WARM_UP
+from denim.nim.parallel import compiled_blocks
 from denim.nim.pretraining import PretrainTask
 from denim.nim.settings import PretrainConfig
 
@@ -324,16 +326,19 @@ class _Defense:
     """De^3 of random weights on random images: in one batch, and as a loop over levels and draws."""
 
     def __init__(self, device: str, size: Sizes, images: int) -> None:
+        from denim.defense.de3 import De3
         from denim.nim.classifier import Classifier, ClassifierConfig
-        from denim.nim.reconstruction import reconstruct
 
-        self.device, self.size, self.reconstruct = device, size, reconstruct
+        self.device, self.size = device, size
         self.denoiser = autoencoder(device, size.large).eval()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.classifier = Classifier(ClassifierConfig.for_encoder(self.denoiser.config, 1000)).to(device).eval()
             # With the published initialisation all logits are nearly equal, and a wrong draw would not show.
             nn.init.normal_(self.classifier.head.weight, std=0.05)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a classifier that was trained on clean images
+            self.de3 = De3(self.denoiser, self.classifier, 0.0)
         self.pixels = (_images(device, self.denoiser, images) / 255).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.arange(images, device=device) % 1000
         config = self.denoiser.config
@@ -344,10 +349,11 @@ class _Defense:
         set_attention(self.classifier, backend)
 
     def batched(self, pixels: Tensor, sigma: Tensor, seeds: Tensor) -> Tensor:
-        """Logits sigma.shape[:-1] + seeds.shape by Denim's operations, patches straight into the classifier."""
-        patches = self.reconstruct(self.denoiser, pixels, sigma, seeds, classifier=self.classifier)
-        logits: Tensor = self.classifier.forward_patches(patches.flatten(0, -3)).unflatten(0, patches.shape[:-2])
-        return logits
+        """Logits sigma.shape[:-1] + seeds.shape, by the functions that evaluations call."""
+        if sigma.dim() == 1:
+            return self.de3.draw_logits(pixels, seeds, sigma=sigma)
+        levels, most = sigma[:, 0].tolist(), sigma.numel() * len(seeds)
+        return self.de3.sweep(pixels, levels, len(seeds), seeds=seeds, max_batch=most)
 
     def one(self, pixels: Tensor, sigma: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits (B, K) of one level (B,) and one draw by chains of PyTorch operations, as published."""
@@ -375,10 +381,14 @@ class _Defense:
             ("looped compiled bf16", True, True, True, "sdpa"),
         ):
             self.attention(backend)
-            function = self.one if looped else self.batched
-            if compiled:
-                function = torch.compile(function, fullgraph=True, backend=self.size.backend)
-            yield name, function, looped, bf16
+            if looped:
+                one = torch.compile(self.one, fullgraph=True, backend=self.size.backend) if compiled else self.one
+                yield name, one, looped, bf16
+            else:
+                # As `evaluate` does.
+                models = (self.denoiser, self.classifier) if compiled else ()
+                with compiled_blocks(models, backend=self.size.backend):
+                    yield name, self.batched, looped, bf16
             _free()
 
     def precision(self, bf16: bool) -> torch.autocast:

@@ -47,10 +47,10 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for blocks in lists if blocks is not None for block in blocks]
 
 
-def _compile_blocks(blocks: Iterable[nn.Module]) -> None:
+def _compile_blocks(blocks: Iterable[nn.Module], **options: Any) -> None:
     for block in blocks:
         # The bound method, and not the module: the hooks of FSDP are called around the compiled code.
-        compiled: Callable[..., Any] = torch.compile(block.forward, fullgraph=True)
+        compiled: Callable[..., Any] = torch.compile(block.forward, fullgraph=True, **options)
         block.forward = compiled
 
 
@@ -60,7 +60,7 @@ GRAPHS_PER_WIDTH = 6
 
 
 @contextmanager
-def compiled_blocks(models: Iterable[nn.Module]) -> Iterator[None]:
+def compiled_blocks(models: Iterable[nn.Module], **options: Any) -> Iterator[None]:
     """Inside, the transformer blocks of models are compiled, each of them in one graph; after, they are as before.
 
     Results agree with those of eager blocks to rounding. The first batch is compiled for its size, the second size for
@@ -68,6 +68,7 @@ def compiled_blocks(models: Iterable[nn.Module]) -> Iterator[None]:
 
     Args:
         models: of this package, each of them once; those without such blocks stay as they are.
+        options: of torch.compile, such as `backend`.
     """
     models = list(models)
     blocks = [block for model in models for block in transformer_blocks(model)]
@@ -79,7 +80,7 @@ def compiled_blocks(models: Iterable[nn.Module]) -> Iterator[None]:
     limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_WIDTH * 2 * len(models))
     try:
         with torch._dynamo.config.patch(recompile_limit=limit):
-            _compile_blocks(blocks)
+            _compile_blocks(blocks, **options)
             yield
     finally:
         for block, forward in zip(blocks, before, strict=True):
