@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Any
 _MODULES = {
     "Attack": "attacks",
     "Bpda": "bpda",
+    "Certification": "certification",
+    "CertificationSettings": "certification",
+    "LevelCertificates": "certification",
+    "certify": "certification",
+    "print_certification": "certification_report",
+    "write_certification": "certification_report",
     "De3": "de3",
     "Evaluation": "evaluation",
     "EvaluationSettings": "rows",
@@ -30,28 +36,41 @@ _MODULES = {
 __all__ = [
     "Attack",
     "Bpda",
+    "Certification",
+    "CertificationSettings",
     "De3",
     "Evaluation",
     "EvaluationSettings",
     "HealthWarning",
     "Interval",
     "Jpeg",
+    "LevelCertificates",
     "ModuleTarget",
     "Randomness",
     "Scores",
+    "certify",
     "check_health",
     "evaluate",
     "paired_difference",
+    "print_certification",
     "print_table",
     "probe_randomness",
     "resubmission_curve",
     "score",
+    "write_certification",
     "write_report",
 ]
 
 if TYPE_CHECKING:
     from denim.defense.attacks import Attack
     from denim.defense.bpda import Bpda, Jpeg
+    from denim.defense.certification import (
+        Certification,
+        CertificationSettings,
+        LevelCertificates,
+        certify,
+    )
+    from denim.defense.certification_report import print_certification, write_certification
     from denim.defense.de3 import De3
     from denim.defense.evaluation import Evaluation, HealthWarning, evaluate
     from denim.defense.health import check_health

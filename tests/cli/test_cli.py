@@ -201,6 +201,68 @@ def test_evaluate_by_masking(runs, tmp_path):
     assert {cell["defense"] for cell in results["cells"]} == {"defense off", "mask 0.5"}
 
 
+@pytest.mark.slow
+def test_certify_writes_every_result(runs, tmp_path, capsys):
+    model = ("--classifier", runs / "ft" / "model", "--denoiser", runs / "nim" / "model")
+    words = (
+        "certify",
+        *model,
+        "--out",
+        tmp_path / "cert",
+        "--num-images",
+        "5",
+        "--sigmas",
+        "40",
+        "70",
+        "--draws",
+        "60",
+    )
+    denim(*words)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sigma 70" in shown
+    assert "average radius" in shown
+    assert "5 images, at most N = 60 draws, alpha = 0.001" in shown
+    results = json.loads((tmp_path / "cert" / "results.json").read_text())
+    assert [level["sigma"] for level in results["levels"]] == [40.0, 70.0]
+    assert results["case"] == "noise, raw target"
+    assert len((tmp_path / "cert" / "certificates.jsonl").read_text().splitlines()) == 10
+    assert (tmp_path / "cert" / "certified.png").stat().st_size > 5000
+    before = (tmp_path / "cert" / "certificates.jsonl").read_bytes()
+    denim(*words)
+    assert (tmp_path / "cert" / "certificates.jsonl").read_bytes() == before
+    capsys.readouterr()
+    for wrong, message in (
+        ((), "give either --classifier, or --model"),
+        ((*model, "--model", "timm:resnet18"), "give either --classifier, or --model"),
+        ((*model, "--weights", "a.pt"), "--weights are those of a --model"),
+        ((*model, "--sigmas", "0"), "nothing is smoothed"),
+        ((*model, "--degrade", "mask", "--sigmas", "70"), "adds no noise"),
+        ((*model, "--num-images", "-1"), "0 takes all"),
+    ):
+        denim("certify", "--out", tmp_path / "new", *wrong, status=2)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_certify_a_model_of_others(tmp_path, capsys, monkeypatch):
+    (tmp_path / "smoothed_of_test.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Nine(nn.Module):\n"
+        "    def forward(self, pixels):\n"
+        "        return torch.arange(10.0).expand(len(pixels), -1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    words = ("certify", "--model", "smoothed_of_test:Nine", "--num-images", "40", "--draws", "50", "--sigmas", "64")
+    denim(*words, "--out", "cert", status=2)
+    assert "does not say what size of images it takes: give --img-size" in capsys.readouterr().err
+    denim(*words, "--out", "cert", "--img-size", "8")
+    curve = json.loads((tmp_path / "cert" / "results.json").read_text())["curve"]
+    assert {row["certified"] for row in curve} == {curve[0]["certified"]}  # the share of nines, at every radius
+    assert 0 < curve[0]["certified"] < 0.3
+    sys.modules.pop("smoothed_of_test")
+
+
 def test_runs_are_listed_compared_and_drawn(runs, capsys, monkeypatch):
     assert {path.parent.name for path in runs.glob("*/loss.png")} == {"nim", "ft"}  # drawn at the end of each
     (runs / "nim" / "loss.png").unlink()

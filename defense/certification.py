@@ -1,0 +1,619 @@
+"""Certificates by randomized smoothing (Cohen et al. 2019): no change of an image within a radius changes its class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from denim.defense.de3 import De3
+from denim.defense.fingerprint import Fingerprints
+from denim.defense.images import Images, as_loader, batches_of, identify, pixels_of, same_again
+from denim.defense.probe import probe_randomness
+from denim.defense.scores import Interval, interval_bounds
+from denim.defense.sequential import Estimation
+from denim.defense.targets import ROUNDING, ModuleTarget, normalisation_hint
+from denim.kernels import Domain, derive_seeds
+from denim.kernels.seeds import check_seed
+from denim.nim.checkpoint import first_words
+from denim.nim.classifier import check_logits
+from denim.nim.data import Batch, Loader, PlannedLoader
+from denim.nim.files import append_text, json_lines, translated
+from denim.nim.owner import owned
+from denim.nim.precision import check_precision, precise, resolve_precision
+from denim.nim.progress import LineClock, clock_text
+from denim.nim.sigma import MAX_SIGMA, is_level, warn_of_unit_sigma
+from denim.nim.stopping import StopRequest, stop_requests
+from denim.nim.text import open_console
+
+__all__ = [
+    "Certification",
+    "CertificationSettings",
+    "LevelCertificates",
+    "certify",
+    "check_certifiable",
+]
+
+Array = npt.NDArray[Any]
+
+# Beside the code of the defense and its weights, what certificates depend on.
+PACKAGES = ("torch", "timm", "denim-vision")
+RECORDS = "certificates.jsonl"
+# Draws of the selection are numbered from here on, those of the estimation from 0 on.
+SELECTION = 2**31
+ENTRIES: dict[str, type] = {
+    "key": str, "id": int, "label": int, "sigma": float, "top": int, "draws": int, "successes": int, "bound": float,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CertificationSettings:
+    """Settings of a certification.
+
+    Attributes:
+        sigmas: noise levels in 0-255 pixel levels, in place of the defense's own.
+        draws: N, at most, for the estimate of the top class's probability.
+        selection_draws: n0, which choose the top class.
+        alpha: chance that a certificate is false.
+        radii: L2 radii in [0, 1] units (those of the literature). An estimation stops when each is certified, or within
+            reach no more (see `Estimation`).
+        tolerance: an estimation stops when its radius, in [0, 1] units, would grow by at most this. Without radii and
+            tolerance, every estimate has all N draws.
+        seed: of the certification.
+        max_batch: images that go through the networks in one pass; bounds memory.
+        precision: of the networks: fp32, tf32, bf16 or auto (see `resolve_precision`).
+    """
+
+    sigmas: tuple[float, ...]
+    draws: int = 10_000
+    selection_draws: int = 100
+    alpha: float = 0.001
+    radii: tuple[float, ...] = ()
+    tolerance: float | None = None
+    seed: int = 0
+    max_batch: int = 256
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
+        check_seed(self.seed)
+        if not self.sigmas or not all(is_level(sigma) and sigma > 0 for sigma in self.sigmas):
+            raise ValueError(
+                f"sigmas must be noise levels above 0 and at most {MAX_SIGMA:g}, in 0-255 pixel levels, got "
+                f"{self.sigmas}: without noise nothing is smoothed, and nothing can be certified"
+            )
+        if len(set(self.sigmas)) < len(self.sigmas):
+            raise ValueError(f"sigmas must differ, got {self.sigmas}")
+        for sigma in self.sigmas:
+            warn_of_unit_sigma(sigma)
+        for name in ("draws", "selection_draws"):
+            if not 1 <= getattr(self, name) < SELECTION:
+                raise ValueError(f"{name} must be from 1 to 2^31 - 1, got {getattr(self, name)}")
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
+        if not 0 < self.alpha < 0.5:
+            raise ValueError(f"alpha must be between 0 and 0.5, the chance of a false certificate, got {self.alpha}")
+        if not all(0 <= radius < np.inf for radius in self.radii):
+            raise ValueError(f"radii must be finite L2 distances in [0, 1] units, 0 or more, got {self.radii}")
+        if self.tolerance is not None and not 0 <= self.tolerance < np.inf:
+            raise ValueError(f"tolerance must be a finite radius in [0, 1] units, 0 or more, got {self.tolerance}")
+        if not self.largest_radius(self.sigmas[0]):
+            raise ValueError(f"{self.draws} draws can certify nothing at alpha {self.alpha:g}: take 100 or more")
+        # One form for one meaning: certificates are kept under a digest of it.
+        object.__setattr__(self, "sigmas", tuple(map(float, self.sigmas)))
+        object.__setattr__(self, "radii", tuple(sorted(set(map(float, self.radii)))))
+
+    @property
+    def only_radii(self) -> bool:
+        """Whether estimations stop where the radii are decided: an image's own radius may then be larger than found."""
+        return bool(self.radii) and self.tolerance is None
+
+    def estimation(self, sigma: float) -> Estimation:
+        """The estimation at a noise level in 0-255 pixel levels, whose radii are in units of that level."""
+        scale = 255 / sigma
+        tolerance = None if self.tolerance is None else self.tolerance * scale
+        return Estimation(self.draws, self.alpha, tuple(radius * scale for radius in self.radii), tolerance)
+
+    def largest_radius(self, sigma: float) -> float:
+        """The largest radius, in [0, 1] units, that these draws can certify at a noise level in 0-255 pixel levels."""
+        return self.estimation(sigma).largest_radius * sigma / 255
+
+
+@dataclass(frozen=True)
+class LevelCertificates:
+    """Certificates of N images at one noise level, in the order of their ids.
+
+    Attributes:
+        sigma: noise level in 0-255 pixel levels.
+        ids: int64 (N,), sample ids.
+        labels: int64 (N,).
+        predictions: int64 (N,), classes that the selection has chosen.
+        successes: int64 (N,), draws of the estimation that gave them.
+        bounds: float64 (N,), lower bounds of the predictions' probabilities.
+        radii: float64 (N,), certified L2 radii in [0, 1] units; 0 is an abstention.
+        draws: int64 (N,), of the estimations; those of the selection are not counted.
+        largest_radius: that the draws can certify, in [0, 1] units.
+    """
+
+    sigma: float
+    ids: Array
+    labels: Array
+    predictions: Array
+    successes: Array
+    bounds: Array
+    radii: Array
+    draws: Array
+    largest_radius: float
+
+    @property
+    def abstained(self) -> Interval:
+        """Share of images without a certificate of any radius."""
+        return _share(self.radii == 0)
+
+    @property
+    def average_radius(self) -> Interval:
+        """Average certified radius (ACR, Zhai et al. 2020), in [0, 1] units: wrong and abstaining images count 0."""
+        right = np.where(self.predictions == self.labels, self.radii, 0.0)
+        return _mean(right, self.largest_radius)
+
+    def certified(self, radius: float) -> Interval:
+        """Share of images whose certified radius is at least this one, in [0, 1] units, for the right class."""
+        return _share((self.predictions == self.labels) & (self.radii > 0) & (self.radii >= radius))
+
+
+@dataclass(frozen=True)
+class Certification:
+    """What `certify` returns.
+
+    Attributes:
+        settings: with the precision that was used.
+        levels: certificates, by noise level in the order of the settings.
+        case: what the classifier sees, see `De3.case`.
+        classes: names of the classes, may be empty.
+        warnings: of this certification.
+        versions: of packages.
+    """
+
+    settings: CertificationSettings
+    levels: tuple[LevelCertificates, ...]
+    case: str
+    classes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    versions: dict[str, str]
+
+
+def _mean(values: Array, highest: float) -> Interval:
+    low, high = interval_bounds(values.sum(), np.square(values).sum(), len(values), 0, highest)
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def _share(values: Array) -> Interval:
+    return _mean(values.astype(np.float64), 1.0)
+
+
+def check_certifiable(defense: Any) -> None:
+    """Check that a defense is a function of the noisy image alone, whose noise is drawn afresh.
+
+    Raises:
+        TypeError: it is no `De3`.
+        ValueError: it is one of another kind; the message says which, and what to do.
+    """
+    if not isinstance(defense, De3):
+        raise TypeError(
+            f"certify takes a De3, got {type(defense).__name__}: De3(None, model, sigma) smooths any module from "
+            "pixels in [0, 1] to logits with noise"
+        )
+    if defense.is_frozen:
+        raise ValueError(
+            "a frozen defense cannot be certified: its noise is fixed, and a certificate is about fresh noise; give "
+            "the defense that it was made of"
+        )
+    if defense.draws != 1:
+        raise ValueError(
+            f"a defense of {defense.draws} draws per call cannot be certified: a change of the image enters every "
+            "draw, so the radius of Cohen et al. does not hold for their aggregate; take draws=1: certify takes the "
+            "vote over all draws"
+        )
+    if defense.degrade == "mask":
+        raise ValueError(
+            'degrade="mask" adds no noise and passes visible patches on as they are: nothing is smoothed; take '
+            'degrade="noise" or "both"'
+        )
+    if defense.denoiser is not None and defense.denoiser.config.target == "norm" and defense.statistics == "input":
+        raise ValueError(
+            'a denoiser of the normalised target with statistics="input" cannot be certified: mean and variance of '
+            "every patch come from the image without noise, so the classifier sees more than the noisy image, and the "
+            'certificate would be false; take statistics="noisy", or a denoiser of the raw target'
+        )
+    for name, part in defense.named_modules():
+        # What is not known is found out by `certify`, on images.
+        is_known = bool(name) and getattr(part, "is_known", True)
+        if is_known and getattr(part, "is_random", False) is True:
+            raise ValueError(
+                f"{name} draws by itself ({type(part).__name__}), from generators that certify does not own: a "
+                "certificate could not be repeated; take a classifier that is a function of its image"
+            )
+
+
+def certify(
+    defense: De3,
+    data: Loader | DataLoader[Any] | Dataset[Any] | tuple[Tensor, Tensor],
+    settings: CertificationSettings,
+    out: Path,
+    *,
+    classes: Sequence[str] = (),
+    console: Console | None = None,
+) -> Certification:
+    """Certify the majority vote of a defense over its noise, image by image, at several noise levels.
+
+    For each image n0 draws choose the top class; up to N further draws bound its probability p from below at confidence
+    1 - alpha; if the bound exceeds 1/2, no change of the image by less than s Phi^-1(bound) in L2, s = sigma/255,
+    changes the vote. With radii or a tolerance an estimation stops early (see `Estimation`), with the same alpha.
+
+    Every draw is keyed by the seed, the sample id, the noise level and its number. So a certificate depends neither on
+    the other images nor on the batch, but for the last bits of the networks' logits, which may depend on the batch.
+
+    A certificate is one line of `out`/certificates.jsonl, kept under a digest of all that it was computed from: the
+    weights, settings and code of the defense, the settings of the certification, the versions of torch, timm and Denim,
+    and the image with its id and label. A call computes what has no line.
+
+    Args:
+        defense: `De3` with one draw per call, put into evaluation mode; its own sigma is not used.
+        data: the images, see `denim.defense.images.as_loader`. Of a loader, epoch 0 is taken.
+        settings: levels, draws and error.
+        out: folder of the certification; it gets certificates.jsonl and results.json.
+        classes: names of the classes, to check their number.
+        console: for progress.
+
+    Returns:
+        Certificates of all images.
+
+    Raises:
+        TypeError: no `De3`, or no data.
+        ValueError: a defense that cannot be certified (see `check_certifiable`), one whose classifier draws by itself;
+            no images, labels that are no classes, repeated sample ids, or images that change while they are certified.
+        OwnedError: another process writes to `out`.
+        DamagedFileError: certificates.jsonl holds something else.
+        WriteError: `out` cannot be written to.
+        Stopped: SIGTERM or Ctrl-C; finished certificates are kept.
+        FloatingPointError: logits are not finite.
+
+    Source: Cohen, Rosenfeld and Kolter (2019), arXiv 1902.02918, algorithm CERTIFY.
+    """
+    check_certifiable(defense)
+    console = console or open_console(stderr=True)
+    defense.eval()
+    device = next(chain(defense.parameters(), defense.buffers())).device
+    settings = replace(settings, precision=resolve_precision(settings.precision, device))
+    loader = as_loader(data)
+    stopped = f"the finished certificates are in {out}: the same call goes on there"
+    with owned(out), stop_requests(stopped) as stop, precise(settings.precision, device), torch.no_grad():
+        images = identify(loader, lambda step: True)
+        if not len(images):
+            raise ValueError("certify needs images, and the loader yields none")
+        if len(np.unique(images.ids)) < len(images):
+            raise ValueError("sample ids must be distinct: draws are keyed by them, and two images have one")
+        notes = _doubts(defense, settings)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        work = _Work(defense, loader, images, settings, out / RECORDS, device, console, stop)
+        work.run(classes)
+        return work.results(classes, notes)
+
+
+def _doubts(defense: De3, settings: CertificationSettings) -> list[str]:
+    """What a user should know before anything is computed."""
+    notes = []
+    for sigma in settings.sigmas:
+        largest = settings.largest_radius(sigma)
+        if above := [f"{radius:g}" for radius in settings.radii if radius > largest]:
+            notes.append(
+                f"no image can be certified at radius {', '.join(above)} with sigma {sigma:g}: with {settings.draws} "
+                f"draws and alpha {settings.alpha:g} the largest radius is {largest:.4g} in [0, 1] units; take more "
+                "draws or more noise"
+            )
+    if hint := normalisation_hint(defense):
+        notes.append(hint)
+    return notes
+
+
+@dataclass
+class _Item:
+    """One image at one noise level, on its way to a certificate."""
+
+    place: int
+    level: int
+    pixels: Tensor
+    sample: int
+    selected: Array | None = None
+    selection_left: int = 0
+    top: int = -1
+    asked: int = 0
+    look: int = 0
+    successes: int = 0
+    bound: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Draws of one item in one pass."""
+
+    item: _Item
+    first: int
+    count: int
+
+
+class _Work:
+    """What is computed: which images lack certificates at which levels, and these certificates."""
+
+    def __init__(
+        self,
+        defense: De3,
+        loader: Loader,
+        images: Images,
+        settings: CertificationSettings,
+        file: Path,
+        device: torch.device,
+        console: Console,
+        stop: StopRequest,
+    ) -> None:
+        self.defense, self.loader, self.settings, self.file = defense, loader, settings, file
+        self.images, self.console, self.stop = images.at(np.argsort(images.steps, kind="stable")), console, stop
+        self.device = device
+        self.estimations = [settings.estimation(sigma) for sigma in settings.sigmas]
+        # Levels are told apart by the bits of float64, which fill the place of the step in the key of a draw.
+        self.level_keys = [struct.unpack("<q", struct.pack("<d", sigma))[0] for sigma in settings.sigmas]
+        self.keys = _keys(defense, settings, self.images)
+        self.found = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """The certificates that are kept, by key. What a killed process has left of a last line is cut off."""
+        found: dict[str, dict[str, Any]] = {}
+        if self.file.exists():
+            with translated(self.file), self.file.open("r+b") as handle:
+                whole = 0
+                for value, end in json_lines(handle, self.file, ENTRIES):
+                    found[value["key"]], whole = value, end
+                handle.truncate(whole)
+        return found
+
+    def say(self, text: str) -> None:
+        self.console.print(f"certifying: {text}", markup=False, soft_wrap=True)
+
+    def run(self, classes: Sequence[str]) -> None:
+        """Compute what is lacking, in passes that are filled from as many images as they take."""
+        lacking = np.array([[key not in self.found for key in row] for row in self.keys])  # levels by images
+        total, done, spent = int(lacking.sum()), 0, 0
+        batches = batches_of(self.loader, np.unique(self.images.steps[lacking.any(axis=0)]))
+        if (first := next(batches, None)) is not None:
+            self._examine(first[1], classes)
+            batches = chain([first], batches)
+        waiting = self._items(batches, lacking)
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        state = TextColumn("{task.fields[state]}", markup=False)
+        has_bar = self.console.is_terminal or self.console.is_jupyter
+        started, lines, active = time.perf_counter(), LineClock(), list[_Item]()
+        if total:
+            most = self.settings.selection_draws + self.settings.draws
+            self.say(f"{total} certificates of at most {most:,} draws each")
+        with Progress(*columns, state, console=self.console, disable=not has_bar) as bar:
+            task = bar.add_task("certifying", total=total, state="")
+            while parts := self._next_pass(active, waiting):
+                spent += sum(part.count for part in parts)
+                finished = self._pass(parts)
+                if finished:
+                    self._append(finished)
+                    active = [item for item in active if not any(item is other for other in finished)]
+                    done += len(finished)
+                seconds = time.perf_counter() - started
+                rate = f"{spent / seconds:,.0f} draws/s"
+                bar.update(task, completed=done, state=rate)
+                if not has_bar and lines.due():
+                    left = f"  {clock_text(seconds * (total - done) / done)} left" if done else ""
+                    self.say(f"{done}/{total} certificates  {rate}{left}")
+                self.stop.heed()
+        if total:
+            each = f"{spent / max(done, 1):,.0f} draws each"
+            self.say(f"{done}/{total} certificates  {each}  in {clock_text(time.perf_counter() - started)}")
+
+    def _examine(self, batch: Batch, classes: Sequence[str]) -> None:
+        """Look at the defense on a few images, before anything is computed."""
+        few = pixels_of(Batch(batch.images[:2], batch.labels[:2], batch.ids[:2]), self.device)
+        if not len(few):  # none of them could be read
+            return
+        try:
+            logits = self.defense.draw_logits(few, torch.zeros(1, len(few), dtype=torch.int64, device=self.device),
+                                              sigma=few.new_full((len(few),), self.settings.sigmas[0]))  # fmt: skip
+        except RuntimeError as error:
+            raise ValueError(f"the defense does not take pixels of shape {tuple(few.shape)}: {error}") from error
+        outputs, labels = logits.shape[-1], self.images.labels
+        if labels.min() < 0 or labels.max() >= outputs:
+            raise ValueError(
+                f"the defense has {outputs} classes, and labels reach from {labels.min()} to {labels.max()}: they must "
+                f"be from 0 to {outputs - 1}, numbered as its outputs"
+            )
+        if classes and len(classes) != outputs:
+            raise ValueError(
+                f"the defense has {outputs} classes, and {len(classes)} names of classes are given: it is a model for "
+                "other data, or these are other names"
+            )
+        classifier = self.defense.classifier
+        if isinstance(classifier, ModuleTarget) and not classifier.is_known:
+            classifier.probe(few)
+            check_certifiable(self.defense)
+        found = probe_randomness(classifier, few)
+        if found.largest > ROUNDING * found.scale:
+            raise ValueError(
+                f"the classifier draws by itself in evaluation mode ({found}): a certificate could not be repeated; "
+                "look for dropout that stays on, or for noise in its code"
+            )
+
+    def _items(self, batches: Iterator[tuple[int, Batch]], lacking: Array) -> Iterator[_Item]:
+        """The images that lack a certificate, level by level, as they are decoded."""
+        for step, batch in batches:
+            first, last = np.searchsorted(self.images.steps, [step, step + 1])
+            place = dict(zip(self.images.ids[first:last].tolist(), range(first, last), strict=True))
+            places = np.array([place.get(sample, -1) for sample in batch.ids.tolist()], np.int64)
+            known = np.flatnonzero(places >= 0)
+            rows = torch.from_numpy(known)
+            chosen = Batch(batch.images[rows.to(batch.images.device)], batch.labels[rows.to(batch.labels.device)],
+                           batch.ids[rows])  # fmt: skip
+            same = same_again(self.loader, self.images.at(places[known]), chosen)
+            # In the place of an image that cannot be read, a loader may give one of another batch.
+            if not same.all() or (len(known) < len(places) and not isinstance(self.loader, PlannedLoader)):
+                moved = [*batch.ids[places < 0].tolist(), *chosen.ids[~torch.from_numpy(same)].tolist()]
+                raise ValueError(
+                    f"{len(moved)} images have changed while they were certified (sample ids "
+                    f"{first_words(list(map(str, moved)))}), or the data come in another order each time"
+                )
+            for row, image in enumerate(pixels_of(chosen, self.device)):
+                for level in np.flatnonzero(lacking[:, places[known[row]]]):
+                    yield _Item(
+                        int(places[known[row]]),
+                        int(level),
+                        image,
+                        int(chosen.ids[row]),
+                        selection_left=self.settings.selection_draws,
+                    )
+
+    def _next_pass(self, active: list[_Item], waiting: Iterator[_Item]) -> list[_Part]:
+        """Draws for one pass: of the active items in their order, then of waiting ones, which become active."""
+        parts: list[_Part] = []
+        room = self.settings.max_batch
+        for number in count():
+            if number == len(active) and room and (item := next(waiting, None)) is not None:
+                active.append(item)
+            if number == len(active) or not room:
+                return parts
+            parts.append(self._part(active[number], room))
+            room -= parts[-1].count
+        raise AssertionError
+
+    def _part(self, item: _Item, room: int) -> _Part:
+        if item.selection_left:
+            first = SELECTION + self.settings.selection_draws - item.selection_left
+            return _Part(item, first, min(room, item.selection_left))
+        return _Part(item, item.asked, min(room, self.estimations[item.level].looks[item.look] - item.asked))
+
+    def _pass(self, parts: Sequence[_Part]) -> list[_Item]:
+        """Draw, count, and return the items that are finished."""
+        counts = [part.count for part in parts]
+        rows = torch.repeat_interleave(torch.tensor(counts)).to(self.device)
+
+        def column(values: Sequence[float | int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)[rows]
+
+        pixels = torch.stack([part.item.pixels for part in parts])[rows]
+        ids = column([part.item.sample for part in parts], torch.int64)
+        levels = column([self.level_keys[part.item.level] for part in parts], torch.int64)
+        draws = torch.cat([torch.arange(part.first, part.first + part.count) for part in parts]).to(self.device)
+        seeds = derive_seeds(self.settings.seed, Domain.CERTIFY, ids, levels, draws)
+        sigma = column([self.settings.sigmas[part.item.level] for part in parts], torch.float32).to(pixels.dtype)
+        logits = self.defense.draw_logits(pixels, seeds[None], sigma=sigma)[0]
+        check_logits(logits, ids)
+        answers = logits.argmax(dim=-1).cpu().numpy()
+        finished = []
+        for part, answer in zip(parts, np.split(answers, np.cumsum(counts)[:-1]), strict=True):
+            if self._count(part.item, answer, logits.shape[-1]):
+                finished.append(part.item)
+        return finished
+
+    def _count(self, item: _Item, answer: Array, classes: int) -> bool:
+        """Count the answers of an item's draws; whether it is finished."""
+        if item.selection_left:
+            votes = np.bincount(answer, minlength=classes)
+            item.selected = votes if item.selected is None else item.selected + votes
+            item.selection_left -= len(answer)
+            if not item.selection_left:
+                item.top = int(item.selected.argmax())
+            return False
+        item.asked += len(answer)
+        item.successes += int((answer == item.top).sum())
+        estimation = self.estimations[item.level]
+        if item.asked < estimation.looks[item.look]:
+            return False
+        item.bound = max(item.bound, float(estimation.bound(item.look, item.successes)))
+        item.look += 1
+        return bool(estimation.enough(item.look - 1, item.successes, item.bound))
+
+    def results(self, classes: Sequence[str], notes: Sequence[str]) -> Certification:
+        """The certificates of the images that have one at every level, in the order of their ids."""
+        order = np.argsort(self.images.ids)
+        rows = [[self.found.get(row[place]) for place in order] for row in self.keys]
+        whole = [all(certificates) for certificates in zip(*rows, strict=True)]
+        if not any(whole):
+            raise ValueError(f"none of the {len(order)} images could be read")
+        levels = []
+        for sigma, estimation, certificates in zip(self.settings.sigmas, self.estimations, rows, strict=True):
+            kept = [found for found, is_whole in zip(certificates, whole, strict=True) if is_whole and found]
+            ids, labels, tops, draws, successes = (
+                np.array([found[name] for found in kept], np.int64)
+                for name in ("id", "label", "top", "draws", "successes")
+            )
+            bounds = np.array([found["bound"] for found in kept])
+            radii = estimation.radius(bounds) * sigma / 255
+            levels.append(
+                LevelCertificates(
+                    sigma, ids, labels, tops, successes, bounds, radii, draws, estimation.largest_radius * sigma / 255
+                )
+            )
+        bad = self.loader.state()["bad"]
+        if bad:
+            words = f"{len(bad)} images could not be read and are not counted: {'; '.join(bad.values())}"
+            notes = [*notes, words]
+        versions = {package: version(package) for package in ("torch", "timm", "numpy", "scipy", "denim-vision")}
+        return Certification(self.settings, tuple(levels), self.defense.case, tuple(classes), tuple(notes), versions)
+
+    def _append(self, items: Sequence[_Item]) -> None:
+        lines = []
+        for item in items:
+            key = self.keys[item.level][item.place]
+            self.found[key] = {
+                "key": key,
+                "id": item.sample,
+                "label": int(self.images.labels[item.place]),
+                "sigma": self.settings.sigmas[item.level],
+                "top": item.top,
+                "draws": item.asked,
+                "successes": item.successes,
+                "bound": item.bound,
+            }
+            lines.append(json.dumps(self.found[key]) + "\n")
+        append_text(self.file, "".join(lines))
+
+
+def _keys(defense: De3, settings: CertificationSettings, images: Images) -> list[list[str]]:
+    """By level and image, the digest of all that a certificate is computed from."""
+    fingerprints = Fingerprints()
+    models = b"".join(fingerprints.of(part) for part in (type(defense), defense.denoiser, defense.classifier))
+    shared = (
+        defense.degrade,
+        defense.mask_ratio if defense.degrade != "noise" else None,
+        defense.case,
+        *(getattr(settings, name) for name in ("draws", "selection_draws", "alpha", "radii", "tolerance", "seed")),
+        settings.precision,
+        *map(version, PACKAGES),
+    )
+    return [
+        [
+            hashlib.blake2b(models + repr((sigma, *shared)).encode() + words.tobytes(), digest_size=16).hexdigest()
+            for words in images.digests
+        ]
+        for sigma in settings.sigmas
+    ]
