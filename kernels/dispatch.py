@@ -3,7 +3,8 @@
 An operator has a torch reference, which is its kernel on every device, and may have a Triton launcher. On a GPU the
 launcher runs where Triton is installed and the launcher's `serves` accepts the arguments; the reference runs
 everywhere else. The decision is made inside the operator, on real tensors, so callers and compiled graphs do not
-see it.
+see it. On a CPU, where nothing is decided, a call that nothing watches goes to the reference without torch's
+dispatcher, which takes longer than a small operator.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ class _Operator(NamedTuple):
 
 # By name: every operator that has a Triton launcher.
 _OPERATORS: dict[str, _Operator] = {}
+
+# Subclasses, such as DTensor, are told of operators.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+# Inside of `triton_on_cpu`.
+_triton_serves_cpu = False
 
 
 @functools.cache
@@ -129,7 +136,52 @@ def register(
     if triton is not None:
         _OPERATORS[name] = _Operator(definition, reference, triton, part)
         definition.register_kernel("cuda", functools.partial(_dispatch, name, None))
-    return _transformable(name, definition, backward, setup_context, tangent, vmap)
+    transformed = _transformable(name, definition, backward, setup_context, tangent, vmap)
+    direct = _direct(reference, backward, setup_context)
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return definition(*arguments)
+        if torch._C._are_functorch_transforms_active() or in_forward_mode():
+            return transformed(*arguments)
+        tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not _is_plain(tensors) or (learns and backward is None):
+            return definition(*arguments)
+        return direct(*arguments) if learns else reference(*arguments)
+
+    return call
+
+
+def _is_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether an operator's reference may be called itself: for tensors of the CPU, where nothing watches operators."""
+    if _triton_serves_cpu or torch._C._len_torch_dispatch_stack():
+        return False
+    # `torch.autograd.grad(..., is_grads_batched=True)` has a kind of vmap that makes no subclass of its tensors.
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return all(tensor.is_cpu and type(tensor) in _PLAIN and not batched(tensor) for tensor in tensors)
+
+
+def _direct(
+    reference: Callable[..., Any], backward: Callable[..., Any] | None, setup_context: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """The reference with the gradient of an operator, as autograd calls it without torch.library."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = reference(*arguments)
+            if setup_context is not None:
+                setup_context(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            assert backward is not None
+            return backward(ctx, *gradients)
+
+    apply: Callable[..., Any] = Direct.apply
+    return apply
 
 
 def in_forward_mode() -> bool:
@@ -206,13 +258,8 @@ def _transformable(
 
         Transformed.jvp = staticmethod(jvp)  # type: ignore[method-assign]
 
-    def call(*arguments: Any) -> Any:
-        transformed = not torch.compiler.is_compiling() and (
-            torch._C._are_functorch_transforms_active() or in_forward_mode()
-        )
-        return Transformed.apply(*arguments) if transformed else definition(*arguments)
-
-    return call
+    apply: Callable[..., Any] = Transformed.apply
+    return apply
 
 
 @contextlib.contextmanager
@@ -222,10 +269,13 @@ def triton_on_cpu(gpu: GPU) -> Iterator[None]:
     For tests and for benchmarks/machine_code, which execute compiled kernels without a GPU: Triton by itself launches
     on CPU tensors in its interpreter alone.
     """
+    global _triton_serves_cpu
     for name, operator in _OPERATORS.items():
         operator.definition.register_kernel("cpu", functools.partial(_dispatch, name, gpu))
+    _triton_serves_cpu = True
     try:
         yield
     finally:
+        _triton_serves_cpu = False
         for operator in _OPERATORS.values():
             operator.definition.register_kernel("cpu", operator.reference)

@@ -30,12 +30,14 @@ def _backward_reference(
 
     These are autograd's own kernels in its order, so the gradients have its bits.
     """
-    activated = F.gelu(x).to(weight.dtype) if wanted[1] else x
-    to_weight, to_bias = weight_gradients(grad, activated, wanted[1], wanted[2])
-    del activated  # before the next tensor of its size
+    x = x.contiguous()
+    activated = F.gelu(x).to(weight.dtype) if wanted[1] else None
+    to_weight, to_bias = weight_gradients(grad, x if activated is None else activated, wanted[1], wanted[2])
     if not wanted[0]:
         return x.new_empty(0), to_weight, to_bias
-    return torch.ops.aten.gelu_backward(input_gradient(grad, weight).to(x.dtype), x), to_weight, to_bias
+    # In the memory of what has been used: to allocate as much again costs time.
+    to_activated = input_gradient(grad, weight, out=activated).to(x.dtype)
+    return torch.ops.aten.gelu_backward.grad_input(to_activated, x, grad_input=to_activated), to_weight, to_bias
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:

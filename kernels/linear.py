@@ -74,6 +74,15 @@ def weight_gradients(grad: Tensor, given: Tensor, weight: bool, bias: bool) -> t
     return to_weight, to_bias
 
 
-def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient (..., in) of the input of a linear layer, in the dtype of the weight, as autograd computes it."""
-    return (_rows(grad) @ weight).view(*grad.shape[:-1], weight.shape[1])
+def input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient (..., in) of the input of a linear layer, in the dtype of the weight, as autograd computes it.
+
+    Args:
+        grad: (..., out), the gradient of the layer's result.
+        weight: (out, in).
+        out: memory for the result, contiguous and in its dtype; by default it is new.
+    """
+    if out is None:
+        out = weight.new_empty((*grad.shape[:-1], weight.shape[1]))
+    torch.mm(_rows(grad), weight, out=out.view(-1, weight.shape[1]))
+    return out

@@ -41,12 +41,15 @@ def _backward_reference(
     """
     shape = norm_weight.shape
     normal, mean, inverse_std = torch.native_layer_norm(x, shape, norm_weight, norm_bias, eps)
-    to_weight, to_bias = weight_gradients(grad, normal.to(weight.dtype), wanted[3], wanted[4])
-    del normal  # before the next tensor of its size
+    given = normal.to(weight.dtype)
+    to_weight, to_bias = weight_gradients(grad, given, wanted[3], wanted[4])
     needed = list(wanted[:3])
     to_norm: list[Tensor | None] = [None] * 3
     if any(needed):
-        to_normal = input_gradient(grad, weight).to(x.dtype)
+        # In the memory of what has been used: to allocate as much again costs time. Of the same dtype, `given` is
+        # `normal`, and nothing is copied.
+        to_normal = normal.copy_(input_gradient(grad, weight, out=given))
+        del given
         to_norm = list(
             torch.ops.aten.native_layer_norm_backward(
                 to_normal, x, shape, mean, inverse_std, norm_weight, norm_bias, needed

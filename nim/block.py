@@ -62,6 +62,7 @@ class Block(TimmBlock):
         else:
             attended = self.attn(self.norm1(x), **options)
         x = x + self.drop_path1(self.ls1(attended))
+        del attended  # before the larger tensors of the MLP
         mixed = self.mlp(x, norm=self.norm2) if is_plain(self.mlp, Mlp) else self.mlp(self.norm2(x))
         out = x + self.drop_path2(self.ls2(mixed))
         return out

@@ -208,11 +208,17 @@ def _block_saved(stack: _Stack, batch: int, strategy: Strategy) -> int:
     return saved
 
 
+def _upstream(row: int, strategy: Strategy) -> int:
+    """Bytes of the gradient of a block's result, and of its cast."""
+    return FP32 * row + (strategy.bytes * row if strategy.bytes < FP32 else 0)
+
+
 def _block_working(stack: _Stack, batch: int, strategy: Strategy) -> int:
     """Bytes that the backward pass of one block takes beyond what is saved: at the layer behind the GELU."""
     row, size = batch * stack.tokens * stack.width, strategy.bytes
-    upstream = FP32 * row + (size * row if size < FP32 else 0)  # and its cast
-    behind_gelu = upstream + (8 if strategy.lean else 4) * size * row + 4 * size * stack.width**2
+    # On a GPU the gradients of the GELU's result and of its input; on a CPU the one takes the memory of the other.
+    twice = strategy.lean and not strategy.on_cpu
+    behind_gelu = _upstream(row, strategy) + (8 if twice else 4) * size * row + 4 * size * stack.width**2
     if not _keeps_scores(stack, strategy):
         return behind_gelu
     # Of the softmax: the gradients of its result and of its input, when the MLP's own tensors are gone.
@@ -236,7 +242,9 @@ def _pieces(network: _Network, batch: int, strategy: Strategy) -> Iterator[_Piec
         kept = whole
         if strategy.grad_checkpointing:
             kept = FP32 * row
-            working += whole - kept
+            # When it is computed again: the gradient of its result, that result, and the GELU's where it is not kept.
+            again = _upstream(row, strategy) + (5 if strategy.lean else 1) * size * row
+            working = max(working, again) + whole - kept
             if bf16 and not strategy.lean:
                 working += casts * 12 * stack.width**2  # measured with torch 2.14: the weights are cast once more
         for _ in range(stack.depth):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from denim.kernels import attack_step, dispatch
+from denim.kernels import attack_step, dispatch, gelu_linear
 
 AMD = dispatch.GPU("gcn", 64)
 PIXELS = torch.full((2, 3), 0.5)
@@ -48,6 +48,57 @@ def test_cpu_tensors_take_the_way_of_cuda_tensors_inside_triton_on_cpu_alone(lau
         raise RuntimeError("stops")
     assert step().unique().tolist() == [0.625]
     assert launched == []
+
+
+X, WEIGHT = torch.linspace(-2, 2, 12).view(3, 4), torch.linspace(-1, 1, 8).view(2, 4)
+
+
+def called(run):
+    """The operators of Denim's that torch's dispatcher calls inside of `run`, and what it returns."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        result = run()
+    return {event.name for event in profiler.events() if event.name.startswith("denim::")}, result
+
+
+def test_calls_that_nothing_watches_go_to_the_reference(operators):
+    def run():
+        x = X.clone().requires_grad_()
+        gelu_linear(x, WEIGHT).sum().backward()
+        return x.grad
+
+    names, gradient = called(run)
+    assert names == set()
+    with operators() as calls:
+        names, watched = called(run)
+    assert names == {"denim::gelu_linear", "denim::gelu_linear_backward"}
+    assert {f"{name}.default".replace("::", ".") for name in names} <= set(calls)
+    assert torch.equal(gradient, watched)
+
+
+def test_subclasses_of_tensors_are_told_of_operators():
+    seen = []
+
+    class Told(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+            made.inner = inner
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*(value.inner if isinstance(value, Told) else value for value in args), **(kwargs or {}))
+
+    assert torch.equal(gelu_linear(Told(X), WEIGHT), gelu_linear(X, WEIGHT))
+    assert "denim.gelu_linear.default" in seen
+
+
+def test_an_operator_without_a_derivative_says_so():
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(gelu_linear(x, WEIGHT).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"gelu_linear_backward.* no autograd formula"):
+        gradient.sum().backward()
 
 
 def test_without_triton_the_reference_serves(monkeypatch):

@@ -108,6 +108,7 @@ def test_saved_bytes_are_those_that_autograd_keeps(objective, precision, lean, a
     [
         (SMALL, 48, Strategy(precision="fp32", on_cpu=True)),
         (SMALL, 48, Strategy(precision="bf16", lean=False, on_cpu=True)),
+        (SMALL, 48, Strategy(precision="fp32", grad_checkpointing=True, on_cpu=True)),
         (SMALL, 48, Strategy(precision="bf16", grad_checkpointing=True, on_cpu=True)),
         (SMALL, 48, Strategy(precision="bf16", lean=False, grad_checkpointing=True, on_cpu=True)),
         # Few wide patches: the loss takes the most.
