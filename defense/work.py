@@ -37,6 +37,8 @@ from denim.nim.stopping import StopRequest
 __all__ = ["Work", "device_of"]
 
 Array = npt.NDArray[Any]
+# Passes that rows of one group fill, before the images that are left make one that is not full.
+FULL_PASSES = 8
 
 
 def device_of(target: Any) -> torch.device:
@@ -323,8 +325,12 @@ class Work:
         first = 0
         while first < len(places):
             limit = min(self.limits.get(row.name, settings.max_batch) for _, row in group.rows)
-            whole = row.attack is not None and _takes_max_batch(row.attack)
-            part = np.arange(first, min(len(places), first + (len(places) if whole else max(1, limit // each))))
+            most = max(1, limit // each)
+            if row.attack is not None and _takes_max_batch(row.attack):
+                # All images of a row, as if it were alone, or of all rows as many as fill passes: an attack keeps some
+                # copies of each image.
+                most = max(int(np.bincount(group.of).max()), FULL_PASSES * most)
+            part = np.arange(first, min(len(places), first + most))
             failure: Exception | None = None
             try:
                 count = self._pass(group._replace(of=group.of[part]), _at(batch, part), places[part], device, limit)
@@ -384,7 +390,7 @@ class Work:
             """Confirmation draws that missed, (N,), and predictions on the score draws, (N, R)."""
             missed = np.full(len(new), -1)
             if row.confirms and target.is_random:
-                missed = (predict(Domain.CONFIRMATION, new) != batch.labels.numpy()[new, None]).sum(axis=1)
+                missed = (predict(Domain.CONFIRMATION, new) != labels.cpu().numpy()[new, None]).sum(axis=1)
             return missed, predict(Domain.SCORE, new)
 
         new = np.flatnonzero(lacking)
@@ -395,7 +401,7 @@ class Work:
             except FloatingPointError:
                 self._name_broken(group, new, score)
                 raise
-        for place, (number, row) in enumerate(group.rows):
+        for place, (number, one) in enumerate(group.rows):
             own = new[group.of[new] == place]
             if len(own):
                 here = np.searchsorted(new, own)
@@ -408,8 +414,8 @@ class Work:
                     attacked.flags[own],
                     attacked.gradients[own],
                 )
-                names = (row.name, row.text)
-                self.records.append(row.key, row.target_key, bool(row.target.is_random), names, block)
+                names = (one.name, one.text)
+                self.records.append(one.key, one.target_key, bool(target.is_random), names, block)
             mine = np.flatnonzero(group.of == place)
             at = torch.from_numpy(mine).to(device)
             self.gallery[number].add(places[mine], clean[at], attacked.pixels[at], labels[at], ids[at], settings.seed)
