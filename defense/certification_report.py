@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from denim.defense.certification import Certification, LevelCertificates
-from denim.defense.report import DASHES, DPI, PALETTE
+from denim.defense.report import DASHES, DPI, MARKERS, PALETTE
 from denim.nim.files import atomic_write
 from denim.nim.text import printable
 
@@ -41,31 +41,36 @@ def _radii(certification: Certification, count: int) -> tuple[float, ...]:
 def certified_curve(certification: Certification) -> Figure:
     """Certified accuracy in percent against the L2 radius, one line per noise level with its 95 % band.
 
-    Where estimations stopped at given radii, these are points: nothing is known between them. A dotted line is the
-    largest radius that the draws can certify at a level.
+    Where estimations stopped at given radii, these are points: nothing is known between them.
     """
-    settings = certification.settings
+    settings, levels = certification.settings, certification.levels
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for i, level in enumerate(certification.levels):
-        colour, dash = PALETTE[1:][i % (len(PALETTE) - 1)], DASHES[i % len(DASHES)]
-        label = rf"$\sigma$ {level.sigma:g} (s = {level.sigma / 255:.3g})"
-        # The curve steps down at certified radii: every step is drawn.
-        steps = np.unique([0.0, *level.radii.tolist(), level.largest_radius])
+    for i, level in enumerate(levels):
+        look: dict[str, Any] = {
+            "color": PALETTE[1:][i % (len(PALETTE) - 1)],
+            "label": rf"$\sigma$ {level.sigma:g} (s = {level.sigma / 255:.3g})",
+        }
+        # The curve steps down at certified radii, for the last time where no radius can be certified.
+        steps = np.unique(
+            [0.0, *level.radii.tolist(), level.largest_radius, np.nextafter(level.largest_radius, np.inf)]
+        )
         radii = np.array(settings.radii) if settings.only_radii else steps
         intervals = [level.certified(float(radius)) for radius in radii]
         value, low, high = 100 * np.array([(each.value, each.low, each.high) for each in intervals]).T
         if settings.only_radii:
             bars = np.stack([value - low, high - value]).clip(min=0)
+            # Beside each other: at one place, the levels would hide one another.
+            places = radii + 0.015 * max(settings.radii) * (i - (len(levels) - 1) / 2)
             axes.errorbar(
-                radii, value, yerr=bars, capsize=3, color=colour, linestyle=dash, marker="o", alpha=0.9, label=label
+                places, value, yerr=bars, capsize=3, linestyle="none", marker=MARKERS[i % len(MARKERS)], **look
             )
         else:
             # certified(r) counts radii of r and more, so between two steps it has the value of the right one.
-            axes.fill_between(radii, low, high, step="pre", color=colour, alpha=0.15, linewidth=0)
-            axes.step(radii, value, where="pre", color=colour, linestyle=dash, linewidth=1.6, label=label)
-        axes.axvline(level.largest_radius, color=colour, linestyle=":", linewidth=1)
+            shown = slice(0, -1)
+            axes.fill_between(radii[shown], low[shown], high[shown], step="pre", color=look["color"], alpha=0.15, lw=0)
+            axes.step(radii, value, where="pre", linestyle=DASHES[i % len(DASHES)], linewidth=1.6, **look)
     axes.set_ylim(-3, 103)
     axes.set_xlim(left=-0.01 * axes.get_xlim()[1])
     axes.grid(axis="y", linewidth=0.5, alpha=0.4)
@@ -74,7 +79,7 @@ def certified_curve(certification: Certification) -> Figure:
     axes.set_xlabel("L2 radius ([0, 1] units)")
     above = axes.secondary_xaxis("top", functions=(_to_levels, _from_levels))
     above.set_xlabel("L2 radius (0-255 pixel levels)")
-    axes.legend(frameon=False, fontsize=9, title="dotted: largest radius that N allows", title_fontsize=8)
+    axes.legend(frameon=False, fontsize=9)
     axes.set_title(_what(certification), loc="left", fontsize=9)
     return figure
 

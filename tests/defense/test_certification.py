@@ -441,7 +441,8 @@ def test_the_curve_is_that_of_the_certificates(finished):
     drawn = [line for line in axes.lines if len(line.get_xdata()) > 2]
     for level, line in zip(found.levels, drawn, strict=True):
         x, y = line.get_data()
-        assert x[-1] == level.largest_radius
+        assert x[-1] == pytest.approx(level.largest_radius, rel=1e-12)
+        assert y[-1] == 0
         for radius in np.linspace(0.001, x[-1] - 0.001, 23):
             # Of steps that are drawn as "pre", the value is that of the next point.
             assert y[np.searchsorted(x, radius)] == pytest.approx(100 * level.certified(radius).value)
@@ -466,4 +467,8 @@ def test_the_table_says_what_was_found_and_what_is_not_known(finished, tmp_path)
     assert "average radius" not in shown
     assert "other radii, and their average, are not known" in shown
     axes = certified_curve(part).axes[0]
-    assert all(set(line.get_xdata()) == {0.1, 0.25} for line in axes.lines if line.get_marker() == "o")
+    for level, errorbar in zip(part.levels, axes.containers, strict=True):
+        x, y = errorbar.lines[0].get_data()
+        assert errorbar.lines[0].get_linestyle() == "None"
+        assert x == pytest.approx([0.1, 0.25], abs=0.01)
+        assert y == pytest.approx([100 * level.certified(radius).value for radius in (0.1, 0.25)])
