@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.images import Images, as_loader, batches_of, identify, pixels_of, same_again
-from denim.defense.probe import probe_randomness
+from denim.defense.probe import declares_random, probe_randomness
 from denim.defense.scores import Interval, interval_bounds
 from denim.defense.sequential import Estimation
 from denim.defense.targets import ROUNDING, ModuleTarget, normalisation_hint
@@ -224,6 +224,8 @@ def check_certifiable(defense: Any) -> None:
             "a frozen defense cannot be certified: its noise is fixed, and a certificate is about fresh noise; give "
             "the defense that it was made of"
         )
+    if defense.sigma is None:
+        raise ValueError("this defense is off, so nothing is smoothed: give it a sigma")
     if defense.draws != 1:
         raise ValueError(
             f"a defense of {defense.draws} draws per call cannot be certified: a change of the image enters every "
@@ -242,9 +244,7 @@ def check_certifiable(defense: Any) -> None:
             'certificate would be false; take statistics="noisy", or a denoiser of the raw target'
         )
     for name, part in defense.named_modules():
-        # What is not known is found out by `certify`, on images.
-        is_known = bool(name) and getattr(part, "is_known", True)
-        if is_known and getattr(part, "is_random", False) is True:
+        if name and declares_random(part):  # what is not known is found out by `certify`, on images
             raise ValueError(
                 f"{name} draws by itself ({type(part).__name__}), from generators that certify does not own: a "
                 "certificate could not be repeated; take a classifier that is a function of its image"

@@ -225,6 +225,7 @@ class Hidden(nn.Module):
     ("defense", "message"),
     [
         (lambda: De3(None, Linear(), 70).frozen(), "frozen"),
+        (lambda: De3(None, Linear(), None), "off"),
         (lambda: De3(None, Linear(), 70, draws=4), "4 draws per call"),
         (lambda: De3(None, Linear(), 70, draws=2, aggregate="vote"), "2 draws per call"),
         (lambda: De3(autoencoder("raw"), Linear(), 0, degrade="mask"), "adds no noise"),
