@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +33,7 @@ __all__ = [
     "measure",
     "peak_memory",
     "step_seconds",
+    "turns",
 ]
 
 # How a call was timed, in words.
@@ -39,6 +41,8 @@ WALL = "wall clock"
 PROCESSOR = "processor time of one thread, which other work on the machine does not lengthen as it does the wall clock"
 DEVICE = "between events, behind a delay: the device's work alone"
 HOST = "between events: the call waits for the device, so the host's part is in it"
+# Calls of a turn on a GPU (see `turns`).
+STEPS = 5
 # Seconds that the device spins before a call: at first, and at most. A call that is not enqueued by then waits for the
 # device itself.
 DELAY, LONGEST = 0.5e-3, 0.2
@@ -175,6 +179,27 @@ def step_seconds(function: Callable[[], object], device: torch.device, steps: in
             event.record(torch.cuda.current_stream(device))
         torch.cuda.synchronize(device)
     return [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(events)]
+
+
+def turns(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, clock: str
+) -> tuple[dict[str, list[float]], str]:
+    """Seconds of a call in every turn, and how they were taken: on a GPU as `step_seconds` takes them.
+
+    Args:
+        functions: by name; each has run before. They take turns.
+        device: that they run on.
+        rounds: turns of each.
+        clock: see `measure`.
+    """
+    if device.type != "cuda":
+        measured = measure(functions, device, least=rounds, clock=clock)
+        return {name: taken.seconds for name, taken in measured.items()}, next(iter(measured.values())).method
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, run in functions.items():
+            times[name].append(statistics.mean(step_seconds(run, device, STEPS)))
+    return times, f"between events, {STEPS} calls one behind another: the slower of host and device"
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:

@@ -28,7 +28,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from denim.benchmarks import baselines
-from denim.benchmarks.timing import WrongResultError, check_clock, measure, peak_memory, step_seconds
+from denim.benchmarks.timing import WrongResultError, check_clock, peak_memory, turns
 from denim.kernels import attention, normal_noise
 from denim.nim.attention import set_attention
 from denim.nim.autoencoder import Autoencoder, Mask, preset
@@ -64,7 +64,6 @@ BASELINES = ("published", "eager", "compiled", "floor")
 # dozens of layers. Products in TF32 have inputs of 10 bits and in bfloat16 of 8; the loss averages over very many.
 TOLERANCE = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
 UPDATES = 1000  # of an epoch of the images, which stand for an endless data set
-STEPS = 5  # of a turn on a GPU
 
 
 class _Images:
@@ -487,7 +486,7 @@ def compare(
             for _ in range(2 + (WARM_UP if config.cuda_graph and name == "denim" else 0)):
                 run()
         report(f"timing {rounds} rounds")
-        times, method = _turns(updates, device, rounds, clock)
+        times, method = turns(updates, device, rounds, clock)
         peaks: dict[str, int] = {}
         for name, run in updates.items() if memory else ():
             report(f"{name}: measuring the memory")
@@ -501,17 +500,3 @@ def compare(
         share = None if peak is None or name == "floor" else flops * rate / peak
         records.append(Record(name, times[name], rate, errors.get(name), peaks.get(name), method, share))
     return records
-
-
-def _turns(
-    updates: Mapping[str, Callable[[], None]], device: torch.device, rounds: int, clock: str
-) -> tuple[dict[str, list[float]], str]:
-    """Seconds of an update in every turn, and how they were taken."""
-    if device.type != "cuda":
-        measured = measure(updates, device, least=rounds, clock=clock)
-        return {name: taken.seconds for name, taken in measured.items()}, next(iter(measured.values())).method
-    times: dict[str, list[float]] = {name: [] for name in updates}
-    for _ in range(rounds):
-        for name, run in updates.items():
-            times[name].append(statistics.mean(step_seconds(run, device, STEPS)))
-    return times, f"between events, {STEPS} updates one behind another: the slower of host and device"

@@ -16,12 +16,13 @@ import tyro
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from denim.benchmarks import defense, training
     from denim.benchmarks import kernels as bench
-    from denim.benchmarks import training
 
 COMMANDS = {
     "kernels": "time the fused operations beside PyTorch, torch.compile and a naive kernel",
     "train": "time a pretraining step of your settings beside published, eager and compiled PyTorch",
+    "defend": "time a defense of your models and attacks on it, all noise levels in a batch beside one after the other",
     "data": "time the loaders on your images beside torchvision and DALI's own reader",
 }
 
@@ -56,6 +57,19 @@ RATES = {
     "MB": "allocated at once by an update, beyond weights and optimizer",
     "Denim's memory": "Denim's MB over those of this step",
     "of the peak": "operations of the model's products per second over what the GPU's data sheet states",
+}
+# Headings of the table of `denim bench defend` behind the row.
+DEFENDED = {
+    "/s": "in the median turn: answers, one for each image, level and draw; or attack steps of single images",
+    "ms": "the median turn, one call",
+    "speed": "this row's /s over those of looped levels in the first precision",
+    "off by": "logits, or first gradients, less those of looped levels in the first precision: the share of their norm",
+    "MB": "allocated at once by a call",
+    "passes": "through the networks, of a call",
+    "MB to move": "by a call at least: weights once in each pass, and again in its backward pass; pixels; logits",
+    "GFLOP": "of the products and convolutions of a call",
+    "GFLOP/s": "the same in a second of the median turn",
+    "of the peak": "the same over what the GPU's data sheet states",
 }
 # Seconds between two lines of progress, where there is no terminal.
 EVERY = 10.0
@@ -306,6 +320,168 @@ def train(
     for heading, what in RATES.items():
         console.print(f"{heading}: {what}", soft_wrap=True)
     console.print(f"times: {records[0].method}; {rounds} turns of each step", soft_wrap=True)
+    if json is not None:
+        console.print(f"written: {printable(json)}")
+
+
+def _defended_table(records: Sequence[defense.Record], title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, box=None)
+    table.add_column("row", no_wrap=True)
+    for heading in DEFENDED:
+        table.add_column(heading, justify="right", no_wrap=True)
+    looped: dict[str, float] = {}
+    for record in records:
+        if record.way == "looped":
+            looped.setdefault(record.task, record.rate)
+    for record in records:
+        seconds = statistics.median(record.seconds)
+        table.add_row(
+            ", ".join((record.task, record.way, record.precision, *(("compiled",) if record.compiled else ()))),
+            f"{record.rate:.1f}",
+            f"{seconds * 1e3:.1f}",
+            f"{record.rate / looped[record.task]:.2f}x",
+            f"{record.error:.1e}",
+            "-" if record.peak_bytes is None else f"{record.peak_bytes / 1e6:.1f}",
+            str(record.passes),
+            f"{record.least_bytes / 1e6:.1f}",
+            f"{record.flops / 1e9:.2f}",
+            f"{record.flops / 1e9 / seconds:.1f}",
+            "-" if record.utilisation is None else f"{record.utilisation:.1%}",
+        )
+    return table
+
+
+def defend(
+    classifier: str | None = None,
+    denoiser: str | None = None,
+    model: str | None = None,
+    weights: Path | None = None,
+    preset: str = "base",
+    img_size: int | None = None,
+    sigmas: tuple[float, ...] = (0.0, 35.0, 70.0, 105.0, 140.0),
+    draws: int = 4,
+    batch_size: int | None = None,
+    max_batch: int = 256,
+    tasks: tuple[str, ...] = ("defend", "attack"),
+    precisions: tuple[str, ...] = ("fp32", "bf16"),
+    compile: bool = False,
+    device: str = "auto",
+    rounds: int = 10,
+    memory: bool = True,
+    clock: str = "wall",
+    json: Path | None = None,
+) -> None:
+    """Time De3 before your classifier, and attacks on it: all noise levels in a batch beside one after the other.
+
+    Both ways must have the same logits and gradients, from the same draws. Then they take turns in one process. The
+    images are random.
+
+    Args:
+        classifier: The classifier: folder of a model or a run, name of a model that ships with Denim, or owner/name on
+            the Hugging Face hub.
+        denoiser: The denoiser, likewise; without it, with a classifier or a model, the defense is noise alone.
+        model: Another classifier in place of --classifier: package.module:factory or timm:NAME, as in `denim evaluate`.
+        weights: A .pt or .safetensors file for --model.
+        preset: Without --classifier and --model, size of a denoiser and a classifier of random weights: micro, mini,
+            tiny, small, base, large or huge.
+        img_size: Side of the images, for a model that does not say it.
+        sigmas: Noise levels, in 0-255 pixel levels.
+        draws: Answers of each image at each level, and draws of each gradient.
+        batch_size: Images; without it, 4 on a CPU and 64 on a GPU.
+        max_batch: Images per pass, levels and draws counted.
+        tasks: What is timed: defend, attack.
+        precisions: Precisions of the networks: fp32, tf32, bf16 or auto; the first is what others are compared with.
+        compile: Also time batched levels by torch.compile, in one graph.
+        device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
+        rounds: Turns of every row.
+        memory: Also measure the memory.
+        clock: On a CPU, wall, or processor: the processor time of one thread, for busy machines (OMP_NUM_THREADS=1).
+        json: JSON file that gets everything that was measured.
+    """
+    import torch
+    from torch import nn
+
+    from denim.benchmarks.defense import Workload, compare
+    from denim.benchmarks.timing import WrongResultError, environment
+    from denim.defense import De3
+    from denim.defense.targets import input_size, keyed_generators, open_target
+    from denim.nim import Autoencoder, Classifier, ClassifierConfig
+    from denim.nim import preset as architecture
+    from denim.nim.files import atomic_write
+    from denim.nim.settings import pick_device
+    from denim.nim.text import open_console, printable
+
+    console = open_console()
+    if not console.is_terminal:
+        console = open_console(width=160)
+    if json is not None and not json.parent.is_dir():
+        raise ValueError(f"--json {json}: there is no folder {json.parent}")
+    if classifier is not None and model is not None:
+        raise ValueError("give --classifier or --model, not both")
+    if weights is not None and model is None:
+        raise ValueError("--weights needs --model")
+    where = pick_device(device)
+    rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser)
+    subject: nn.Module
+    if classifier is not None:
+        subject = Classifier.from_pretrained(classifier)
+    elif model is not None:
+        subject = open_target(model, weights)
+        if not isinstance(subject, nn.Module):
+            raise ValueError(f"{model} gives a {type(subject).__name__}, which is no module: De3 stands before modules")
+    else:
+        config = architecture(preset, img_size=img_size, target="raw") if rebuild is None else rebuild.config
+        with keyed_generators(0, torch.device("cpu")):
+            rebuild = rebuild or Autoencoder(config)
+            kind = De3(rebuild, nn.Identity(), None).case
+            subject = Classifier(ClassifierConfig.for_encoder(config, 1000, trained_on=kind))
+    made_of = next((part.config for part in (rebuild, subject) if isinstance(part, (Autoencoder, Classifier))), None)
+    channels, side = input_size(subject) if made_of is None else (len(made_of.mean), made_of.img_size[0])
+    if (side := img_size or side) is None:
+        raise ValueError(f"{model} does not say what size of images it takes: give --img-size")
+    defended = De3(rebuild, subject, sigmas[0] if sigmas else None).to(where).eval().requires_grad_(False)
+    count = batch_size or (64 if where.type == "cuda" else 4)
+    pixels = torch.rand(count, channels or 3, side, side, generator=torch.Generator().manual_seed(0)).to(where)
+    work = Workload(defended, pixels, torch.zeros(count, dtype=torch.int64, device=where), sigmas, draws, max_batch)
+    made = environment(where)
+    with console.status("") as status:
+
+        def report(text: str) -> None:
+            status.update(text)
+            if not console.is_terminal:
+                print(text, file=sys.stderr, flush=True)
+
+        try:
+            records = compare(
+                work, tasks=tasks, precisions=precisions, compile=compile, rounds=rounds, memory=memory, clock=clock,
+                report=report,
+            )  # fmt: skip
+        except WrongResultError as error:
+            print(f"denim: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+    settings = {
+        "classifier": classifier or model or f"random, {preset}",
+        "denoiser": denoiser or (None if rebuild is None else f"random, {preset}"),
+        "images": count,
+        "side": side,
+        "sigmas": sigmas,
+        "draws": draws,
+        "max_batch": max_batch,
+    }
+    if json is not None:  # before anything is printed: what was measured must not be lost with the terminal
+        content = {"environment": made, "settings": settings, "records": [dataclasses.asdict(each) for each in records]}
+        with atomic_write(json) as staged:
+            staged.write_text(dumps(content, indent=1) + "\n")
+    console.print(
+        _defended_table(records, ", ".join(f"{name} {printable(str(value))}" for name, value in made.items()))
+    )
+    console.print(", ".join(f"{name}: {printable(str(value))}" for name, value in settings.items()), soft_wrap=True)
+    console.print("batched: all levels share their passes; looped: one level after the other", soft_wrap=True)
+    for heading, what in DEFENDED.items():
+        console.print(f"{heading}: {what}", soft_wrap=True)
+    console.print(f"times: {records[0].method}; {rounds} turns of each row", soft_wrap=True)
     if json is not None:
         console.print(f"written: {printable(json)}")
 

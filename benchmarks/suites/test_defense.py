@@ -1,8 +1,9 @@
-"""A sweep over levels and draws: one batched pass against a loop over both, which gives the same logits."""
+"""Levels and draws in one batched pass against a loop over them, which gives the same logits and gradients."""
 
 import pytest
 import torch
 
+from denim.benchmarks.defense import Workload, _open, _Variant, compare
 from denim.defense import De3
 from denim.kernels import Domain
 from denim.nim import Autoencoder, Classifier, ClassifierConfig, preset
@@ -41,3 +42,31 @@ def test_sweep(benchmark, best_seconds):
             "loop_over_batched": best_seconds(looped) / seconds,
             "images_per_second": BATCH * len(SIGMAS) * DRAWS / seconds,
         }
+
+
+@pytest.mark.parametrize("task", ["defend", "attack"])
+def test_levels_beside_one_another(benchmark, task):
+    """A ViT-Ti on 32 x 32 in patches of 4, at five levels; ratios to levels one after the other, in both precisions."""
+    benchmark.group = f"{task} at five levels"
+    config = preset("tiny", img_size=32, patch_size=4, target="raw")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Autoencoder(config)
+        classifier = Classifier(ClassifierConfig.for_encoder(config, 10, trained_on="noise, raw target"))
+        pixels = torch.rand(2, 3, 32, 32)
+    defense = De3(model, classifier, 70.0).eval().requires_grad_(False)
+    work = Workload(
+        defense, pixels, torch.arange(2), (0.0, 35.0, 70.0, 105.0, 140.0), draws=1 if benchmark.disabled else 4
+    )
+    variant = _Variant(task, "batched", "fp32", False)
+    benchmark.pedantic(_open(work, variant, "inductor")[0], rounds=1 if benchmark.disabled else 5, warmup_rounds=1)
+    if benchmark.disabled:
+        return
+    records = {(each.way, each.precision): each for each in compare(work, tasks=[task], rounds=5)}
+    batched, slow = records["batched", "fp32"], records["looped", "fp32"]
+    benchmark.extra_info |= {
+        "per_second": batched.rate,
+        "speed_over_looped": batched.rate / slow.rate,
+        "peak_over_looped": batched.peak_bytes / slow.peak_bytes,
+        "bf16_over_fp32": records["batched", "bf16"].rate / batched.rate,
+    }

@@ -1,4 +1,4 @@
-"""`denim bench kernels` and `denim bench train` on a CPU."""
+"""`denim bench kernels`, `denim bench train` and `denim bench defend` on a CPU."""
 
 import json
 import sys
@@ -160,6 +160,73 @@ def test_a_step_of_training_that_differs_has_no_time(denim, monkeypatch, tmp_pat
 )
 def test_mistakes_in_training_settings_end_in_one_message(denim, words, message):
     status, shown, errors = denim(*SMALL, *words)
+    assert (status, shown) == (2, "")
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+DEFEND = ("defend", "--device", "cpu", "--batch-size", 2, "--draws", 2, "--sigmas", 35, 70, "--rounds", 1)
+
+
+def test_levels_in_a_batch_are_compared_with_levels_in_turn(denim, tmp_path, monkeypatch):
+    (tmp_path / "models_of_bench.py").write_text(
+        "from torch import nn\ndef linear():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 5))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    own = ("--model", "models_of_bench:linear", "--img-size", 8, "--json", "defend.json")
+    status, shown, errors = denim(*DEFEND, *own)
+    assert status == 0
+    assert errors.splitlines()[0] == "defend, looped, fp32: checking"
+    written = json.loads((tmp_path / "defend.json").read_text())
+    assert written["settings"]["classifier"] == "models_of_bench:linear"
+    assert (written["settings"]["side"], written["settings"]["denoiser"]) == (8, None)
+    records = {(each["task"], each["way"], each["precision"]): each for each in written["records"]}
+    lines = {text.split("  ")[0].strip(): text.split()[3:] for text in shown.splitlines()}
+    assert len(records) == 8
+    for (task, way, precision), each in records.items():
+        cells = lines[f"{task}, {way}, {precision}"]
+        assert cells[0] == f"{each['rate']:.1f}"
+        assert cells[2] == f"{each['rate'] / records[task, 'looped', 'fp32']['rate']:.2f}x"
+        assert cells[5] == str(each["passes"])
+    for heading in ("/s", "off by", "MB to move", "of the peak", "looped"):
+        assert any(f"{heading}: " in text for text in shown.splitlines())
+    sys.modules.pop("models_of_bench")
+
+
+@pytest.mark.slow
+def test_a_preset_is_timed_without_models_and_a_difference_ends_without_a_time(denim, monkeypatch, tmp_path):
+    from denim.benchmarks import defense
+
+    small = (*DEFEND, "--preset", "micro", "--precisions", "fp32", "--tasks", "defend", "--no-memory")
+    status, shown, _ = denim(*small)
+    assert status == 0
+    assert "classifier: random, micro, denoiser: random, micro, images: 2, side: 16" in shown
+    monkeypatch.setitem(defense.TOLERANCE, "fp32", -1.0)
+    status, shown, errors = denim(*small, "--json", tmp_path / "defend.json")
+    assert (status, shown) == (1, "")
+    assert "defend, looped, fp32: its logits differ from those of looped levels" in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--preset", "enormous"), "unknown preset"),
+        (("--classifier", "a", "--model", "b:c"), "give --classifier or --model, not both"),
+        (("--weights", "a.pt"), "--weights needs --model"),
+        (("--model", "json:loads"), "json:loads must be a function or class that is called without arguments"),
+        (
+            ("--model", "torch.nn:Flatten"),
+            "torch.nn:Flatten does not say what size of images it takes: give --img-size",
+        ),
+        (("--json", "no/such/folder/bench.json"), "there is no folder no/such/folder"),
+        (("--preset", "micro", "--clock", "sun"), "clock must be wall or processor"),
+        (("--preset", "micro", "--sigmas"), "must be at least 1, got 2, 0, 2, 256"),
+    ],
+)
+def test_mistakes_in_a_defense_to_time_end_in_one_message(denim, words, message):
+    status, shown, errors = denim(*DEFEND, *words)
     assert (status, shown) == (2, "")
     assert message in errors
     assert "Traceback" not in errors
