@@ -180,6 +180,24 @@ def killed(folder):
     return {}
 
 
+def hung(folder):
+    """Rank 1 stops answering in the second epoch, and does not end."""
+    denim.nim.ranks.NAMING_SECONDS = 3
+    if os.environ["RANK"] == "1":
+        at_update(15, signal.SIGSTOP)
+    try:
+        pretraining(folder, "hung", stall_timeout=15.0)
+    except RankError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def hung_resumed(folder):
+    """The training that has hung goes on, on two ranks as before."""
+    pretraining(folder, "hung", resume=True)
+    return {}
+
+
 def stalled(folder):
     """Rank 1 does not come."""
     denim.nim.ranks.NAMING_SECONDS = 3

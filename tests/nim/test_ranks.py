@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from denim.nim import Autoencoder, preset
 from denim.nim.ranks import Ranks
 from denim.nim.run import MEASURED
-from denim.nim.saving import latest_checkpoint
+from denim.nim.saving import latest_checkpoint, newest_whole
 
 SCRIPT = Path(__file__).with_name("rank_jobs.py")
 pytestmark = pytest.mark.slow
@@ -213,6 +213,28 @@ def test_a_rank_that_does_not_answer_is_named(two):
     error = found(two, "stalled")[0]["error"]
     assert "rank 0 has waited for the others in vain" in error
     assert "1" in error.partition("in vain")[2]
+
+
+def test_a_training_that_hangs_ends_and_goes_on_with_the_same_bits(two):
+    waiting, hanging = start_without_agent(two, "hung")
+    try:
+        assert waiting.wait(timeout=300) == 0
+        assert hanging.poll() is None
+    finally:
+        for process in (waiting, hanging):
+            process.kill()
+            process.wait()
+    error = json.loads((two / "hung-0.json").read_text())["error"]
+    assert "rank 0 has waited for the others in vain" in error
+    assert "1" in error.partition("in vain")[2]
+    run = two / "pretraining-hung"
+    assert newest_whole(run).name == "00000010"
+    done = launch(two, "hung_resumed")
+    assert done.returncode == 0, done.stderr
+    got, expected = (load_file(two / f"pretraining-{name}" / "model/model.safetensors") for name in ("hung", "ddp-2"))
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_a_killed_rank_is_named_by_the_other_and_the_checkpoint_stays(alone, jobs):
