@@ -333,7 +333,7 @@ def _doubts(defense: De3, settings: CertificationSettings) -> list[str]:
     return notes
 
 
-@dataclass
+@dataclass(eq=False)
 class _Item:
     """One image at one noise level, on its way to a certificate."""
 
@@ -401,47 +401,47 @@ class _Work:
         lacking = np.array([[key not in self.found for key in row] for row in self.keys])  # levels by images
         total, done, spent = int(lacking.sum()), 0, 0
         batches = batches_of(self.loader, np.unique(self.images.steps[lacking.any(axis=0)]))
-        if (first := next(batches, None)) is not None:
-            self._examine(first[1], classes)
-            batches = chain([first], batches)
         waiting = self._items(batches, lacking)
+        if (first := next(waiting, None)) is not None:
+            self._examine(first.pixels[None], classes)
+            waiting = chain([first], waiting)
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         state = TextColumn("{task.fields[state]}", markup=False)
         has_bar = self.console.is_terminal or self.console.is_jupyter
         started, lines, active = time.perf_counter(), LineClock(), list[_Item]()
+        most = self.settings.selection_draws + self.settings.draws
         if total:
-            most = self.settings.selection_draws + self.settings.draws
             self.say(f"{total} certificates of at most {most:,} draws each")
         with Progress(*columns, state, console=self.console, disable=not has_bar) as bar:
             task = bar.add_task("certifying", total=total, state="")
             while parts := self._next_pass(active, waiting):
                 spent += sum(part.count for part in parts)
-                finished = self._pass(parts)
-                if finished:
+                if finished := self._pass(parts):
                     self._append(finished)
-                    active = [item for item in active if not any(item is other for other in finished)]
+                    active = [item for item in active if item not in finished]
                     done += len(finished)
                 seconds = time.perf_counter() - started
                 rate = f"{spent / seconds:,.0f} draws/s"
                 bar.update(task, completed=done, state=rate)
                 if not has_bar and lines.due():
-                    left = f"  {clock_text(seconds * (total - done) / done)} left" if done else ""
-                    self.say(f"{done}/{total} certificates  {rate}{left}")
+                    left = f"at most {clock_text(seconds * (total * most / spent - 1))} left"
+                    if done:
+                        left = f"{clock_text(seconds * (total - done) / done)} left"
+                    self.say(f"{done}/{total} certificates  {rate}  {left}")
                 self.stop.heed()
         if total:
             each = f"{spent / max(done, 1):,.0f} draws each"
             self.say(f"{done}/{total} certificates  {each}  in {clock_text(time.perf_counter() - started)}")
 
-    def _examine(self, batch: Batch, classes: Sequence[str]) -> None:
-        """Look at the defense on a few images, before anything is computed."""
-        few = pixels_of(Batch(batch.images[:2], batch.labels[:2], batch.ids[:2]), self.device)
-        if not len(few):  # none of them could be read
-            return
+    def _examine(self, pixels: Tensor, classes: Sequence[str]) -> None:
+        """Look at the defense on an image (1, C, H, W), before anything is computed."""
+        seeds, sigma = torch.zeros(1, 1, dtype=torch.int64, device=self.device), self.settings.sigmas[0]
         try:
-            logits = self.defense.draw_logits(few, torch.zeros(1, len(few), dtype=torch.int64, device=self.device),
-                                              sigma=few.new_full((len(few),), self.settings.sigmas[0]))  # fmt: skip
+            logits = self.defense.draw_logits(pixels, seeds, sigma=pixels.new_full((1,), sigma))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            raise ValueError(f"the defense does not take pixels of shape {tuple(few.shape)}: {error}") from error
+            raise ValueError(f"the defense does not take pixels of shape {tuple(pixels.shape)}: {error}") from error
         outputs, labels = logits.shape[-1], self.images.labels
         if labels.min() < 0 or labels.max() >= outputs:
             raise ValueError(
@@ -455,9 +455,9 @@ class _Work:
             )
         classifier = self.defense.classifier
         if isinstance(classifier, ModuleTarget) and not classifier.is_known:
-            classifier.probe(few)
+            classifier.probe(pixels)
             check_certifiable(self.defense)
-        found = probe_randomness(classifier, few)
+        found = probe_randomness(classifier, pixels)
         if found.largest > ROUNDING * found.scale:
             raise ValueError(
                 f"the classifier draws by itself in evaluation mode ({found}): a certificate could not be repeated; "
@@ -511,7 +511,7 @@ class _Work:
             return _Part(item, first, min(room, item.selection_left))
         return _Part(item, item.asked, min(room, self.estimations[item.level].looks[item.look] - item.asked))
 
-    def _pass(self, parts: Sequence[_Part]) -> list[_Item]:
+    def _pass(self, parts: Sequence[_Part]) -> set[_Item]:
         """Draw, count, and return the items that are finished."""
         counts = [part.count for part in parts]
         rows = torch.repeat_interleave(torch.tensor(counts)).to(self.device)
@@ -528,10 +528,10 @@ class _Work:
         logits = self.defense.draw_logits(pixels, seeds[None], sigma=sigma)[0]
         check_logits(logits, ids)
         answers = logits.argmax(dim=-1).cpu().numpy()
-        finished = []
+        finished = set()
         for part, answer in zip(parts, np.split(answers, np.cumsum(counts)[:-1]), strict=True):
             if self._count(part.item, answer, logits.shape[-1]):
-                finished.append(part.item)
+                finished.add(part.item)
         return finished
 
     def _count(self, item: _Item, answer: Array, classes: int) -> bool:
@@ -580,9 +580,9 @@ class _Work:
         versions = {package: version(package) for package in ("torch", "timm", "numpy", "scipy", "denim-vision")}
         return Certification(self.settings, tuple(levels), self.defense.case, tuple(classes), tuple(notes), versions)
 
-    def _append(self, items: Sequence[_Item]) -> None:
+    def _append(self, items: set[_Item]) -> None:
         lines = []
-        for item in items:
+        for item in sorted(items, key=lambda item: (item.place, item.level)):
             key = self.keys[item.level][item.place]
             self.found[key] = {
                 "key": key,

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import struct
 import threading
@@ -25,7 +26,7 @@ from denim.defense import CertificationSettings, De3, ModuleTarget, certify
 from denim.defense.certification import LevelCertificates, check_certifiable
 from denim.defense.certification_report import certified_curve, print_certification, write_certification
 from denim.kernels import Domain, derive_seeds, normal_noise, normalized_patches
-from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, reconstruction
+from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, progress, reconstruction
 from denim.nim.files import DamagedFileError
 from denim.nim.stopping import Stopped
 
@@ -200,6 +201,18 @@ def test_certificates_of_other_settings_are_not_taken(tmp_path, changed):
         before = (tmp_path / "certificates.jsonl").read_text()
         run(tmp_path, replace(SETTINGS, sigmas=(40.0,)), classifier, given)
         assert len((tmp_path / "certificates.jsonl").read_text()) > len(before)
+
+
+def test_progress_says_what_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST", 0.0)
+    monkeypatch.setattr(progress, "BETWEEN", 0.0)
+    console = Console(file=io.StringIO(), width=200)
+    certify(De3(None, Linear(), 70), (images(), labels()), SETTINGS, tmp_path, console=console)
+    shown = console.file.getvalue().splitlines()
+    assert shown[0] == "certifying: 14 certificates of at most 320 draws each"
+    assert re.fullmatch(r"certifying: 0/14 certificates  [\d,]+ draws/s  at most \d:\d\d:\d\d left", shown[1])
+    assert re.fullmatch(r"certifying: 13/14 certificates  [\d,]+ draws/s  \d:\d\d:\d\d left", shown[-3])
+    assert re.fullmatch(r"certifying: 14/14 certificates  320 draws each  in \d:\d\d:\d\d", shown[-1])
 
 
 def test_a_damaged_file_is_an_error(tmp_path):
