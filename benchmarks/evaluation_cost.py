@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     source = Subset(open_source("digits", "test"), given.images)
     loader = TorchLoader(source, EvalView(classifier.config.img_size[0]), len(source), shuffle=False)
     draws: Any = int(given.score_draws) if given.score_draws.isdigit() else given.score_draws
-    settings = EvaluationSettings(tuple(given.attacks), score_draws=draws, examples=0)
+    settings = EvaluationSettings(tuple(given.attacks), score_draws=draws, examples=0, health_images=0)
     seen = _counted(classifier)
     with tempfile.TemporaryDirectory() as folder:
         started = time.process_time()

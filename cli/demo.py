@@ -104,7 +104,7 @@ def _demo(out: Path, seed: int) -> None:
     defenses[f"De3, sigma {FROZEN:g}, frozen"] = De3(autoencoder, model, FROZEN, seed=seed).frozen(seed)
     source = Subset(open_source("digits", "test"), IMAGES)
     loader = TorchLoader(source, EvalView(16), len(source), shuffle=False)
-    settings = EvaluationSettings(ATTACKS, score_draws=10, seed=seed)
+    settings = EvaluationSettings(ATTACKS, score_draws=10, seed=seed, health_images=8)
     evaluation = evaluate(defenses, loader, settings, out / "evaluation", classes=source.classes, console=console)
     report = write_report(evaluation, out / "evaluation", title=f"De3 on digits, {len(source)} test images")
     finished = time.perf_counter()

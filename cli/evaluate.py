@@ -28,6 +28,7 @@ def main(
     score_draws: int | Literal["auto"] = 20,
     max_batch: int = 256,
     examples: int = 6,
+    health_images: int = 16,
     loader: str = "auto",
     workers: int | None = None,
     max_bad: float = 0.01,
@@ -72,6 +73,8 @@ def main(
             allows.
         max_batch: Images per forward pass; a smaller number takes less memory.
         examples: Images in the gallery.
+        health_images: Images on which the attacks are checked: with any image allowed, more steps, more draws, without
+            gradients, and more (see docs/method.md, health checks); 0 leaves the checks out.
         loader: Loader of the images: dali, torch, or auto for the first of these that can serve.
         workers: Processes (torch) or threads (DALI) that decode images. Without it, as many as help: at most the
             processors, and none for small data.
@@ -106,7 +109,7 @@ def main(
     compressions = [Jpeg(quality) for quality in jpeg]
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
-    settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision, compile)
+    settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision, compile, health_images)
     defenses: dict[str, Any] = {}
 
     def add(name: str, row: Any) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from denim.defense.attacks import radius_text
+from denim.defense.attacks import Attack, radius_text
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.images import Images
 from denim.defense.records import RecordColumns, Records
 from denim.defense.rows import CLEAN, EvaluationSettings, Row
-from denim.defense.scores import Interval, Scores, paired_difference, score
+from denim.defense.scores import Interval, Scores, paired_difference, resubmission_curve, score
 from denim.defense.targets import ModuleTarget, normalisation_hint
 
 __all__ = ["WORST", "Cell", "Found", "cells_of", "warnings_about"]
@@ -38,6 +38,13 @@ class Cell:
         epsilon: radius in [0, 1] units, None without an attack and for an attack that states none.
         scores: accuracy on the score draws.
         difference: of the mean to the first defense under the same attack, paired over images.
+        resubmission: accuracy against an attacker who may try n times, for n = 1 .. R (see `resubmission_curve`); empty
+            for a defense that is not random.
+        gradients: gradients of one draw that were computed for its images; of the worst attack, those of all attacks it
+            is chosen from. None where the attack does not say.
+        gradients_saved: how many more there would have been, had no image left a search early.
+        seconds: that its images took, attack and scores, divided among the rows that were computed together. None where
+            records do not say.
     """
 
     defense: str
@@ -48,6 +55,35 @@ class Cell:
     epsilon: float | None
     scores: Scores
     difference: Interval | None
+    resubmission: tuple[Interval, ...] = ()
+    gradients: int | None = None
+    gradients_saved: int | None = None
+    seconds: float | None = field(default=None, compare=False)
+
+
+class _Cost(NamedTuple):
+    """Of some records: gradients, those that were saved, and seconds; see `Cell`."""
+
+    gradients: int | None
+    saved: int | None
+    seconds: float | None
+
+    @classmethod
+    def of(cls, row: Row, found: Found, num_classes: int | None) -> _Cost:
+        """That of a row."""
+        gradients, seconds = found.gradients[row.name, row.text], found.seconds[row.name, row.text]
+        spent = None if (gradients < 0).any() else int(gradients.sum())
+        saved = None
+        if isinstance(row.attack, Attack) and spent is not None and num_classes is not None:
+            attacked = De3(None, row.target.classifier, None) if row.attack.gray else row.target
+            most = row.attack.most_gradients(attacked.is_random, num_classes)
+            saved = most * len(gradients) - spent
+        return cls(spent, saved, None if np.isnan(seconds).any() else float(seconds.sum()))
+
+    @classmethod
+    def total(cls, costs: Sequence[_Cost]) -> _Cost:
+        """That of several rows; None where one of them is."""
+        return cls(*(None if None in values else sum(values) for values in zip(*costs, strict=True)))
 
 
 class Found(NamedTuple):
@@ -57,13 +93,15 @@ class Found(NamedTuple):
         images: N of them.
         predictions: by defense and attack, uint16 (N, R), or (N, 1) of a defense that is not random.
         missed: by defense and attack, int (N,), confirmation draws; -1 where none were made.
-        flags: by defense and attack, uint8 (N,), see `RecordColumns`.
+        flags, gradients, seconds: by defense and attack, (N,), see `RecordColumns`.
     """
 
     images: Images
     predictions: dict[tuple[str, str], Array]
     missed: dict[tuple[str, str], Array]
     flags: dict[tuple[str, str], Array]
+    gradients: dict[tuple[str, str], Array]
+    seconds: dict[tuple[str, str], Array]
 
     @classmethod
     def of(cls, rows: Sequence[Row], records: Records, images: Images) -> Found:
@@ -79,14 +117,27 @@ class Found(NamedTuple):
         found = {key: cell.at(places[key][whole]) for key, cell in columns.items()}
         return cls(
             images.at(whole),
-            {key: cell.predictions for key, cell in found.items()},
-            {key: cell.missed for key, cell in found.items()},
-            {key: cell.flags for key, cell in found.items()},
+            *(
+                {key: getattr(cell, name) for key, cell in found.items()}
+                for name in ("predictions", "missed", "flags", "gradients", "seconds")
+            ),
         )
 
 
-def cells_of(rows: Sequence[Row], found: Found, settings: EvaluationSettings) -> tuple[Cell, ...]:
-    """Scores of every defense under every attack, then under the worst attack of every radius."""
+def cells_of(
+    rows: Sequence[Row], found: Found, settings: EvaluationSettings, num_classes: int | None
+) -> tuple[Cell, ...]:
+    """Scores of every defense under every attack, then under the worst attack of every radius.
+
+    Args:
+        rows: all.
+        found: their records.
+        settings: of the evaluation.
+        num_classes: of the defenses; None where it is not known.
+
+    Raises:
+        ValueError: a prediction or a label is no class.
+    """
     labels, draws = found.images.labels, int(settings.score_draws)
     by_name: dict[str, list[Row]] = {}
     for row in rows:
@@ -98,7 +149,11 @@ def cells_of(rows: Sequence[Row], found: Found, settings: EvaluationSettings) ->
         predictions = {
             row.text: np.broadcast_to(found.predictions[name, row.text], (len(labels), draws)) for row in own
         }
-        columns = [(row.text, None if row.radius is None else row.radius[1], predictions[row.text]) for row in own]
+        costs = {row.text: _Cost.of(row, found, num_classes) for row in own}
+        columns = [
+            (row.text, None if row.radius is None else row.radius[1], predictions[row.text], costs[row.text])
+            for row in own
+        ]
         for radius in dict.fromkeys(row.radius for row in own if row.confirms):
             assert radius is not None
             candidates = [row.text for row in own if row.radius == radius]
@@ -110,10 +165,11 @@ def cells_of(rows: Sequence[Row], found: Found, settings: EvaluationSettings) ->
             for place, text in enumerate(candidates):
                 chosen[worst == place] = predictions[text][worst == place]
             norm = "" if radius[0] == "linf" else f"{radius[0]} "
-            columns.append((f"{WORST} {norm}{radius_text(radius[1])}", radius[1], chosen))
+            total = _Cost.total([costs[text] for text in candidates])
+            columns.append((f"{WORST} {norm}{radius_text(radius[1])}", radius[1], chosen, total))
         sigma = getattr(target, "sigma", None)
         case = str(getattr(target, "case", ModuleTarget.case))
-        for text, epsilon, classes in columns:
+        for text, epsilon, classes, cost in columns:
             shares = (classes == labels[:, None]).mean(axis=1)
             first = reference.setdefault(text, shares)
             cells.append(
@@ -124,8 +180,10 @@ def cells_of(rows: Sequence[Row], found: Found, settings: EvaluationSettings) ->
                     "undefended" if isinstance(target, De3) and sigma is None else case,
                     text,
                     epsilon,
-                    score(classes, labels),
+                    score(classes, labels, num_classes),
                     None if first is shares or len(labels) < 2 else paired_difference(shares, first),
+                    resubmission_curve(classes, labels, num_classes) if target.is_random else (),
+                    *cost,
                 )
             )
     return tuple(cells)

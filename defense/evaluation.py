@@ -23,6 +23,7 @@ from denim.defense.cells import Cell, Found, cells_of, warnings_about
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.gallery import Examples, load_gallery
+from denim.defense.health import DefenseHealth, health_of
 from denim.defense.images import Images, as_loader, identify
 from denim.defense.records import Records
 from denim.defense.rows import EvaluationSettings, Row, rows_of
@@ -63,6 +64,7 @@ class Evaluation:
     warnings: tuple[str, ...]
     versions: dict[str, str]
     examples: dict[tuple[str, str], Examples]
+    health: tuple[DefenseHealth, ...] = ()
 
 
 def evaluate(
@@ -149,8 +151,8 @@ def _evaluate(
         raise ValueError("evaluate needs images, and the loader yields none")
     fingerprints = Fingerprints()
 
-    def compute(settings: EvaluationSettings, images: Images) -> list[Row]:
-        """The records of these images."""
+    def compute(settings: EvaluationSettings, images: Images) -> Work:
+        """Compute the records of these images."""
         rows = rows_of(targets, settings, fingerprints)
         with Records(out, ranks.rank) as records:
             wanted = np.isin(own.ids, images.ids)
@@ -160,7 +162,7 @@ def _evaluate(
                 work.run()
         with ranks.naming():
             ranks.barrier()
-        return rows
+        return work
 
     if settings.score_draws == "auto":
         file = out / DRAWS_FILE
@@ -169,7 +171,7 @@ def _evaluate(
         else:
             first = images.at(np.sort(np.argsort(images.ids)[:PILOT_IMAGES]))
             console.print(f"evaluating: {len(first)} images to choose the number of score draws", markup=False)
-            rows = compute(replace(settings, score_draws=PILOT_DRAWS, examples=0), first)
+            rows = compute(replace(settings, score_draws=PILOT_DRAWS, examples=0), first).rows
             with Records(out, ranks.rank) as records:
                 draws = _draws_needed(rows, Found.of(rows, records, first), len(images))
             if ranks.is_first:
@@ -177,16 +179,22 @@ def _evaluate(
                     staged.write_text(json.dumps({"score_draws": draws, "pilot_images": len(first)}, indent=2) + "\n")
         console.print(f"evaluating: {draws} score draws, by the width of the intervals", markup=False)
         settings = replace(settings, score_draws=draws)
-    rows = compute(settings, images)
+    work = compute(settings, images)
+    rows = work.rows
     with ranks.naming():
         # By id: a rank reports what it has met.
         bad = {sample: words for state in ranks.gather(loader.state()["bad"]) for sample, words in state.items()}
     with Records(out, ranks.rank) as records:
         found = Found.of(rows, records, images)
-    if not len(found.images):
-        raise ValueError(f"none of the {len(images)} images could be read")
-    cells = cells_of(rows, found, settings)
-    notes = warnings_about(rows, found, cells, fingerprints)
+        if not len(found.images):
+            raise ValueError(f"none of the {len(images)} images could be read")
+        cells = cells_of(rows, found, settings, work.num_classes)
+        health: tuple[DefenseHealth, ...] = ()
+        with ranks.together():
+            if ranks.is_first:
+                health = health_of(work, records, cells, fingerprints)
+    health = ranks.share(health)
+    notes = [*warnings_about(rows, found, cells, fingerprints), *(note for part in health for note in part.warnings())]
     if bad:
         notes.append(f"{len(bad)} images could not be read and are not counted: {'; '.join(bad.values())}")
     evaluation = Evaluation(
@@ -196,6 +204,7 @@ def _evaluate(
         tuple(notes),
         {package: version(package) for package in ("torch", "timm", "numpy", "denim-vision")},
         load_gallery(out, rows) if settings.examples else {},
+        health,
     )
     if ranks.is_first:
         content = {
@@ -203,6 +212,7 @@ def _evaluate(
             "versions": evaluation.versions,
             "classes": evaluation.classes,
             "warnings": evaluation.warnings,
+            "health": [asdict(part) for part in health],
             "cells": [asdict(cell) for cell in cells],
         }
         with atomic_write(out / "results.json") as staged:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -22,7 +24,8 @@ __all__ = ["RecordColumns", "Records"]
 Array = npt.NDArray[Any]
 
 # "Deni" as the application of the file, and the version of its tables.
-APPLICATION, VERSION = 0x44656E69, 1
+APPLICATION, VERSION = 0x44656E69, 2
+KEPT = "CREATE TABLE kept (key BLOB PRIMARY KEY, content BLOB NOT NULL, digest BLOB NOT NULL)"
 SCHEMA = (
     """CREATE TABLE cells (
         number INTEGER PRIMARY KEY,
@@ -43,12 +46,16 @@ SCHEMA = (
         missed BLOB NOT NULL,
         flags BLOB NOT NULL,
         gradients BLOB NOT NULL,
-        digest BLOB NOT NULL
+        digest BLOB NOT NULL,
+        seconds REAL
     )""",
+    KEPT,
     "CREATE INDEX blocks_of_cell ON blocks (cell)",
     f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )
+# From files of an earlier version to the next one.
+UPGRADES = {1: ("ALTER TABLE blocks ADD COLUMN seconds REAL", KEPT, "PRAGMA user_version = 2")}
 # What is appended is on the disk: it outlives a power cut.
 SYNCHRONOUS = "FULL"
 # How the columns of a block are stored: their numbers, little-endian, and how many of them a record has; None is any.
@@ -85,6 +92,7 @@ class RecordColumns:
         missed: int32 (N,), confirmation draws that did not give the label; -1 where none were made.
         flags: uint8 (N,). `ZERO_GRADIENT`: the gradient was zero at some step. `BAD_GRADIENT`: it was not finite.
         gradients: int32 (N,), backward passes that the attack spent; -1 where it does not say.
+        seconds: float64 (N,), share of an image in the time of the pass that made its record; NaN where not known.
     """
 
     images: Array
@@ -94,6 +102,7 @@ class RecordColumns:
     missed: Array
     flags: Array
     gradients: Array
+    seconds: Array
 
     ZERO_GRADIENT = 1
     BAD_GRADIENT = 2
@@ -133,8 +142,11 @@ class Records:
     Each process of an evaluation appends to a file of its own, `records.sqlite` or, of rank r > 0, `records-r.sqlite`,
     and reads those of all. A file has a table of cells and one of blocks. A cell has a key, the digest of all that its
     records were computed from but the image; a block has the records of one batch in one cell, each column as one
-    blob, and a digest of them. To append a block is one transaction: a process that is killed loses the block that it
-    was writing, and SQLite takes back what it has left half-written when the file is opened the next time.
+    blob, a digest of them, and the seconds that they took. To append a block is one transaction: a process that is
+    killed loses the block that it was writing, and SQLite takes back what it has left half-written when the file is
+    opened the next time.
+
+    A third table keeps what is not of one image, such as the findings of health checks, under keys of the same kind.
 
     One block is one row, so that 50,000 images are a few hundred rows: a row for each image would be a Python object
     for each image on the way from SQLite to NumPy.
@@ -193,19 +205,21 @@ class Records:
             DamagedFileError, WriteError: see `Records`.
         """
         blobs: dict[str, list[bytes]] = {name: [] for name in LAYOUT}
+        seconds = [np.empty(0)]
         count, draws = 0, set()
         for file, connection in self._all.items():
             with _translated(file):
                 rows = connection.execute(
-                    f"SELECT blocks.number, count, digest, {', '.join(LAYOUT)} FROM blocks "
+                    f"SELECT blocks.number, count, digest, seconds, {', '.join(LAYOUT)} FROM blocks "
                     "JOIN cells ON cells.number = cell WHERE key = ? ORDER BY blocks.number",
                     (key,),
                 )
-                for number, size, digest, *columns in rows:
+                for number, size, digest, spent, *columns in rows:
                     fits = all(isinstance(column, bytes) for column in columns) and _digest(columns) == digest
                     if not fits or not size:
                         raise _damaged(file, f"what it holds as block {number} has changed since it was written")
                     count += size
+                    seconds.append(np.full(size, math.nan if spent is None else spent / size))
                     draws.add(len(columns[3]) // (2 * size))
                     for name, column in zip(LAYOUT, columns, strict=True):
                         blobs[name].append(column)
@@ -218,7 +232,38 @@ class Records:
             if flat.size != np.prod(shape):
                 raise _damaged(self.file, f"its column {name} has {flat.size} numbers for {count} records")
             arrays[name] = flat.reshape(shape)
-        return RecordColumns(**arrays)
+        return RecordColumns(**arrays, seconds=np.concatenate(seconds))
+
+    def kept(self, key: bytes) -> Any:
+        """What `keep` was given with a key; None where there is nothing.
+
+        Raises:
+            DamagedFileError, WriteError: see `Records`.
+        """
+        for file, connection in self._all.items():
+            with _translated(file):
+                row = connection.execute("SELECT content, digest FROM kept WHERE key = ?", (key,)).fetchone()
+            if row is not None:
+                if not isinstance(row[0], bytes) or _digest([row[0]]) != row[1]:
+                    raise _damaged(file, "what it keeps beside the records has changed since it was written")
+                return json.loads(row[0])
+        return None
+
+    def keep(self, key: bytes, content: Any) -> None:
+        """Keep something beside the records: a result that is not of one image. It replaces what has that key.
+
+        Args:
+            key: digest of all that it was computed from.
+            content: for JSON.
+
+        Raises:
+            DamagedFileError, WriteError: see `Records`; nothing has been kept then.
+        """
+        text = json.dumps(content).encode()
+        with _translated(self.file):
+            own = self._opened_own()
+            with _transaction(own):
+                own.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", (key, text, _digest([text])))
 
     def append(self, key: bytes, target: bytes, is_random: bool, names: tuple[str, str], block: RecordColumns) -> None:
         """Append the records of a batch, all or none of them.
@@ -241,11 +286,10 @@ class Records:
             np.ascontiguousarray(getattr(block, name)).astype(kind).tobytes() for name, (kind, _) in LAYOUT.items()
         ]
         with _translated(self.file):
-            if self._own is None:
-                self._own = self._all[self.file] = _opened(self.file, "rwc")
-            with _transaction(self._own):
+            own = self._opened_own()
+            with _transaction(own):
                 if key not in self._numbers:
-                    self._own.execute(
+                    own.execute(
                         "INSERT OR IGNORE INTO cells (key, target, random, defense, attack) VALUES (?, ?, ?, ?, ?)",
                         (
                             key,
@@ -254,15 +298,21 @@ class Records:
                             *(name.encode("utf-8", "backslashreplace").decode() for name in names),
                         ),
                     )
-                    (number,) = self._own.execute("SELECT number FROM cells WHERE key = ?", (key,)).fetchone()
+                    (number,) = own.execute("SELECT number FROM cells WHERE key = ?", (key,)).fetchone()
                 else:
                     number = self._numbers[key]
-                self._own.execute(
-                    f"INSERT INTO blocks (cell, count, digest, {', '.join(LAYOUT)}) "
-                    f"VALUES (?, ?, ?, {', '.join('?' * len(LAYOUT))})",
-                    (number, len(block), _digest(columns), *columns),
+                own.execute(
+                    f"INSERT INTO blocks (cell, count, digest, seconds, {', '.join(LAYOUT)}) "
+                    f"VALUES (?, ?, ?, ?, {', '.join('?' * len(LAYOUT))})",
+                    (number, len(block), _digest(columns), float(block.seconds.sum()), *columns),
                 )
             self._numbers[key] = number
+
+    def _opened_own(self) -> sqlite3.Connection:
+        """The connection to the file of this process, which is made where absent."""
+        if self._own is None:
+            self._own = self._all[self.file] = _opened(self.file, "rwc")
+        return self._own
 
 
 def _digest(columns: list[bytes]) -> bytes:
@@ -288,11 +338,15 @@ def _opened(file: Path, mode: str) -> sqlite3.Connection:
                 with _transaction(connection):
                     for statement in SCHEMA:
                         connection.execute(statement)
-            application, version = (
-                connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
-            if application != APPLICATION:
+            if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
                 raise _damaged(file, "it is a database of something else")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version in UPGRADES:
+                with _transaction(connection):
+                    # Another rank may have been first.
+                    while (version := connection.execute("PRAGMA user_version").fetchone()[0]) in UPGRADES:
+                        for statement in UPGRADES[version]:
+                            connection.execute(statement)
             if version != VERSION:
                 raise DamagedFileError(
                     f"{file} has records of version {version}, and this Denim reads version {VERSION}: take another "

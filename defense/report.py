@@ -147,6 +147,55 @@ def tradeoff(evaluation: Evaluation) -> Figure:
     return figure
 
 
+def resubmissions(evaluation: Evaluation) -> Figure:
+    """Accuracy in percent against the tries of an attacker who may resubmit: a panel for each random defense.
+
+    Each line is an attack, with its 95 % band, beside clean images. A defense of the same case and level whose noise is
+    frozen, for which tries make no difference, is a broken line across the panel.
+    """
+    attacks, cells = _attacks(evaluation), _by_place(evaluation)
+    defenses = _defenses(evaluation)
+    random = [name for name in defenses if cells[name, attacks[0]].resubmission]
+    looks = _looks(attacks)
+    columns = min(4, len(random))
+    rows = -(-len(random) // columns)
+    figure = Figure(figsize=(2.6 * columns + 2.4, 2.5 * rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(random) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid.flat, random, strict=False):
+        own = defenses[name]
+        twins = [
+            other
+            for other, cell in defenses.items()
+            if cell.frozen and (cell.case, cell.sigma) == (own.case, own.sigma)
+        ]
+        for attack in attacks:
+            look = looks[attack] | {"marker": ""}
+            curve = cells[name, attack].resubmission
+            value, low, high = _percent(curve)
+            tries = np.arange(1, len(curve) + 1)
+            axes.fill_between(tries, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            axes.plot(tries, value, linewidth=1.6, **look)
+            for twin in twins:
+                accuracy = 100 * cells[twin, attack].scores.mean.value
+                axes.axhline(accuracy, linewidth=1, linestyle="--", color=look["color"], alpha=0.8)
+        axes.set_title(_tick(name, own), fontsize=8)
+        axes.set_ylim(-3, 103)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("tries", fontsize=10)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    names = _short(attacks)
+    handles = [Line2D([], [], label=names[attack], color=looks[attack]["color"]) for attack in attacks]
+    if any(cell.frozen for cell in defenses.values()):
+        handles.append(Line2D([], [], color="0.4", linestyle="--", label="frozen noise"))
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
 def _looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of every attack; the worst of several is a ring, since it often coincides with one of them."""
     colours: Sequence[Any] = PALETTE
@@ -171,6 +220,8 @@ def _tick(name: str, cell: Cell) -> str:
 def write_report(evaluation: Evaluation, out: Path, *, title: str) -> Path:
     """Write `out`/report.html, results.csv and tradeoff.png; each file is replaced in one step.
 
+    Where a defense is random, also resubmission.csv and resubmission.png: accuracy against the number of tries.
+
     The page needs no other file, no network and no scripts. results.csv has one line per cell; its accuracies and
     their 95 % intervals are shares in [0, 1], sigma is in 0-255 pixel levels, epsilon in [0, 1] units, and what does
     not apply is empty.
@@ -183,21 +234,32 @@ def write_report(evaluation: Evaluation, out: Path, *, title: str) -> Path:
     Returns:
         The path of report.html.
     """
+    _write_csv(out / "results.csv", [_csv_row(cell) for cell in evaluation.cells])
+    pictures = [_written_picture(tradeoff(evaluation), out / "tradeoff.png")]
+    if tries := _csv_tries(evaluation.cells):
+        _write_csv(out / "resubmission.csv", tries)
+        pictures.append(_written_picture(resubmissions(evaluation), out / "resubmission.png"))
+    with atomic_write(out / "report.html") as staged:
+        staged.write_text(_page(evaluation, title, *pictures), encoding="utf-8")
+    return out / "report.html"
+
+
+def _write_csv(file: Path, rows: Sequence[dict[str, object]]) -> None:
     with (
-        atomic_write(out / "results.csv") as staged,
+        atomic_write(file) as staged,
         staged.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
     ):
-        rows = [_csv_row(cell) for cell in evaluation.cells]
         writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _written_picture(figure: Figure, file: Path) -> bytes:
     picture = io.BytesIO()
-    tradeoff(evaluation).savefig(picture, format="png", dpi=DPI)
-    with atomic_write(out / "tradeoff.png") as staged:
+    figure.savefig(picture, format="png", dpi=DPI)
+    with atomic_write(file) as staged:
         staged.write_bytes(picture.getvalue())
-    with atomic_write(out / "report.html") as staged:
-        staged.write_text(_page(evaluation, title, picture.getvalue()), encoding="utf-8")
-    return out / "report.html"
+    return picture.getvalue()
 
 
 def print_table(evaluation: Evaluation, console: Console) -> None:
@@ -229,8 +291,16 @@ def print_table(evaluation: Evaluation, console: Console) -> None:
         members = [name for name, cell in _defenses(evaluation).items() if cell.case == case]
         lines.append(f"{case}{_leak(case)}: {', '.join(members)}")
     console.print(Text(printable("\n".join(lines), keep="\n"), style="dim"))
+    if evaluation.health:
+        console.print(Text(f"{_checks_passed(evaluation)} (docs/method.md, health checks)", style="dim"))
     for warning in evaluation.warnings:
         console.print(Text(f"warning: {printable(warning)}", style="bold yellow"))
+
+
+def _checks_passed(evaluation: Evaluation) -> str:
+    checks = [check for part in evaluation.health for check in part.checks]
+    images = _counted({part.num_images for part in evaluation.health}, "image")
+    return f"{sum(check.passed for check in checks)} of {len(checks)} health checks passed, on {images}"
 
 
 def _by_place(evaluation: Evaluation) -> dict[tuple[str, str], Cell]:
@@ -324,12 +394,7 @@ def _csv_text(text: str) -> str:
 
 def _csv_row(cell: Cell) -> dict[str, object]:
     row: dict[str, object] = {
-        "defense": _csv_text(cell.defense),
-        "sigma": cell.sigma,
-        "frozen": str(cell.frozen).lower(),
-        "case": _csv_text(cell.case),
-        "attack": _csv_text(cell.attack),
-        "epsilon": cell.epsilon,
+        **_csv_place(cell),
         "num_images": cell.scores.num_images,
         "score_draws": cell.scores.score_draws,
     }
@@ -343,7 +408,27 @@ def _csv_row(cell: Cell) -> dict[str, object]:
         row[name] = None if interval is None else interval.value
         row[f"{name}_low"] = None if interval is None else interval.low
         row[f"{name}_high"] = None if interval is None else interval.high
-    return row
+    return row | {"gradients": cell.gradients, "gradients_saved": cell.gradients_saved, "seconds": cell.seconds}
+
+
+def _csv_place(cell: Cell) -> dict[str, object]:
+    return {
+        "defense": _csv_text(cell.defense),
+        "sigma": cell.sigma,
+        "frozen": str(cell.frozen).lower(),
+        "case": _csv_text(cell.case),
+        "attack": _csv_text(cell.attack),
+        "epsilon": cell.epsilon,
+    }
+
+
+def _csv_tries(cells: Sequence[Cell]) -> list[dict[str, object]]:
+    """A line for each random cell and number of tries."""
+    return [
+        _csv_place(cell) | {"tries": n, "accuracy": entry.value, "low": entry.low, "high": entry.high}
+        for cell in cells
+        for n, entry in enumerate(cell.resubmission, start=1)
+    ]
 
 
 STYLE = """
@@ -359,6 +444,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .numbers thead th { border-bottom: 2px solid #444; white-space: normal; vertical-align: bottom; }
 .numbers th:first-child, .numbers .text { text-align: left; }
 .numbers small { color: #555; display: block; }
+.numbers .prose { white-space: normal; min-width: 20rem; }
 .warnings { border: 2px solid #b35900; background: #fff6e5; padding: .2rem 1rem; }
 .leak { font-weight: bold; color: #8f3f00; }
 img.curve { max-width: 100%; height: auto; }
@@ -405,7 +491,7 @@ def _escaped(text: str) -> str:
     return html.escape(printable(text))
 
 
-def _page(evaluation: Evaluation, title: str, picture: bytes) -> str:
+def _page(evaluation: Evaluation, title: str, picture: bytes, tries: bytes | None = None) -> str:
     strips = _Strips()
     gallery = "".join(_gallery(evaluation, strips))
     attacks = [attack for attack in _attacks(evaluation) if not _is_derived(attack)]
@@ -416,6 +502,8 @@ def _page(evaluation: Evaluation, title: str, picture: bytes) -> str:
         ("Images that every draw gets right (worst of R)", lambda cell: str(cell.scores.worst)),
         (f"Difference of the mean to {next(iter(_defenses(evaluation)))}, paired over images", _difference),
     ]
+    if any(cell.gradients or cell.seconds is not None for cell in evaluation.cells):
+        tables.append(("What it cost: gradients of one draw, those saved by leaving early, and seconds", _costs))
     others = "".join(
         f"<details><summary>{_escaped(head)}</summary>{_numbers(evaluation, head, of)}</details>" for head, of in tables
     )
@@ -441,6 +529,7 @@ brackets the 95&nbsp;% interval over images. Seed {evaluation.settings.seed}; pr
 <h2>Trade-off</h2>
 <p><img class="curve" src="{_data_uri(picture)}" alt="Mean accuracy against the noise level sigma, one line for each
 attack, with 95 % bands, beside the defenses that are on no line. The numbers are those of the table above."></p>
+{_resubmissions(evaluation, tries)}
 {gallery}
 {READING}</body>
 </html>
@@ -449,14 +538,38 @@ attack, with 95 % bands, beside the defenses that are on no line. The numbers ar
 
 def _warnings(evaluation: Evaluation) -> str:
     if not evaluation.warnings:
-        return "<p>No health check of the attacks gave a warning.</p>"
+        return "<p>No health check of the attacks gave a warning.</p>" + _health_table(evaluation)
     # A link into the documentation would not work from a folder of results, so the page has an explanation of its own.
     items = (
         re.sub(r"docs/[\w./-]+\.md(, [\w ]+)?", r'<a href="#health">\g<0></a>', _escaped(warning))
         for warning in evaluation.warnings
     )
     entries = "".join(f"<li>{item}</li>" for item in items)
-    return f'<section class="warnings"><h2>Warnings</h2><ul>{entries}</ul></section>'
+    section = f'<section class="warnings"><h2>Warnings</h2><ul>{entries}</ul></section>'
+    return section + _health_table(evaluation)
+
+
+def _health_table(evaluation: Evaluation) -> str:
+    if not evaluation.health:
+        return ""
+    rows = []
+    for part in evaluation.health:
+        beside = "without an attack" if part.attack == CLEAN else f"beside {part.attack}"
+        for check in part.checks:
+            mark, kind = ("pass", "right") if check.passed else ("warn", "wrong")
+            rows.append(
+                f'<tr><th scope="row">{_escaped(part.defense)}<small>{_escaped(beside)}</small></th>'
+                f'<td class="text">{_escaped(check.name)}</td><td>{check.value:.3g}</td>'
+                f'<td class="{kind}">{mark}</td><td class="text prose">{_escaped(check.text)}</td></tr>'
+            )
+    heads = (
+        '<th scope="col">defense</th><th scope="col" class="text">check</th><th scope="col">number</th>'
+        '<th scope="col">result</th><th scope="col" class="text">what the number is</th>'
+    )
+    return (
+        f'<details><summary>{_checks_passed(evaluation)}</summary><div class="wide"><table class="numbers">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
 
 
 def _numbers(evaluation: Evaluation, caption: str, of: Callable[[Cell], str]) -> str:
@@ -492,6 +605,47 @@ def _difference(cell: Cell) -> str:
         return "–"  # noqa: RUF001
     value, low, high = (100 * x for x in (cell.difference.value, cell.difference.low, cell.difference.high))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _costs(cell: Cell) -> str:
+    spent = "–" if cell.gradients is None else f"{cell.gradients:,}"  # noqa: RUF001
+    parts = [] if not cell.gradients_saved else [f"{cell.gradients_saved:,} saved"]
+    if cell.seconds is not None:
+        parts.append(f"{cell.seconds:.1f} s")
+    return f"{spent} {', '.join(parts)}"
+
+
+def _resubmissions(evaluation: Evaluation, picture: bytes | None) -> str:
+    if picture is None:
+        return ""
+    last = _resubmission_columns(max(len(cell.resubmission) for cell in evaluation.cells))
+    attacks, cells = _attacks(evaluation), _by_place(evaluation)
+    names = _short(attacks)
+    heads = "".join(f'<th scope="col">{n}</th>' for n in last)
+    rows = []
+    for name in _defenses(evaluation):
+        for attack in attacks:
+            curve = cells[name, attack].resubmission
+            if curve:
+                values = (str(curve[n - 1]).partition(" ") for n in last)
+                row = "".join(f"<td>{value}<small>{interval}</small></td>" for value, _, interval in values)
+                head = f'<th scope="row">{_escaped(name)}</th><td class="text">{_escaped(names[attack])}</td>'
+                rows.append(f"<tr>{head}{row}</tr>")
+    return (
+        "<h2>Resubmission</h2><p>Accuracy against an attacker who may submit an image again, and needs one wrong "
+        "answer among that many tries. Broken lines: the same level with frozen noise, where tries make no difference."
+        f'</p><p><img class="curve" src="{_data_uri(picture)}" alt="Accuracy against the number of tries, a panel for '
+        "each random defense, a line for each attack. Some of the numbers are in the table below, all are in "
+        'resubmission.csv."></p><details><summary>Accuracy in percent by tries</summary><div class="wide">'
+        '<table class="numbers"><thead><tr><th scope="col">defense</th><th scope="col" class="text">attack</th>'
+        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
+def _resubmission_columns(draws: int) -> list[int]:
+    """Numbers of tries for a table: 1, 2, 5, 10, 20, 50, ..., and the last."""
+    found = [digit * 10**power for power in range(len(str(draws))) for digit in (1, 2, 5)]
+    return [n for n in found if n < draws] + [draws]
 
 
 def _data_uri(png: bytes) -> str:

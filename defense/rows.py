@@ -16,7 +16,7 @@ from denim.defense.targets import OBJECT, import_object
 from denim.kernels.seeds import check_seed
 from denim.nim.precision import check_precision
 
-__all__ = ["CLEAN", "EvaluationSettings", "Row", "open_attack", "rows_of"]
+__all__ = ["CLEAN", "EvaluationSettings", "Row", "key_of", "open_attack", "rows_of"]
 
 CLEAN = "none"
 # Beside the code of a model and its weights, what records depend on.
@@ -60,6 +60,7 @@ class EvaluationSettings:
             means on the device of the first defense is recorded.
         compile: compile each transformer block of Denim's models with torch.compile; None does so on CUDA. Records do
             not tell it: results agree to rounding.
+        health_images: images on which every defense is checked (see `denim.defense.health`); 0 leaves the checks out.
     """
 
     attacks: tuple[str, ...]
@@ -69,12 +70,14 @@ class EvaluationSettings:
     examples: int = 6
     precision: str = "fp32"
     compile: bool | None = None
+    health_images: int = 16
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
         check_seed(self.seed)
-        if self.examples < 0:
-            raise ValueError(f"examples must not be negative, got {self.examples}")
+        for name in ("examples", "health_images"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if isinstance(self.score_draws, str) and self.score_draws != "auto":
             raise ValueError(f'score_draws must be a number or "auto", got {self.score_draws!r}')
         for name in ("score_draws", "max_batch"):
@@ -117,7 +120,7 @@ def rows_of(targets: Mapping[str, Any], settings: EvaluationSettings, fingerprin
     """
     attacks: list[tuple[str, Any]] = [(CLEAN, None), *map(open_attack, settings.attacks)]
     radii = [_radius(attack) for _, attack in attacks]
-    shared = (settings.seed, settings.score_draws, settings.precision, *map(version, PACKAGES))
+    shared = (settings.seed, settings.score_draws, settings.precision)
     rows = []
     for name, target in targets.items():
         target_key = fingerprints.of(target)
@@ -127,11 +130,22 @@ def rows_of(targets: Mapping[str, Any], settings: EvaluationSettings, fingerprin
                     f"{text} attacks the classifier behind a De3, and {name} is none: leave `gray` out, or evaluate "
                     "the two apart"
                 )
-            digest = hashlib.blake2b(target_key + fingerprints.of(attack), digest_size=16)
-            digest.update(repr((text, *shared)).encode("utf-8", "surrogatepass"))
+            key = key_of(target_key, fingerprints.of(attack), text, *shared)
             confirms = radius is not None and radii.count(radius) > 1
-            rows.append(Row(name, target, target_key, text, attack, radius, digest.digest(), confirms))
+            rows.append(Row(name, target, target_key, text, attack, radius, key, confirms))
     return rows
+
+
+def key_of(target: bytes, attack: bytes, *parts: object) -> bytes:
+    """Digest of all that something is computed from.
+
+    Args:
+        target, attack: fingerprints.
+        parts: whatever else, by `repr`; the versions of `PACKAGES` are added.
+    """
+    digest = hashlib.blake2b(target + attack, digest_size=16)
+    digest.update(repr((*parts, *map(version, PACKAGES))).encode("utf-8", "surrogatepass"))
+    return digest.digest()
 
 
 def _radius(attack: Any) -> tuple[str, float] | None:

@@ -34,7 +34,7 @@ from denim.nim.progress import LineClock, clock_text
 from denim.nim.ranks import Ranks
 from denim.nim.stopping import StopRequest
 
-__all__ = ["Work", "device_of"]
+__all__ = ["Work", "device_of", "is_out_of_memory"]
 
 Array = npt.NDArray[Any]
 # Passes that rows of one group fill, before the images that are left make one that is not full.
@@ -151,6 +151,7 @@ class Work:
         self.records, self.console, self.stop, self.ranks = records, console, stop, ranks
         self.lacking: list[Array] = []
         self.gallery: list[Gallery] = []
+        self.num_classes: int | None = None
         self.batches: Iterator[tuple[int, Batch]] = iter(())
         # By defense, where memory has not sufficed: images in a pass.
         self.limits: dict[str, int] = {}
@@ -200,7 +201,8 @@ class Work:
     def examine(self, images: Images, classes: Sequence[str]) -> None:
         """Look at every defense that will compute something, on one batch, before anything is computed.
 
-        All ranks must come here: what one of them finds random is random for all.
+        All ranks must come here: what one of them finds random is random for all. Afterwards `num_classes` is that of
+        the defenses.
 
         Args:
             images: those of all ranks.
@@ -208,8 +210,12 @@ class Work:
         """
         counts: dict[str, int] = {}
         random: dict[str, bool] = {}
+        known: dict[str, int] = {}
         with self.ranks.together():
             self._plan()
+            for row in self.rows:
+                if (kept := self.records.kept(row.target_key)) is not None:
+                    known[row.name] = kept["classes"]
             below = images.labels < 0
             if below.any():
                 raise ValueError(
@@ -229,7 +235,12 @@ class Work:
         for row in self.rows:
             if row.name in random:
                 row.target.is_random = random[row.name]
+        counts = {**known, **counts}
         _check_classes(counts, images, classes)
+        self.num_classes = next(iter(counts.values()), None)
+        if self.ranks.is_first:
+            for row in {row.name: row for row in self.rows if row.name in counts and row.name not in known}.values():
+                self.records.keep(row.target_key, {"classes": counts[row.name]})
 
     @torch.no_grad()
     def _look(self, batch: Batch, names: set[str]) -> tuple[dict[str, int], dict[str, bool]]:
@@ -248,7 +259,7 @@ class Work:
                     _refuse_hidden_draws(name, target, pixels)
                 logits = target.draw_logits(pixels, target.seeds(self.settings.seed, Domain.SELECTION, ids, 1))
             except RuntimeError as error:
-                if _is_out_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 raise ValueError(f"{name} does not take pixels of shape {tuple(pixels.shape)}: {error}") from error
             if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
@@ -299,6 +310,19 @@ class Work:
             groups.setdefault(_all_but_sigma(row) or number, []).append(number)
         return list(groups.values())
 
+    def batch_of(self, images: Images) -> Batch:
+        """Some images of this process as one batch, without those that cannot be read.
+
+        Args:
+            images: of `own`, in its order.
+
+        Raises:
+            ValueError: an image has changed since it was identified.
+        """
+        wanted = np.isin(self.own.ids, images.ids)
+        batches = [self._opened(*opened, wanted)[1] for opened in batches_of(self.loader, np.unique(images.steps))]
+        return Batch(*(torch.cat(parts) for parts in zip(*((b.images, b.labels, b.ids) for b in batches), strict=True)))
+
     def _opened(self, step: int, batch: Batch, wanted: Array) -> tuple[Array, Batch]:
         """The images of a batch that some row wants: where they are among those of this process, and the images."""
         first, last = np.searchsorted(self.own.steps, [step, step + 1])
@@ -335,7 +359,7 @@ class Work:
             try:
                 count = self._pass(group._replace(of=group.of[part]), _at(batch, part), places[part], device, limit)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 failure = error.with_traceback(None)  # which would keep the tensors
             if failure is None:
@@ -355,6 +379,7 @@ class Work:
 
     def _pass(self, group: _Group, batch: Batch, places: Array, device: torch.device, limit: int) -> int:
         """Attack and score some images, append their records, and return how many."""
+        started = time.perf_counter()
         settings, row = self.settings, group.rows[0][1]
         target, sigma = row.target, group.sigma(device)
         clean, labels, ids = pixels_of(batch, device), batch.labels.to(device), batch.ids.to(device)
@@ -401,6 +426,7 @@ class Work:
             except FloatingPointError:
                 self._name_broken(group, new, score)
                 raise
+        each = (time.perf_counter() - started) / len(places)
         for place, (number, one) in enumerate(group.rows):
             own = new[group.of[new] == place]
             if len(own):
@@ -413,6 +439,7 @@ class Work:
                     missed[here],
                     attacked.flags[own],
                     attacked.gradients[own],
+                    np.full(len(own), each),
                 )
                 names = (one.name, one.text)
                 self.records.append(one.key, one.target_key, bool(target.is_random), names, block)
@@ -468,7 +495,8 @@ def _takes_max_batch(attack: AttackMethod) -> bool:
     return "max_batch" in inspect.signature(attack.run).parameters
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory does not suffice."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     # torch's allocator for the CPU, and cuBLAS and cuDNN where the memory of a GPU is full.

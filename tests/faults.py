@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -166,6 +168,15 @@ def content(folder: Path) -> dict[str, object]:
             found[name] = {key: value for key, value in json.loads(path.read_text()).items() if key not in different}
         elif path.suffix == ".sqlite":
             found[name] = _records(path)
+        elif path.name == "results.json":
+            results = json.loads(path.read_text())
+            cells = [{key: value for key, value in cell.items() if key != "seconds"} for cell in results["cells"]]
+            found[name] = results | {"cells": cells}
+        elif path.name == "results.csv":
+            rows = csv.DictReader(path.read_text().splitlines())
+            found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        elif path.name == "report.html":
+            found[name] = re.sub(r"[\d.]+ s</small>", "", path.read_text())
         else:
             found[name] = _whole(path)
     return found
@@ -230,6 +241,7 @@ def works(faults: Faults) -> dict[str, Callable[[Path], Work]]:
     def evaluate(out: Path) -> Work:
         models = ("--classifier", given / "classifier/model", "--denoiser", given / "nim/model")
         few = ("--data", small, "--score-draws", "2", "--max-batch", "4", "--examples", "2", "--loader", "torch")
+        few = (*few, "--health-images", "0")
         attacks = ("--sigmas", "70", "--frozen", "None", "--attacks", "fgsm:4/255,eot=1", "pgd:4/255,steps=1,eot=2")
         return denim_command("evaluate", "--out", out, *models, *few, *attacks)
 

@@ -240,6 +240,31 @@ class Attack:
             text += f",loss={'+'.join(self.losses)}"
         return text + (",gray" if self.gray else "") + (",full" if self.full else "")
 
+    def most_gradients(self, is_random: bool, num_classes: int) -> int:
+        """Gradients of one draw that an image costs which leaves no search early; see `Attacked.gradients`.
+
+        Args:
+            is_random: whether what is attacked draws.
+            num_classes: of what is attacked.
+        """
+        eot = self.eot if is_random else 1
+        return sum(
+            stage.rule.steps * eot * self.restarts * (min(stage.targets, num_classes - 1) or 1)
+            for stage in self.stages(eot)
+            if stage.rule.needs_gradient
+        )
+
+    def stages(self, eot: int) -> Iterator[Stage]:
+        """The searches that it makes, in their order.
+
+        Args:
+            eot: draws of a gradient, 1 where nothing draws.
+        """
+        for stage in ATTACKS[self.name].stages(self, Ball(self.epsilon, self.norm)):
+            yield stage
+            if stage.loss == "ce" and eot > 1 and "mean-probability" not in self.losses:
+                yield stage._replace(loss="mean-probability")
+
     def run(
         self,
         target: Target,
@@ -317,7 +342,7 @@ class _Run:
         if not count:
             return Attacked(best, bad, bad.clone(), gradients)
         rank, mean = self._rank(items, items.origin, first=True)
-        for stage in self._stages():
+        for stage in self.attack.stages(self.eot):
             leaves = self._may_leave(stage)
             # Most likely first; the label itself, or beyond the classes, is no aim.
             order = mean.scatter(1, items.labels[:, None], -math.inf).argsort(dim=1, descending=True)
@@ -345,12 +370,6 @@ class _Run:
                     zero[place] &= found.zero
                     gradients[place] += found.passes * self.eot
         return Attacked(best, zero & searched, bad, gradients)
-
-    def _stages(self) -> Iterator[Stage]:
-        for stage in ATTACKS[self.attack.name].stages(self.attack, Ball(self.attack.epsilon, self.attack.norm)):
-            yield stage
-            if stage.loss == "ce" and self.eot > 1 and "mean-probability" not in self.attack.losses:
-                yield stage._replace(loss="mean-probability")
 
     def _may_leave(self, stage: Stage) -> bool:
         if self.attack.full or self.attack.gray:

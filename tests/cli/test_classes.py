@@ -12,6 +12,7 @@ from denim.nim.autoencoder import preset
 from denim.nim.classifier import ClassifierConfig
 
 OPTIONS = {
+    "health_images": 0,
     "sigmas": (0.0,),
     "frozen": None,
     "attacks": ("fgsm:1/255,eot=1",),

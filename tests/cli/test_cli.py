@@ -93,6 +93,7 @@ def test_evaluate_models_of_others(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     torch.save({"1.weight": torch.zeros(10, 256), "1.bias": torch.arange(10.0)}, tmp_path / "nine.pt")
     base = ("evaluate", "--out", "ev", "--num-images", "30", "--attacks", "fgsm:8/255", "--examples", "0")
+    base = (*base, "--health-images", "0")
     named = ("--model", "nine=models_of_test:Plain", "--weights", "nine.pt")
     denim(*base, *named, "--img-size", "16")
     cells = json.loads((tmp_path / "ev" / "results.json").read_text())["cells"]
@@ -128,6 +129,7 @@ def test_evaluate_with_the_denoiser_jpeg_and_noise_before_a_model(runs, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     base = ("evaluate", "--num-images", "4", "--attacks", "fgsm:8/255,eot=1", "--examples", "0", "--score-draws", "2")
+    base = (*base, "--health-images", "0")
     before = ("--jpeg", "75", "30", "--noise-only", "35", "--sigmas", "70", "--frozen", "None")
 
     def rows(*words):
@@ -192,6 +194,8 @@ def test_evaluate_by_masking(runs, tmp_path):
             tmp_path / "ev",
             "--num-images",
             "6",
+            "--health-images",
+            "0",
             "--mask-ratios",
             "0.5",
             "--attacks",
@@ -411,6 +415,7 @@ def test_models_may_be_on_the_hub(runs, tmp_path, photo, capsys, monkeypatch):
         *("evaluate", "--classifier", "owner/classifier", "--denoiser", "owner/denoiser"),
         *("--clean-classifier", "owner/classifier", "--out", tmp_path / "evaluation", "--sigmas", "70"),
         *("--frozen", "None", "--attacks", "fgsm:4/255", "--num-images", "4", "--score-draws", "2", "--examples", "0"),
+        *("--health-images", "0"),
     )
     denim("finetune", "--out", tmp_path / "ft", "--denoiser", "owner/denoiser", *FAST, *PLAIN)
     assert asked == ["owner/denoiser", "owner/classifier", "owner/denoiser", "owner/classifier", "owner/denoiser"]

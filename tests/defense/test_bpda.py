@@ -156,7 +156,7 @@ def test_jpeg_is_a_row_that_is_attacked(network, tmp_path):
     rows = {"alone": network, "JPEG 50": nn.Sequential(Jpeg(50), network)}
     pixels = images(height=8, width=8)
     data = (pixels, network(pixels).argmax(dim=1))
-    done = evaluate(rows, data, EvaluationSettings(("pgd:24/255,steps=10",), examples=0), tmp_path)
+    done = evaluate(rows, data, EvaluationSettings(("pgd:24/255,steps=10",), examples=0, health_images=0), tmp_path)
     mean = {(cell.defense, cell.attack == "none"): cell.scores.mean.value for cell in done.cells}
     assert mean["JPEG 50", True] > 0.5
     assert mean["JPEG 50", False] < mean["JPEG 50", True] - 0.2

@@ -30,7 +30,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from denim.defense import Attack, De3, EvaluationSettings, evaluate, paired_difference, score
+from denim.defense import (
+    Attack,
+    De3,
+    EvaluationSettings,
+    evaluate,
+    paired_difference,
+    resubmission_curve,
+    score,
+)
 from denim.defense import evaluation as evaluating
 from denim.defense import records as storing
 from denim.defense import rows as numbering
@@ -60,7 +68,7 @@ CONFIG = AutoencoderConfig((8, 8), 4, 16, 1, 2, 16, 1, 2, mean=(0.5,), std=(0.25
 COUNT, CLASSES = 10, 3
 IDS = torch.tensor([3, 2**40, -5, 0, 77, 8, 9, 10, 11, 12])
 SETTINGS = EvaluationSettings(
-    ("fgsm:12/255,eot=2", "pgd:12/255,steps=3,eot=2"), score_draws=5, seed=4, max_batch=8, examples=3
+    ("fgsm:12/255,eot=2", "pgd:12/255,steps=3,eot=2"), score_draws=5, seed=4, max_batch=8, examples=3, health_images=0
 )
 
 
@@ -234,6 +242,8 @@ def test_cells_score_the_records_and_are_compared_with_the_first_defense(finishe
         shares = (predictions == labels[:, None]).mean(axis=1)
         assert cell.difference == (None if name == "off" else paired_difference(shares, first))
         assert cell.epsilon == (None if attack == "none" else 12 / 255)
+        curve = resubmission_curve(predictions, labels) if name == "noise" else ()
+        assert cell.resubmission == curve
     assert cell_of(evaluation, "off", "none").scores.mean.value == 0.8
     assert cell_of(evaluation, "off", ROWS[2]).scores.mean.value < 0.8
     described = {cell.defense: (cell.sigma, cell.frozen, cell.case) for cell in evaluation.cells}
@@ -242,6 +252,49 @@ def test_cells_score_the_records_and_are_compared_with_the_first_defense(finishe
         "noise": (70.0, False, "noisy"),
         "frozen": (70.0, True, "noisy"),
     }
+
+
+def test_cells_have_the_gradients_that_were_spent_and_saved(finished):
+    out, evaluation = finished
+    spent = Counter()
+    for row in records(out):
+        spent[row["defense"], row["attack"]] += row["gradients"]
+    for cell in evaluation.cells:
+        assert cell.seconds > 0
+        if cell.attack in ROWS:
+            assert cell.gradients == spent[cell.defense, cell.attack]
+    for name in defenses():
+        parts = [cell_of(evaluation, name, attack) for attack in ROWS[1:]]
+        worst = cell_of(evaluation, name, "worst 12/255")
+        assert worst.gradients == sum(part.gradients for part in parts)
+        assert worst.seconds == pytest.approx(sum(part.seconds for part in parts))
+    # PGD has two losses, and a third where the draws differ; its 3 steps have 2 draws each there.
+    most = {"off": 2 * 3, "noise": 3 * 3 * 2, "frozen": 2 * 3}
+    for name, each in most.items():
+        cell = cell_of(evaluation, name, ROWS[2])
+        assert cell.gradients + cell.gradients_saved == COUNT * each
+    assert cell_of(evaluation, "off", ROWS[2]).gradients_saved > 0, "two images are misled from the start"
+    assert cell_of(evaluation, "noise", ROWS[2]).gradients_saved == 0, "with few steps no image leaves a random defense"
+    assert cell_of(evaluation, "off", "none").gradients == 0
+
+
+def test_records_of_the_version_before_stay_and_have_no_seconds(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy" / "records.sqlite")) as database:
+        for statement in ("DROP TABLE kept", "ALTER TABLE blocks DROP COLUMN seconds", "PRAGMA user_version = 1"):
+            database.execute(statement)
+        database.commit()
+    chosen = defenses()
+    again = run(tmp_path / "copy", chosen, classes=("a", "b", "c"))
+    assert chosen["off"].classifier.sizes == []
+    assert {cell.seconds for cell in again.cells} == {None}
+    assert again.cells == tuple(replace(cell, gradients_saved=None) for cell in finished[1].cells)
+
+
+def test_a_model_of_other_classes_is_refused_beside_finished_ones(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"must have the same classes, got off: 3, .* wide: 7"):
+        run(tmp_path / "copy", defenses() | {"wide": Wide()})
 
 
 def test_the_worst_attack_is_chosen_by_confirmation_and_never_by_the_score(tmp_path):
@@ -426,9 +479,18 @@ def test_examples_show_one_score_draw(finished):
 def contents(out: Path) -> dict[str, object]:
     """The bytes of all files, and in place of a database its records, in any order."""
     files = {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
-    return {name: value for name, value in files.items() if not name.endswith(".sqlite")} | {
-        "records": sorted(map(str, records(out)))
+    return {name: value for name, value in files.items() if not name.endswith((".sqlite", "results.json"))} | {
+        "records": sorted(map(str, records(out))),
+        "results": results(out) if (out / "results.json").exists() else None,
     }
+
+
+def results(out: Path) -> dict[str, object]:
+    """results.json without the seconds, which differ from run to run."""
+    content = json.loads((out / "results.json").read_text())
+    for cell in content["cells"]:
+        assert cell.pop("seconds") > 0
+    return content
 
 
 def failing_after(blocks: int):
@@ -531,7 +593,7 @@ def test_a_signal_ends_an_evaluation_after_the_running_batch(finished, tmp_path,
     assert stopped.value.number == number
     assert len(records(tmp_path)) == 4 * len(defenses()) * len(ROWS) + 4
     run(tmp_path, classes=("a", "b", "c"))
-    assert (tmp_path / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
+    assert results(tmp_path) == results(finished[0])
 
 
 def test_an_evaluation_has_one_owner(finished, tmp_path):
@@ -797,7 +859,9 @@ def test_bf16_has_the_robust_accuracy_of_fp32(tmp_path, digits):
     defended = {"sigma 70": De3(denoiser, nn.Sequential(nn.Flatten(), linear), 70, seed=0)}
     cells = []
     for precision in ("fp32", "bf16"):
-        options = EvaluationSettings(("fgsm:24/255,eot=4",), score_draws=5, examples=0, precision=precision)
+        options = EvaluationSettings(
+            ("fgsm:24/255,eot=4",), score_draws=5, examples=0, health_images=0, precision=precision
+        )
         source = TorchLoader(Subset(test, 120, 0), EvalView(16), 120, shuffle=False)
         cells.append(run(tmp_path / precision, defended, source, options).cells)
     for exact, rounded in zip(*cells, strict=True):
@@ -844,14 +908,14 @@ def test_compiled_blocks_give_the_records_of_eager_ones(tmp_path, monkeypatch):
 
 
 def test_another_mask_ratio_is_computed(tmp_path):
-    options = EvaluationSettings((), score_draws=1, examples=0)
+    options = EvaluationSettings((), score_draws=1, examples=0, health_images=0)
     run(tmp_path, {"dmae": masked(0.5)}, options=options)
     run(tmp_path, {"dmae": masked(0.75)}, options=options)
     assert len(records(tmp_path)) == 2 * COUNT
 
 
 def test_results_are_replaced_in_one_step(tmp_path, monkeypatch):
-    options = EvaluationSettings((), score_draws=1, examples=0)
+    options = EvaluationSettings((), score_draws=1, examples=0, health_images=0)
     run(tmp_path, options=options)
     before = contents(tmp_path)
     write = Path.write_text
@@ -895,7 +959,7 @@ def grey(level: int, count: int = COUNT) -> Images:
 
 
 def test_gradients_that_are_zero_are_reported_and_others_are_not(tmp_path):
-    options = EvaluationSettings(("fgsm:4/255",), score_draws=1, examples=0)
+    options = EvaluationSettings(("fgsm:4/255",), score_draws=1, examples=0, health_images=0)
     with pytest.warns(UserWarning, match="gradient was zero at some step for 10 and not finite for 0 of 10") as caught:
         flat = run(tmp_path / "flat", {"flat": De3(None, Brightness(True), None)}, grey(140), options)
     assert len(caught) == 1
@@ -910,7 +974,7 @@ def test_photos_with_three_channels(tmp_path):
     """With more than one channel, NHWC batches and NCHW pixels differ in memory layout."""
     images = torch.randint(0, 256, (COUNT, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     defended = De3(None, Brightness(False), 70)
-    options = EvaluationSettings(("fgsm:4/255,eot=2",), score_draws=2, examples=3)
+    options = EvaluationSettings(("fgsm:4/255,eot=2",), score_draws=2, examples=3, health_images=0)
     done = run(tmp_path, {"noise": defended}, Images(images, torch.ones(COUNT, dtype=torch.int64)), options)
     kept = done.examples["noise", "fgsm:4/255,eot=2"]
     assert torch.equal(kept.clean, images[:3].permute(0, 3, 1, 2).float() / 255)
@@ -925,7 +989,7 @@ def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
         for seed in range(20)
     }
     dark, light = min(shift, key=shift.__getitem__), max(shift, key=shift.__getitem__)
-    options = EvaluationSettings(("fgsm:1/255,eot=1",), score_draws=20, examples=0)
+    options = EvaluationSettings(("fgsm:1/255,eot=1",), score_draws=20, examples=0, health_images=0)
     with pytest.warns(UserWarning, match="randomness, not denoising, carries the difference") as caught:
         bad = run(tmp_path / "dark", {"random": random, "frozen": random.frozen(dark)}, grey(132, 40), options)
     assert len(caught) == 1
@@ -1133,7 +1197,7 @@ def test_images_that_have_changed_are_evaluated_again(finished, tmp_path):
     console = Console(file=printed, width=200)
     again = evaluate(chosen, some_changed(), SETTINGS, out, classes=("a", "b", "c"), console=console)
     assert again.cells == fresh.cells != finished[1].cells
-    assert (out / "results.json").read_bytes() == (tmp_path / "fresh" / "results.json").read_bytes()
+    assert results(out) == results(tmp_path / "fresh")
     lines = [line for line in printed.getvalue().splitlines() if "changed" in line]
     assert len(lines) == 1
     assert "3 of 10 images or their labels have changed" in lines[0]
@@ -1143,7 +1207,7 @@ def test_images_that_have_changed_are_evaluated_again(finished, tmp_path):
     chosen["off"].classifier.sizes.clear()
     run(out, chosen, some_changed(), classes=("a", "b", "c"))
     assert chosen["off"].classifier.sizes == []
-    assert (out / "results.json").read_bytes() == (tmp_path / "fresh" / "results.json").read_bytes()
+    assert results(out) == results(tmp_path / "fresh")
     # Kept records are the old ones, and of the three new ones there is one for each row.
     old, new = records(finished[0]), records(out)
     assert new[: len(old)] == old
@@ -1338,7 +1402,7 @@ def test_a_timm_model_on_pixels_is_a_warning(tmp_path):
 
     model = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=3).eval().requires_grad_(False)
     photos = torch.rand(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
-    options = EvaluationSettings((), score_draws=1, examples=0)
+    options = EvaluationSettings((), score_draws=1, examples=0, health_images=0)
     with pytest.warns(UserWarning, match="vit: VisionTransformer is a model of timm, which expects images normalised"):
         assert len(run(tmp_path, {"vit": model}, photos, options).warnings) == 1
 
@@ -1366,7 +1430,7 @@ def test_memory_that_does_not_suffice_halves_the_passes_and_says_so(finished, tm
 @pytest.mark.parametrize("name", ["x" * 300, "\u0633" * 300, "=cmd|' /C calc'!A0", "../../up", "a/b\\c\n"])
 def test_any_name_of_a_defense_makes_files(tmp_path, name):
     long = {name: De3(None, Linear(), None), f"{name}2": De3(None, Linear(), 70)}
-    options = EvaluationSettings(("fgsm:12/255,eot=2",), score_draws=2, examples=2)
+    options = EvaluationSettings(("fgsm:12/255,eot=2",), score_draws=2, examples=2, health_images=0)
     done = run(tmp_path / "out", long, options=options)
     assert set(done.examples) == {(row, text) for row in long for text in ("none", "fgsm:12/255,eot=2")}
     assert len(list((tmp_path / "out" / "examples").iterdir())) == 4
@@ -1383,7 +1447,7 @@ def test_two_ranks_have_the_results_of_one(finished, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager"}
     done = subprocess.run([*command, __file__, tmp_path, "ranks"], env=environment, capture_output=True, timeout=200)
     assert done.returncode == 0, done.stderr.decode()
-    assert (tmp_path / "results.json").read_bytes() == (finished[0] / "results.json").read_bytes()
+    assert results(tmp_path) == results(finished[0])
     parts = []
     for file in ("records.sqlite", "records-1.sqlite"):
         (tmp_path / file).rename(tmp_path / "alone.sqlite")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
-from denim.defense import Attack, De3
+from denim.defense import Attack, De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
 from denim.defense.health import check_health
 from denim.kernels import attack_start, attack_step
 from denim.nim.data import EvalView, TorchLoader, open_source
@@ -115,10 +121,6 @@ def test_a_weak_attack_is_found(honest, images):
 
 
 def test_a_defense_that_is_off_is_found(honest, images):
-    class Deaf(De3):
-        def draw_logits(self, pixels, seeds, *, surrogate=False):
-            return self.classifier(pixels).expand(len(seeds), -1, -1)
-
     assert "Defense off" in failed(Deaf(None, honest, 20.0), images)
 
 
@@ -126,6 +128,122 @@ def test_labels_that_do_not_fit_are_found(honest, images):
     pixels, _, ids = images
     wrong = (honest(pixels).argmax(dim=1) + 1) % 10
     assert failed(De3(None, honest, None), (pixels, wrong, ids)) == {"Clean accuracy"}
+
+
+def test_where_no_accuracy_is_left_no_other_attack_is_made(honest, images):
+    checks = check_health(De3(None, honest, None), *images, Attack.parse("pgd:0.9,steps=20,eot=1"))
+    assert [check.name for check in checks] == ["Logits", "Gradients of zero", "Gradients that are not finite"]
+
+
+def test_without_an_attack_the_checks_are_those_of_the_clean_images(honest, images):
+    checks = check_health(De3(None, honest, 20.0), *images, None)
+    assert [(check.name, check.passed) for check in checks] == [("Logits", True), ("Defense off", True)]
+
+
+class Deaf(De3):
+    """Off by accident."""
+
+    def draw_logits(self, pixels, seeds, *, surrogate=False, sigma=None):
+        return self.classifier(pixels).expand(len(seeds), -1, -1)
+
+
+class Counted(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.calls = model, 0
+
+    not_in_fingerprint = ("calls",)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(pixels)
+
+
+def evaluated(out: Path, defenses: dict[str, nn.Module], images, printed: io.StringIO, **more):
+    settings = EvaluationSettings(("fgsm:0.15,eot=2", f"apgd:{EPSILON},steps=5,eot=2"), **{"score_draws": 2, **more})
+    console = Console(file=printed, width=300)
+    return evaluate(defenses, images[:2], replace(settings, examples=0), out, console=console)
+
+
+def test_an_evaluation_checks_its_defenses_and_keeps_what_is_found(honest, images, tmp_path):
+    counted = Counted(Planted(honest, "masked"))
+    defenses = {
+        "masked": counted,
+        "honest": honest,
+        "level 5": De3(None, honest, 5.0),
+        "level 20": De3(None, honest, 20.0),
+        "deaf": Deaf(None, honest, 20.0),
+    }
+    printed = io.StringIO()
+    with pytest.warns(HealthWarning):
+        done = evaluated(tmp_path, defenses, images, printed, health_images=24)
+    assert [(part.defense, part.num_images) for part in done.health] == [(name, 24) for name in defenses]
+    attacks = {part.defense: part.attack for part in done.health}
+    strong = f"apgd:{EPSILON},steps=5,eot=2"
+    mean = {cell.defense: cell.scores.mean.value for cell in done.cells if cell.attack == strong}
+    levels = ["level 5", "level 20", "deaf"]
+    highest = max(levels, key=mean.__getitem__)
+    assert attacks == {
+        "masked": strong,
+        "honest": strong,
+        **{name: strong if name == highest else "none" for name in levels},
+    }
+    failed = {(part.defense, check.name) for part in done.health for check in part.checks if not check.passed}
+    assert failed >= {("masked", "Black box"), ("deaf", "Defense off")}
+    assert {name for name, _ in failed} <= {"masked", "deaf", highest}
+    warned = [warning for warning in done.warnings if "health checks)" in warning]
+    assert len([text for text in warned if text.startswith("deaf: Defense off: ")]) == 1
+    assert len([text for text in warned if text.startswith("masked: Black box: ")]) == 1
+    kept = json.loads((tmp_path / "results.json").read_text())["health"]
+    assert [part["defense"] for part in kept] == list(defenses)
+    table = io.StringIO()
+    print_table(done, Console(file=table, width=300))
+    checks = [check for part in done.health for check in part.checks]
+    passed = sum(check.passed for check in checks)
+    assert f"{passed} of {len(checks)} health checks passed, on 24 images" in table.getvalue()
+    page = write_report(done, tmp_path, title="t").read_text()
+    assert f"{passed} of {len(checks)} health checks passed, on 24 images" in page
+    assert page.count("<td>Black box</td>") + page.count('<td class="text">Black box</td>') == 3
+    # Nothing is computed again: neither by the same call, nor for a defense that is the same among others.
+    assert printed.getvalue().count("health checks of ") == len(defenses)
+    counted.calls = 0
+    with pytest.warns(HealthWarning):
+        again = evaluated(tmp_path, defenses, images, printed, health_images=24)
+    assert again.health == done.health
+    assert counted.calls == 0
+    with pytest.warns(HealthWarning):
+        fewer = evaluated(tmp_path, {"another name": counted}, images, printed, health_images=24)
+    assert fewer.health[0].checks == done.health[0].checks
+    assert printed.getvalue().count("health checks of ") == len(defenses)
+    # Other images are other checks.
+    with pytest.warns(HealthWarning):
+        evaluated(tmp_path, {"masked": counted}, images, printed, health_images=23)
+    assert printed.getvalue().count("health checks of masked beside") == 2
+    assert evaluated(tmp_path, {"honest": honest}, images, printed, health_images=0).health == ()
+
+
+def test_health_checks_halve_their_passes_where_memory_does_not_suffice(honest, images, tmp_path):
+    class Small(nn.Module):
+        most = 1000
+        not_in_fingerprint = ("most",)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            if len(pixels) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return honest(pixels)
+
+    small, few, printed = Small(), tuple(tensor[:4] for tensor in images), io.StringIO()
+    whole = evaluated(tmp_path / "whole", {"small": small}, few, printed, health_images=4)
+    evaluated(tmp_path / "small", {"small": small}, few, printed, health_images=0)
+    small.most = 2
+    done = evaluated(tmp_path / "small", {"small": small}, few, printed, health_images=4, max_batch=4)
+    assert done.health == whole.health
+    assert "out of memory for the health checks of small: from now on at most 2 images in a pass" in printed.getvalue()
+    small.most = 0
+    with pytest.raises(MemoryError, match="small: the health checks of one image do not fit"):
+        evaluated(tmp_path / "small", {"small": small}, few, printed, health_images=3)
 
 
 def test_bad_input(honest, images):

@@ -13,7 +13,9 @@ def columns(images: np.ndarray, draws: int = 20, missed: int = -1) -> RecordColu
     count = len(images)
     classes = np.random.default_rng(0).integers(0, 1000, (count, draws))
     numbers = np.arange(count)
-    return RecordColumns(images, numbers - 3, numbers % 7, classes, np.full(count, missed), numbers % 4, numbers)
+    return RecordColumns(
+        images, numbers - 3, numbers % 7, classes, np.full(count, missed), numbers % 4, numbers, np.full(count, 0.25)
+    )
 
 
 def digests(count: int) -> np.ndarray:

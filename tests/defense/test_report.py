@@ -18,9 +18,9 @@ from denim.defense import report
 from denim.defense.cells import Cell
 from denim.defense.evaluation import Evaluation
 from denim.defense.gallery import Examples
-from denim.defense.report import curves, print_table, tradeoff, write_report
+from denim.defense.report import curves, print_table, resubmissions, tradeoff, write_report
 from denim.defense.rows import EvaluationSettings
-from denim.defense.scores import paired_difference, score
+from denim.defense.scores import paired_difference, resubmission_curve, score
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,9 @@ def evaluation(defenses=DEFENSES, attacks=ATTACKS, *, shape=(4, 1, 16, 16), exam
             other = first.setdefault(attack, shares)
             difference = None if other is shares else paired_difference(shares, other)
             scores = score(predictions, labels)
-            cells.append(Cell(name, sigma, frozen, case, attack, epsilon, scores, difference))
+            tries = resubmission_curve(predictions, labels) if sigma and not frozen else ()
+            cost = (1000 * row + column, 17 * row, 0.5 * column)
+            cells.append(Cell(name, sigma, frozen, case, attack, epsilon, scores, difference, tries, *cost))
             if examples and not attack.startswith("worst"):
                 kept[name, attack] = example(shape, epsilon is not None, sigma is not None, len(kept) + 1)
     settings = EvaluationSettings(tuple(attack for attack in attacks if ":" in attack), score_draws=5, seed=3)
@@ -141,9 +143,15 @@ def printed(result, width):
     return console.file.getvalue()
 
 
-def test_report_writes_three_files_and_leaves_nothing_else(tmp_path):
+def test_report_writes_its_files_and_leaves_nothing_else(tmp_path):
+    files = {"report.html", "results.csv", "tradeoff.png"}
     assert write_report(evaluation(), tmp_path / "new" / "folder", title="t") == tmp_path / "new/folder/report.html"
-    assert {file.name for file in (tmp_path / "new/folder").iterdir()} == {"report.html", "results.csv", "tradeoff.png"}
+    assert {file.name for file in (tmp_path / "new/folder").iterdir()} == files | {
+        "resubmission.csv",
+        "resubmission.png",
+    }
+    write_report(evaluation(DEFENSES[:1]), tmp_path / "nothing random", title="t")
+    assert {file.name for file in (tmp_path / "nothing random").iterdir()} == files
 
 
 def test_csv_holds_every_number_of_every_cell_exactly(tmp_path):
@@ -165,6 +173,40 @@ def test_csv_holds_every_number_of_every_cell_exactly(tmp_path):
                 assert texts == ["", "", ""]
             else:
                 assert [float(text) for text in texts] == [interval.value, interval.low, interval.high]
+        spent = (int(row["gradients"]), int(row["gradients_saved"]), float(row["seconds"]))
+        assert spent == (cell.gradients, cell.gradients_saved, cell.seconds)
+
+
+def test_csv_of_resubmission_has_a_line_for_every_number_of_tries(tmp_path):
+    result = evaluation()
+    write_report(result, tmp_path, title="t")
+    with (tmp_path / "resubmission.csv").open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    expected = [(cell, n) for cell in result.cells if cell.resubmission for n in range(1, 6)]
+    assert len(rows) == len(expected) == 4 * len(ATTACKS) * 5
+    for row, (cell, tries) in zip(rows, expected, strict=True):
+        assert (row["defense"], row["attack"], int(row["tries"])) == (cell.defense, cell.attack, tries)
+        interval = cell.resubmission[tries - 1]
+        found = [float(row[name]) for name in ("accuracy", "low", "high")]
+        assert found == [interval.value, interval.low, interval.high]
+
+
+def test_picture_of_resubmission_has_attacked_beside_clean_and_frozen_beside_random():
+    result = evaluation()
+    random = [name for name, sigma, frozen, _ in DEFENSES if sigma and not frozen]
+    panels = [axes for axes in resubmissions(result).axes if axes.get_visible()]
+    assert len(panels) == len(random)
+    for axes, name in zip(panels, random, strict=True):
+        lines = axes.get_lines()
+        curves_drawn = [line for line in lines if line.get_linestyle() == "-"]
+        flat = [line for line in lines if line.get_linestyle() == "--"]
+        for attack, line in zip(ATTACKS, curves_drawn, strict=True):
+            (cell,) = (cell for cell in result.cells if (cell.defense, cell.attack) == (name, attack))
+            np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3, 4, 5])
+            np.testing.assert_allclose(line.get_ydata(), [100 * m.value for m in cell.resubmission], rtol=1e-15)
+        # "frozen" has the case and the level of s70 alone.
+        expected = [100 * mean(result, "frozen", attack).value for attack in ATTACKS] if name == "s70" else []
+        np.testing.assert_allclose([line.get_ydata()[0] for line in flat], expected, rtol=1e-15)
 
 
 def test_picture_draws_the_cells():
@@ -293,8 +335,8 @@ def test_page_holds_warnings_settings_and_every_number(tmp_path):
 
 def test_only_input_statistics_are_called_a_leak(tmp_path):
     leaky, honest = evaluation(DEFENSES[4:6]), evaluation(DEFENSES[:4] + DEFENSES[6:] + (NOISY,))
-    # One mark for each of two defenses in each of four tables.
-    assert len(Page(write_report(leaky, tmp_path, title="t")).having("leak")) == 2 * 4
+    # One mark for each of two defenses in each of five tables.
+    assert len(Page(write_report(leaky, tmp_path, title="t")).having("leak")) == 2 * 5
     assert "(statistics leak)" in printed(leaky, 120)
     assert len(Page(write_report(honest, tmp_path, title="t")).having("leak")) == 0
     assert "leak" not in printed(honest, 120)
@@ -302,8 +344,8 @@ def test_only_input_statistics_are_called_a_leak(tmp_path):
 
 def test_page_shows_the_picture_that_lies_beside_it(tmp_path):
     page = Page(write_report(evaluation(), tmp_path, title="t"))
-    (curve,) = page.having("curve")
-    assert base64.b64decode(curve["src"].partition(",")[2]) == (tmp_path / "tradeoff.png").read_bytes()
+    for curve, name in zip(page.having("curve"), ("tradeoff", "resubmission"), strict=True):
+        assert base64.b64decode(curve["src"].partition(",")[2]) == (tmp_path / f"{name}.png").read_bytes()
     width, height = Image.open(tmp_path / "tradeoff.png").size
     # Wide enough to print across a column at 300 dpi (3.3 inches), small enough for a page.
     assert 1000 <= width <= 4000

@@ -12,6 +12,7 @@ from denim.defense.rows import EvaluationSettings
         ({"score_draws": "some"}, "score_draws must be a number or \"auto\", got 'some'"),
         ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
         ({"examples": -1}, "examples must not be negative, got -1"),
+        ({"health_images": -1}, "health_images must not be negative, got -1"),
         ({"seed": -(2**63) - 1}, "seed must be an int64"),
         ({"attacks": ("cw:4/255",)}, "unknown attack 'cw'; choose one of fgsm, pgd, mpgd"),
         ({"attacks": ("pgd",)}, "is not of the form"),

@@ -549,3 +549,22 @@ def test_a_target_in_training_mode_is_attacked_in_evaluation_mode_and_left_as_it
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
     with pytest.raises(ValueError, match="do not depend"):
         Attack.parse(text).run(De3(None, Function(without_gradients), 35).train(), images(), LABELS, IDS, 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fgsm:4/255,eot=3",
+        "pgd:4/255,steps=4,eot=1,restarts=2",
+        "pgd:4/255,steps=4,eot=3,loss=ce",
+        "apgd-t:4/255,steps=3,eot=2",
+        "aa:4/255,steps=3,eot=1",
+        "square:4/255,steps=5,eot=2",
+    ],
+)
+@pytest.mark.parametrize("sigma", [None, 30.0])
+def test_the_most_gradients_are_those_of_an_attack_that_no_image_leaves(text, sigma):
+    attack = Attack.parse(f"{text},full")
+    target = De3(None, linear(), sigma)
+    spent = attack.run(target, images(), LABELS, IDS, 0).gradients
+    assert spent.tolist() == [attack.most_gradients(target.is_random, 3)] * BATCH
