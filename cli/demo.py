@@ -106,7 +106,13 @@ def _demo(out: Path, seed: int) -> None:
     loader = TorchLoader(source, EvalView(16), len(source), shuffle=False)
     settings = EvaluationSettings(ATTACKS, score_draws=10, seed=seed, health_images=8)
     evaluation = evaluate(defenses, loader, settings, out / "evaluation", classes=source.classes, console=console)
-    report = write_report(evaluation, out / "evaluation", title=f"De3 on digits, {len(source)} test images")
+    report = write_report(
+        evaluation,
+        out / "evaluation",
+        title=f"De3 on digits, {len(source)} test images",
+        command="denim demo",
+        data="digits",
+    )
     finished = time.perf_counter()
     with atomic_write(marker) as staged:
         times = {"training_seconds": trained - started, "evaluation_seconds": finished - trained}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -203,7 +205,9 @@ def main(
         if not ranks.is_first:
             return
         title = "De3" if own else ", ".join(defenses)
-        report = write_report(evaluation, out, title=f"{title} on {printable(source.name)}, {len(chosen)} images")
+        heading = f"{title} on {printable(source.name)}, {len(chosen)} images"
+        words = shlex.join(["denim", *sys.argv[1:]])
+        report = write_report(evaluation, out, title=heading, command=words, data=f"{data}, split {split}")
         print_table(evaluation, console)
         console.print(f"precision: {evaluation.settings.precision} on {where}")
         console.print(f"report: {printable(report)}", soft_wrap=True)

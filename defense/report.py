@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from denim.defense.gallery import Examples
 from denim.defense.rows import CLEAN
 from denim.defense.scores import Interval
 from denim.nim.files import atomic_write
+from denim.nim.progress import clock_text
 from denim.nim.text import printable
 
 __all__ = ["Curve", "curves", "print_table", "tradeoff", "write_report"]
@@ -217,30 +219,38 @@ def _tick(name: str, cell: Cell) -> str:
     return "\n".join(lines).replace("$", r"\$")
 
 
-def write_report(evaluation: Evaluation, out: Path, *, title: str) -> Path:
-    """Write `out`/report.html, results.csv and tradeoff.png; each file is replaced in one step.
+def write_report(evaluation: Evaluation, out: Path, *, title: str, command: str = "", data: str = "") -> Path:
+    """Write `out`/report.html, results.csv, table.md, table.tex and tradeoff.png, .svg and .pdf, each in one step.
 
     Where a defense is random, also resubmission.csv and resubmission.png: accuracy against the number of tries.
 
-    The page needs no other file, no network and no scripts. results.csv has one line per cell; its accuracies and
-    their 95 % intervals are shares in [0, 1], sigma is in 0-255 pixel levels, epsilon in [0, 1] units, and what does
-    not apply is empty.
+    The page needs no other file and no network; without scripts its tables cannot be sorted, and all else is there.
+    The tables of Markdown and LaTeX (with the package booktabs) have mean accuracies in percent. results.csv has one
+    line per cell; its accuracies and their 95 % intervals are shares in [0, 1], sigma is in 0-255 pixel levels, epsilon
+    in [0, 1] units, and what does not apply is empty.
 
     Args:
         evaluation: what `evaluate` returned.
         out: folder, made where absent.
         title: heading of the page.
+        command: that made the evaluation, for the page.
+        data: where the images come from, likewise.
 
     Returns:
         The path of report.html.
     """
     _write_csv(out / "results.csv", [_csv_row(cell) for cell in evaluation.cells])
-    pictures = [_written_picture(tradeoff(evaluation), out / "tradeoff.png")]
+    for ending, text in (("md", _markdown(evaluation)), ("tex", _latex(evaluation))):
+        with atomic_write(out / f"table.{ending}") as staged:
+            staged.write_text(text, encoding="utf-8")
+    curve = tradeoff(evaluation)
+    pictures = [_written_picture(curve, out / f"tradeoff.{ending}") for ending in ("png", "svg", "pdf")][:1]
     if tries := _csv_tries(evaluation.cells):
         _write_csv(out / "resubmission.csv", tries)
         pictures.append(_written_picture(resubmissions(evaluation), out / "resubmission.png"))
     with atomic_write(out / "report.html") as staged:
-        staged.write_text(_page(evaluation, title, *pictures), encoding="utf-8")
+        page = _page(evaluation, title, _made(evaluation, command, data), _points(evaluation, curve), *pictures)
+        staged.write_text(page, encoding="utf-8")
     return out / "report.html"
 
 
@@ -256,7 +266,11 @@ def _write_csv(file: Path, rows: Sequence[dict[str, object]]) -> None:
 
 def _written_picture(figure: Figure, file: Path) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=DPI)
+    form = file.suffix[1:]
+    # Without dates and random names the same numbers give the same bytes.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+    with matplotlib.rc_context({"svg.hashsalt": "denim"}):
+        figure.savefig(picture, format=form, dpi=DPI, metadata=metadata)
     with atomic_write(file) as staged:
         staged.write_bytes(picture.getvalue())
     return picture.getvalue()
@@ -387,6 +401,56 @@ def _fits(evaluation: Evaluation, attacks: Sequence[str], form: Callable[[Interv
     return Measurement.get(console, options, _console_table(evaluation, attacks, form)).maximum <= console.width
 
 
+def _markdown(evaluation: Evaluation) -> str:
+    def escaped(text: str) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", printable(text))
+
+    head, rows = _mean_rows(evaluation)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    # Rows of dashes and the intervals are ours; names are not.
+    texts = [[escaped(cell) if line is not lines[1] else cell for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in texts)
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "[": "{[}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", **{c: f"\\{c}" for c in "&%$#_{}"},
+}  # fmt: skip
+
+
+def _latex(evaluation: Evaluation) -> str:
+    def escaped(text: str) -> str:
+        return "".join(LATEX.get(c, c) for c in printable(text))
+
+    head, rows = _mean_rows(evaluation)
+    lines = [" & ".join(map(escaped, row)) + r" \\" for row in (head, *rows)]
+    columns = "l" + "r" * (len(head) - 1)
+    return "\n".join(
+        [
+            f"% Mean accuracy in percent over {_draws(evaluation)}, {_images(evaluation)}, with 95 % intervals.",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _mean_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a table of mean accuracies."""
+    attacks, cells = _attacks(evaluation), _by_place(evaluation)
+    names = _short(attacks)
+    rows = [
+        [name, _sigma(cell), *(str(cells[name, attack].scores.mean) for attack in attacks)]
+        for name, cell in _defenses(evaluation).items()
+    ]
+    return ["defense", "sigma", *(names[attack] for attack in attacks)], rows
+
+
 def _csv_text(text: str) -> str:
     """A name that a spreadsheet does not run as a formula (OWASP, "CSV injection")."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
@@ -432,33 +496,87 @@ def _csv_tries(cells: Sequence[Cell]) -> list[dict[str, object]]:
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 75rem; margin: 2rem auto;
-  padding: 0 1rem; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --dim: #444; --rule: #ddd; --doubt: #fff6e5;
+  --edge: #b35900; --right: #00682f; --wrong: #b00020; --leak: #8f3f00; --link: #0b57d0; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181b; --dim: #b0b0b0; --rule: #3a3d42;
+  --doubt: #33270f; --edge: #e09a3e; --right: #6fd08c; --wrong: #ff8a94; --leak: #f0a35e; --link: #8ab4f8; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 75rem;
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+a { color: var(--link); }
 h1, h2 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
-.numbers caption { text-align: left; padding: .4rem 0; color: #444; }
-.numbers th, .numbers td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
+.made { color: var(--dim); font-size: .9rem; }
+.numbers caption { text-align: left; padding: .4rem 0; color: var(--dim); }
+.numbers th, .numbers td { padding: .3rem .7rem; border-bottom: 1px solid var(--rule); text-align: right;
   white-space: nowrap; }
-.numbers thead th { border-bottom: 2px solid #444; white-space: normal; vertical-align: bottom; }
+.numbers thead th { border-bottom: 2px solid var(--dim); white-space: normal; vertical-align: bottom; }
+.numbers th:first-child { position: sticky; left: 0; background: var(--paper); white-space: normal; min-width: 8rem;
+  max-width: 22rem; }
 .numbers th:first-child, .numbers .text { text-align: left; }
-.numbers small { color: #555; display: block; }
+.name { display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical; overflow: hidden; }
+.numbers small { color: var(--dim); display: block; }
 .numbers .prose { white-space: normal; min-width: 20rem; }
-.warnings { border: 2px solid #b35900; background: #fff6e5; padding: .2rem 1rem; }
-.leak { font-weight: bold; color: #8f3f00; }
-img.curve { max-width: 100%; height: auto; }
+.sortable thead button { font: inherit; font-weight: bold; color: inherit; background: none; border: 0; padding: 0;
+  text-align: inherit; cursor: pointer; }
+.sortable [aria-sort=ascending] button::after { content: " \\25B2"; }
+.sortable [aria-sort=descending] button::after { content: " \\25BC"; }
+.warnings { border: 2px solid var(--edge); background: var(--doubt); padding: .2rem 1rem; }
+.numbers .leak { font-weight: bold; color: var(--leak); }
+.picture { position: relative; display: inline-block; background: #fff; max-width: 100%; }
+img.curve { max-width: 100%; height: auto; display: block; }
+.point { position: absolute; width: 1rem; height: 1rem; margin: -.5rem 0 0 -.5rem; border-radius: 50%; }
+.point:hover { outline: 2px solid #0b57d0; }
 summary { cursor: pointer; padding: .3rem 0; }
 details details { margin-left: 1.5rem; }
 .gallery { table-layout: fixed; margin: .5rem 0 1.5rem; }
-.gallery th { text-align: left; font-weight: normal; color: #444; padding: .1rem .7rem .1rem 0; }
-.gallery th[scope=col] { color: #1a1a1a; font-weight: bold; }
+.gallery th { text-align: left; font-weight: normal; color: var(--dim); padding: .1rem .7rem .1rem 0; }
+.gallery th[scope=col] { color: var(--ink); font-weight: bold; }
 .gallery th[scope=col], .gallery td { text-align: center; padding: .1rem 0; font-size: .8rem; line-height: 1.2;
   overflow-wrap: anywhere; vertical-align: top; }
 .strip { background-size: 100% 100%; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .pixelated { image-rendering: pixelated; }
-.right { color: #00682f; }
-.wrong { color: #b00020; font-weight: bold; }
+.right { color: var(--right); }
+.wrong { color: var(--wrong); font-weight: bold; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; padding: 0 .7rem; }
+  h1 { font-size: 1.4rem; }
+  .numbers th, .numbers td { padding: .25rem .4rem; }
+  .numbers th:first-child { min-width: 6rem; max-width: 9rem; }
+  .numbers .aside { display: none; }
+  details details { margin-left: .4rem; }
+}
+"""
+
+# A click on a head sorts by the first number of each cell, or by its text; another click turns the order around.
+SORTING = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  const value = (row, column) => {
+    const text = row.cells[column].firstChild ? row.cells[column].firstChild.textContent : "";
+    const number = parseFloat(text.replaceAll(",", ""));
+    return Number.isNaN(number) ? text : number;
+  };
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const order = (one, other) => {
+        const a = value(one, column), b = value(other, column);
+        if (typeof a === "number" && typeof b === "number") return a - b;
+        return typeof a === typeof b ? a.localeCompare(b) : typeof a === "number" ? -1 : 1;
+      };
+      const rows = [...body.rows].sort(order);
+      body.append(...(down ? rows.reverse() : rows));
+    });
+  });
+}
 """
 
 READING = """
@@ -491,7 +609,75 @@ def _escaped(text: str) -> str:
     return html.escape(printable(text))
 
 
-def _page(evaluation: Evaluation, title: str, picture: bytes, tries: bytes | None = None) -> str:
+def _made(evaluation: Evaluation, command: str, data: str) -> str:
+    """How, when and at which cost the evaluation was made."""
+    own = [cell for cell in evaluation.cells if not cell.attack.startswith(f"{WORST} ")]
+    parts = [f"Written {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}."]
+    if data:
+        parts.append(f"Data: <code>{_escaped(data)}</code>.")
+    if command:
+        parts.append(f"Command: <code>{_escaped(command)}</code>.")
+    if own and all(cell.seconds is not None for cell in own):
+        parts.append(f"Attacks and scores took {clock_text(sum(cell.seconds or 0 for cell in own))}.")
+    spent = sum(cell.gradients or 0 for cell in own)
+    if spent:
+        saved = sum(cell.gradients_saved or 0 for cell in own)
+        parts.append(f"{spent:,} gradients of one draw were computed; leaving early saved {saved:,}.")
+    return " ".join(parts)
+
+
+def _points(evaluation: Evaluation, figure: Figure) -> str:
+    """Marks over the picture of the trade-off that show their number when they are pointed at; the figure is drawn."""
+    cells, attacks = _by_place(evaluation), _attacks(evaluation)
+    series = _series(evaluation)
+    places: list[tuple[Any, float, str, str]] = []
+    panels = list(figure.axes)
+    for names in series.values():
+        places += [(panels[0], sigma, name, a) for sigma, name in names.items() for a in attacks]
+    on_curves = {name for names in series.values() for name in names.values()}
+    references = [name for name in _defenses(evaluation) if name not in on_curves]
+    for attack, bars in zip(attacks, panels[-1].containers, strict=bool(references)):
+        points: Any = bars[0]
+        places += [(panels[-1], x, name, attack) for x, name in zip(points.get_xdata(), references, strict=True)]
+    short = _short(attacks)
+    width, height = figure.bbox.width, figure.bbox.height
+    marks = []
+    for axes, x, name, attack in places:
+        mean = cells[name, attack].scores.mean
+        across, up = axes.transData.transform((x, 100 * mean.value))
+        text = _escaped(f"{name}, {short[attack]}: {mean}")
+        marks.append(
+            f'<span class="point" style="left:{100 * across / width:.2f}%;top:{100 - 100 * up / height:.2f}%" '
+            f'title="{text}"></span>'
+        )
+    return "".join(marks)
+
+
+def _links(evaluation: Evaluation) -> str:
+    """The tables as files within the page, with rounded numbers."""
+    handle = io.StringIO()
+    rows = [
+        {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in _csv_row(cell).items()}
+        for cell in evaluation.cells
+    ]
+    writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files = {
+        "CSV": ("csv", handle.getvalue()),
+        "Markdown": ("md", _markdown(evaluation)),
+        "LaTeX": ("tex", _latex(evaluation)),
+    }
+    links = []
+    for name, (ending, text) in files.items():
+        data = base64.b64encode(text.encode("utf-8", "backslashreplace")).decode("ascii")
+        links.append(f'<a download="table.{ending}" href="data:text/plain;charset=utf-8;base64,{data}">{name}</a>')
+    return f"<p>The table as {', '.join(links)}. results.csv, beside this page, has every number exactly.</p>"
+
+
+def _page(
+    evaluation: Evaluation, title: str, made: str, points: str, picture: bytes, tries: bytes | None = None
+) -> str:
     strips = _Strips()
     gallery = "".join(_gallery(evaluation, strips))
     attacks = [attack for attack in _attacks(evaluation) if not _is_derived(attack)]
@@ -522,16 +708,20 @@ def _page(evaluation: Evaluation, title: str, picture: bytes, tries: bytes | Non
 brackets the 95&nbsp;% interval over images. Seed {evaluation.settings.seed}; precision
 {evaluation.settings.precision}; {_escaped(versions)}.
 <a href="#reading">How to read the numbers</a>.</p>
+<p class="made">{made}</p>
 {_warnings(evaluation)}
 <h2>Accuracy</h2>
 {_numbers(evaluation, "Mean accuracy in percent", lambda cell: str(cell.scores.mean))}
+{_links(evaluation)}
 {others}
 <h2>Trade-off</h2>
-<p><img class="curve" src="{_data_uri(picture)}" alt="Mean accuracy against the noise level sigma, one line for each
-attack, with 95 % bands, beside the defenses that are on no line. The numbers are those of the table above."></p>
+<div class="picture"><img class="curve" src="{_data_uri(picture)}" alt="Mean accuracy against the noise level sigma, one
+line for each attack, with 95 % bands, beside the defenses that are on no line. The numbers are those of the table
+above.">{points}</div>
+<p>Point at a mark for its number. tradeoff.svg and tradeoff.pdf, beside this page, are the same picture for print.</p>
 {_resubmissions(evaluation, tries)}
 {gallery}
-{READING}</body>
+{READING}<script>{SORTING}</script></body>
 </html>
 """
 
@@ -558,7 +748,7 @@ def _health_table(evaluation: Evaluation) -> str:
         for check in part.checks:
             mark, kind = ("pass", "right") if check.passed else ("warn", "wrong")
             rows.append(
-                f'<tr><th scope="row">{_escaped(part.defense)}<small>{_escaped(beside)}</small></th>'
+                f'<tr><th scope="row">{_name(part.defense)}<small>{_escaped(beside)}</small></th>'
                 f'<td class="text">{_escaped(check.name)}</td><td>{check.value:.3g}</td>'
                 f'<td class="{kind}">{mark}</td><td class="text prose">{_escaped(check.text)}</td></tr>'
             )
@@ -582,17 +772,24 @@ def _numbers(evaluation: Evaluation, caption: str, of: Callable[[Cell], str]) ->
         values = []
         for attack in attacks:
             value, _, interval = of(cells[name, attack]).partition(" ")
-            values.append(f"<td>{value}<small>{interval}</small></td>")
+            scores = cells[name, attack].scores
+            hover = f"{name}, {names[attack]}: mean {scores.mean}, vote {scores.vote}, worst of R {scores.worst}"
+            values.append(f'<td title="{_escaped(hover)}">{value}<small>{interval}</small></td>')
         rows.append(
-            f'<tr><th scope="row">{_escaped(name)}</th><td class="text">{_sigma(cell)}</td>'
-            f'<td class="text">{_case(cell.case)}</td>{"".join(values)}</tr>'
+            f'<tr><th scope="row">{_name(name)}</th><td class="text aside">{_sigma(cell)}</td>'
+            f'<td class="text aside">{_case(cell.case)}</td>{"".join(values)}</tr>'
         )
     return (
-        f'<div class="wide"><table class="numbers"><caption>{_escaped(caption)}</caption><thead><tr>'
-        f'<th scope="col">defense</th><th scope="col" class="text">sigma</th>'
-        f'<th scope="col" class="text">case</th>{heads}</tr></thead>'
+        f'<div class="wide"><table class="numbers sortable"><caption>{_escaped(caption)}</caption><thead><tr>'
+        f'<th scope="col">defense</th><th scope="col" class="text aside">sigma</th>'
+        f'<th scope="col" class="text aside">case</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _name(name: str) -> str:
+    """A name at the head of a row, of at most four lines; all of it shows when it is pointed at."""
+    return f'<span class="name" title="{_escaped(name)}">{_escaped(name)}</span>'
 
 
 def _case(case: str) -> str:
@@ -629,14 +826,14 @@ def _resubmissions(evaluation: Evaluation, picture: bytes | None) -> str:
             if curve:
                 values = (str(curve[n - 1]).partition(" ") for n in last)
                 row = "".join(f"<td>{value}<small>{interval}</small></td>" for value, _, interval in values)
-                head = f'<th scope="row">{_escaped(name)}</th><td class="text">{_escaped(names[attack])}</td>'
+                head = f'<th scope="row">{_name(name)}</th><td class="text">{_escaped(names[attack])}</td>'
                 rows.append(f"<tr>{head}{row}</tr>")
     return (
         "<h2>Resubmission</h2><p>Accuracy against an attacker who may submit an image again, and needs one wrong "
         "answer among that many tries. Broken lines: the same level with frozen noise, where tries make no difference."
-        f'</p><p><img class="curve" src="{_data_uri(picture)}" alt="Accuracy against the number of tries, a panel for '
-        "each random defense, a line for each attack. Some of the numbers are in the table below, all are in "
-        'resubmission.csv."></p><details><summary>Accuracy in percent by tries</summary><div class="wide">'
+        f'</p><div class="picture"><img class="curve" src="{_data_uri(picture)}" alt="Accuracy against the number of '
+        "tries, a panel for each random defense, a line for each attack. Some of the numbers are in the table below, "
+        'all are in resubmission.csv."></div><details><summary>Accuracy in percent by tries</summary><div class="wide">'
         '<table class="numbers"><thead><tr><th scope="col">defense</th><th scope="col" class="text">attack</th>'
         f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
@@ -691,10 +888,11 @@ def _gallery(evaluation: Evaluation, strips: _Strips) -> Iterator[str]:
     yield f"clipped to [0, 1] for display. Shown: {_counted({count}, 'image')} of {available} kept.</p>"
     cells, names = _by_place(evaluation), _short(_attacks(evaluation))
     defenses = {name: cell for name, cell in _defenses(evaluation).items() if any(name == n for n, _ in kept)}
-    opened = next((name for name, cell in defenses.items() if cell.sigma and not cell.frozen), next(iter(defenses)))
+    opened, telling = _telling(kept, defenses, cells, count)
     for name, cell in defenses.items():
         attacks = [attack for attack in names if (name, attack) in kept]
         strongest = min(attacks, key=lambda attack: (attack == CLEAN, cells[name, attack].scores.mean.value))
+        strongest = telling if name == opened else strongest
         sigma = f"sigma {_sigma(cell)}" if cell.sigma is not None else "off"
         yield f"<details{' open' if name == opened else ''}><summary><strong>{_escaped(name)}</strong> "
         yield f"({sigma}; {_escaped(cell.case)})</summary>"
@@ -704,6 +902,22 @@ def _gallery(evaluation: Evaluation, strips: _Strips) -> Iterator[str]:
             yield _pictures(kept[name, attack], count, evaluation.classes, strips, f"{name}, {attack}")
             yield "</details>"
         yield "</details>"
+
+
+def _telling(
+    kept: dict[tuple[str, str], Examples], defenses: dict[str, Cell], cells: dict[tuple[str, str], Cell], count: int
+) -> tuple[str, str]:
+    """The place at which the gallery opens: attacked and defended, with images that are right and some that are not."""
+
+    def rank(place: tuple[str, str]) -> tuple[bool, bool, bool, int, float]:
+        name, attack = place
+        right = (kept[place].predictions == kept[place].labels)[:count]
+        says = bool(right.any()) and not bool(right.all())
+        is_defended = bool(defenses[name].sigma) and not defenses[name].frozen
+        accuracy = cells[place].scores.mean.value
+        return attack == CLEAN, not is_defended, not says, list(defenses).index(name), accuracy
+
+    return min(kept, key=rank)
 
 
 def _pictures(examples: Examples, count: int, classes: Sequence[str], strips: _Strips, where: str) -> str:

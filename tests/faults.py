@@ -176,7 +176,8 @@ def content(folder: Path) -> dict[str, object]:
             rows = csv.DictReader(path.read_text().splitlines())
             found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
         elif path.name == "report.html":
-            found[name] = re.sub(r"[\d.]+ s</small>", "", path.read_text())
+            measured = r"[\d.]+ s</small>|<p class=\"made\">.*?</p>|download=\"table.csv\" href=\"[^\"]*\""
+            found[name] = re.sub(measured, "", path.read_text())
         else:
             found[name] = _whole(path)
     return found

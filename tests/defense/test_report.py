@@ -144,7 +144,8 @@ def printed(result, width):
 
 
 def test_report_writes_its_files_and_leaves_nothing_else(tmp_path):
-    files = {"report.html", "results.csv", "tradeoff.png"}
+    files = {"report.html", "results.csv", "table.md", "table.tex"}
+    files |= {f"tradeoff.{ending}" for ending in ("png", "svg", "pdf")}
     assert write_report(evaluation(), tmp_path / "new" / "folder", title="t") == tmp_path / "new/folder/report.html"
     assert {file.name for file in (tmp_path / "new/folder").iterdir()} == files | {
         "resubmission.csv",
@@ -279,11 +280,13 @@ def test_many_attacks_keep_their_own_colours():
 def test_page_is_well_formed_and_self_contained(tmp_path, shape):
     file = write_report(evaluation(shape=shape), tmp_path, title="A <title> & more")
     page = Page(file)
-    assert page.count("script") == page.count("link") == page.count("iframe") == 0
+    assert page.count("link") == page.count("iframe") == 0
+    assert [attrs for tag, attrs in page.elements if tag == "script"] == [{}], "one script, within the page"
     assert page.references
     for reference in page.references:
-        assert reference.startswith(("data:image/png;base64,", "#")), reference[:80]
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", file.read_text(encoding="utf-8"))
+        assert reference.startswith(("data:image/png;base64,", "data:text/plain;", "#")), reference[:80]
+    bare = re.sub(r"base64,[A-Za-z0-9+/=]*", "", file.read_text(encoding="utf-8"))
+    assert not re.search(r"http|fetch|import|XMLHttpRequest", bare)
     targets = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
     assert {reference[1:] for reference in page.references if reference.startswith("#")} <= targets
     for tag, attrs in page.elements:
@@ -293,9 +296,88 @@ def test_page_is_well_formed_and_self_contained(tmp_path, shape):
 
 def test_page_escapes_every_name(tmp_path):
     page = Page(write_report(evaluation(), tmp_path, title="A <u>title</u> & more"))
-    assert {tag for tag, _ in page.elements}.isdisjoint({"b", "i", "u", "script"})
+    assert {tag for tag, _ in page.elements}.isdisjoint({"b", "i", "u"})
+    assert page.count("script") == 1
     for text in ("A <u>title</u> & more", "<b>one</b>", DEFENSES[3][0], "torch 2.x<y", WARNINGS[1]):
         assert text in page.text
+
+
+NAMES = (
+    "x" * 300,
+    "\u0633\u0644\u0627\u0645",
+    "</script><script>alert(1)//",
+    "=cmd|' /C calc'!A0",
+    r"[a]_%&$#{}~^\|*`",
+    "",
+)
+
+
+def test_tables_of_markdown_and_latex_have_every_mean_and_escape_names(tmp_path):
+    result = evaluation([(name, None, False, "model") for name in NAMES], examples=False, warnings=())
+    page = Page(write_report(result, tmp_path, title="t"))
+    assert page.count("script") == 1
+    markdown, latex = ((tmp_path / f"table.{ending}").read_text(encoding="utf-8") for ending in ("md", "tex"))
+    # Cells of a row in Markdown: split at bars that are not escaped, then unescaped.
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown.splitlines()]
+    assert {len(row) for row in rows} == {2 + len(ATTACKS)}
+    plain = [[re.sub(r"\\(.)", r"\1", cell).strip() for cell in row] for row in rows]
+    means = [[str(mean(result, name, attack)) for attack in ATTACKS] for name in NAMES]
+    assert [row[0] for row in plain[2:]] == list(NAMES)
+    assert [row[2:] for row in plain[2:]] == means
+    body = latex[latex.index(r"\midrule") : latex.index(r"\bottomrule")].splitlines()[1:]
+    assert [line.count(" & ") for line in body] == [1 + len(ATTACKS)] * len(NAMES)
+    for line, values in zip(body, means, strict=True):
+        assert line.endswith(r" \\")
+        assert not line.startswith("["), "it would be an argument of the row before"
+        assert line.removesuffix(r" \\").replace("{[}", "[").split(" & ")[2:] == values
+    assert body[4].startswith(
+        r"{[}a]\_\%\&\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textbar{}*`" + " & "
+    )
+
+
+def test_links_of_the_page_are_its_tables_with_rounded_numbers(tmp_path):
+    result = evaluation()
+    page = Page(write_report(result, tmp_path, title="t"))
+    files = {attrs["download"]: attrs["href"] for tag, attrs in page.elements if "download" in attrs}
+    texts = {name: base64.b64decode(uri.partition(",")[2]).decode() for name, uri in files.items()}
+    assert texts["table.md"] == (tmp_path / "table.md").read_text()
+    assert texts["table.tex"] == (tmp_path / "table.tex").read_text()
+    rows = list(csv.DictReader(io.StringIO(texts["table.csv"])))
+    assert [row["mean"] for row in rows] == [f"{cell.scores.mean.value:.4f}" for cell in result.cells]
+
+
+def test_marks_over_the_picture_have_every_mean_where_it_is_drawn(tmp_path):
+    result = evaluation()
+    page = Page(write_report(result, tmp_path, title="t"))
+    marks = {attrs["title"]: attrs["style"] for attrs in page.having("point")}
+    assert len(marks) == len(result.cells)
+    picture = np.asarray(Image.open(tmp_path / "tradeoff.png").convert("RGB")).astype(int)
+    names = dict(zip(ATTACKS, ("none", "fgsm 16/255", "pgd 16/255", "pgd 16/255 gray", "worst 16/255"), strict=True))
+    for name, attack, colour in (("s0", "none", (0, 0, 0)), ("clean", FGSM, (0, 0x72, 0xB2))):
+        style = marks[f"{name}, {names[attack]}: {mean(result, name, attack)}"]
+        left, top = (float(value) / 100 for value in re.findall(r"([\d.]+)%", style))
+        row, column = round(top * picture.shape[0]), round(left * picture.shape[1])
+        assert np.abs(picture[row, column] - colour).max() < 40, (name, attack)
+
+
+def test_page_says_how_and_at_which_cost_it_was_made(tmp_path):
+    result = evaluation()
+    words = "denim evaluate --out 'a <b>'"
+    page = Page(write_report(result, tmp_path, title="t", command=words, data="digits & more"))
+    assert words in page.text
+    assert "digits & more" in page.text
+    own = [cell for cell in result.cells if not cell.attack.startswith("worst")]
+    spent, saved = sum(cell.gradients for cell in own), sum(cell.gradients_saved for cell in own)
+    assert f"{spent:,} gradients of one draw were computed; leaving early saved {saved:,}." in page.text
+    assert re.search(r"Written \d{4}-\d\d-\d\d \d\d:\d\d", page.text)
+
+
+def test_pictures_for_print_have_the_same_bytes_each_time(tmp_path):
+    for folder in ("one", "other"):
+        write_report(evaluation(examples=False), tmp_path / folder, title="t")
+    for ending in ("svg", "pdf"):
+        one, other = ((tmp_path / folder / f"tradeoff.{ending}").read_bytes() for folder in ("one", "other"))
+        assert one == other
 
 
 def test_names_that_cannot_be_printed_cost_no_report(tmp_path):
@@ -403,6 +485,18 @@ def test_gallery_opens_at_the_strongest_attack_on_the_first_random_defense(tmp_p
     values = {attack: mean(result, "s70", attack).value for attack in (FGSM, PGD, GRAY)}
     shown = {FGSM: "fgsm 16/255", PGD: "pgd 16/255", GRAY: "pgd 16/255 gray"}[min(values, key=values.__getitem__)]
     assert re.findall(r"<details open><summary>(.*?):", inner) == [shown]
+
+
+def test_gallery_opens_where_some_images_are_right_and_some_are_not(tmp_path):
+    result = evaluation()
+    for (name, attack), shown in result.examples.items():
+        predictions = shown.labels if (name, attack) != ("leaky 35", GRAY) else shown.predictions
+        result.examples[name, attack] = replace(shown, predictions=predictions)
+    text = write_report(result, tmp_path, title="t").read_text(encoding="utf-8")
+    gallery = text[text.index("<h2>Gallery") :]
+    assert re.findall(r"<details open><summary><strong>(.*?)</strong>", gallery) == ["leaky 35"]
+    inner = gallery[gallery.index("<strong>leaky 35</strong>") : gallery.index("<strong>leaky 70</strong>")]
+    assert re.findall(r"<details open><summary>(.*?):", inner) == ["pgd 16/255 gray"]
 
 
 def test_gallery_shows_fewer_of_large_images(tmp_path, monkeypatch):
