@@ -231,7 +231,9 @@ def message_of(error: Exception) -> str:
         return printable(f"{name}{error.strerror}")
     text = printable(error, keep="\n").strip()
     if isinstance(error, MemoryError):
-        return f"out of memory{': ' + text if text else ''}; take a smaller batch, or fewer workers"
+        # Denim's own are raised from that of a library, and say what to do.
+        advice = "" if error.__cause__ is not None else "; take a smaller batch, or fewer workers"
+        return f"out of memory{': ' + text if text else ''}{advice}"
     # Libraries raise RuntimeError, and their messages rarely say what it is about.
     is_clear = isinstance(error, (ValueError, OSError, FloatingPointError)) and text
     return text if is_clear else f"{type(error).__name__}: {text or 'no message'}"

@@ -162,7 +162,10 @@ def _checked(work: Work, row: Row, attack: Attack | None, batch: Batch) -> list[
             if not is_out_of_memory(error):
                 raise
             if limit <= 1:
-                raise MemoryError(f"{row.name}: the health checks of one image do not fit into memory") from error
+                raise MemoryError(
+                    f"{row.name}: the health checks of one image do not fit into memory ({error}); take another "
+                    "precision, or a device with more memory"
+                ) from error
         limit //= 2
         work.say(f"out of memory for the health checks of {row.name}: from now on at most {limit} images in a pass")
 

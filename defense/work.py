@@ -256,12 +256,17 @@ class Work:
                 if isinstance(target, ModuleTarget) and not target.is_known:
                     random[name] = target.probe(pixels)
                 if isinstance(target, De3):
-                    _refuse_hidden_draws(name, target, pixels)
+                    _refuse_hidden_draws(target, pixels)
                 logits = target.draw_logits(pixels, target.seeds(self.settings.seed, Domain.SELECTION, ids, 1))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error):
-                    raise
+                    raise MemoryError(
+                        f"{name}: a pass of {len(ids)} images does not fit into memory ({error}); take another "
+                        "precision, or a device with more memory"
+                    ) from error
                 raise ValueError(f"{name} does not take pixels of shape {tuple(pixels.shape)}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
             if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (1, len(ids)):
                 shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 raise ValueError(f"{name}: one draw must give logits (1, {len(ids)}, K), got {shape}")
@@ -362,6 +367,8 @@ class Work:
                 if not is_out_of_memory(error):
                     raise
                 failure = error.with_traceback(None)  # which would keep the tensors
+            except ValueError as error:  # of an attack, which does not know what the row is called
+                raise ValueError(f"{group}: {error}") from error
             if failure is None:
                 first += len(part)
                 yield count
@@ -478,14 +485,14 @@ def _at(batch: Batch, rows: Array) -> Batch:
     )
 
 
-def _refuse_hidden_draws(name: str, defense: De3, pixels: Tensor) -> None:
+def _refuse_hidden_draws(defense: De3, pixels: Tensor) -> None:
     """Refuse a classifier that draws without a word: it would be attacked and scored as one that does not."""
     found = probe_randomness(defense.classifier, pixels)
     if found.declared or found.largest <= ROUNDING * found.scale:
         return
     raise ValueError(
-        f"{name}: its classifier draws by itself in evaluation mode ({found}). If that is meant, set is_random = True "
-        "on the classifier: then it is attacked over many draws and scored on fresh ones. Otherwise look for dropout "
+        f"its classifier draws by itself in evaluation mode ({found}). If that is meant, set is_random = True on the "
+        "classifier: then it is attacked over many draws and scored on fresh ones. Otherwise look for dropout "
         "that stays on, or for noise in its code"
     )
 

@@ -45,6 +45,11 @@ def alone(body, **environment):
 # Errors
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -60,6 +65,7 @@ def alone(body, **environment):
         (ImportError("libx.so"), "ImportError: libx.so"),
         (MemoryError(), "out of memory; take a smaller batch, or fewer workers"),
         (MemoryError("3 GiB"), "out of memory: 3 GiB; take a smaller batch, or fewer workers"),
+        (caused(MemoryError("one image; take bf16"), RuntimeError("CUDA")), "out of memory: one image; take bf16"),
     ],
 )
 def test_failures_of_files_settings_and_machine_become_one_line(monkeypatch, capsys, error, message):

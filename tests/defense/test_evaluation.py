@@ -1407,6 +1407,32 @@ def test_a_timm_model_on_pixels_is_a_warning(tmp_path):
         assert len(run(tmp_path, {"vit": model}, photos, options).warnings) == 1
 
 
+def test_errors_of_an_attack_and_of_the_first_look_name_the_row(tmp_path):
+    class Hidden(Linear):
+        def forward(self, given: Tensor) -> Tensor:
+            return super().forward(given.detach())
+
+    class Large(Linear):
+        def forward(self, given: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    class Flat(Linear):
+        def forward(self, given: Tensor) -> Tensor:
+            return super().forward(given)[0]
+
+    for model, error, message in (
+        (Hidden(), ValueError, r"^mine under fgsm:.*: the logits do not depend on the pixels .* denim\.defense\.Bpda"),
+        (
+            Large(),
+            MemoryError,
+            r"^mine: a pass of 2 images does not fit into memory \(CUDA .*\); take another precision",
+        ),
+        (Flat(), ValueError, r"^mine: Flat must return logits \(B, K\) for pixels"),
+    ):
+        with pytest.raises(error, match=message):
+            run(tmp_path / type(model).__name__, {"mine": model})
+
+
 def test_memory_that_does_not_suffice_halves_the_passes_and_says_so(finished, tmp_path):
     class Small(Linear):
         most = 5
