@@ -124,6 +124,11 @@ class CertificationSettings:
         """Whether estimations stop where the radii are decided: an image's own radius may then be larger than found."""
         return bool(self.radii) and self.tolerance is None
 
+    @property
+    def finds_abstentions(self) -> bool:
+        """Whether an image without a certificate is known to have none, and was not given up at a larger radius."""
+        return not self.only_radii or self.radii[0] == 0
+
     def estimation(self, sigma: float) -> Estimation:
         """The estimation at a noise level in 0-255 pixel levels, whose radii are in units of that level."""
         scale = 255 / sigma
@@ -163,7 +168,7 @@ class LevelCertificates:
 
     @property
     def abstained(self) -> Interval:
-        """Share of images without a certificate of any radius."""
+        """Share of images without a certificate of any radius, see `CertificationSettings.finds_abstentions`."""
         return _share(self.radii == 0)
 
     @property

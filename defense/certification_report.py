@@ -166,15 +166,16 @@ def write_certification(certification: Certification, out: Path) -> Path:
 
 
 def _summary(certification: Certification, level: LevelCertificates) -> dict[str, Any]:
-    """What results.json and the table say of a level; no average of radii that were not estimated to the end."""
+    """What results.json and the table say of a level; nothing of what was not estimated to the end."""
+    settings = certification.settings
     return {
         "sigma": level.sigma,
         "s": level.sigma / 255,
         "images": len(level.ids),
-        "average_certified_radius": None if certification.settings.only_radii else asdict(level.average_radius),
-        "abstained": asdict(level.abstained),
+        "average_certified_radius": None if settings.only_radii else asdict(level.average_radius),
+        "abstained": asdict(level.abstained) if settings.finds_abstentions else None,
         "largest_radius": level.largest_radius,
-        "draws_per_image": float(level.draws.mean()) + certification.settings.selection_draws,
+        "draws_per_image": float(level.draws.mean()) + settings.selection_draws,
     }
 
 
@@ -197,7 +198,8 @@ def print_certification(certification: Certification, console: Console) -> None:
         name = f"{radius:g} ({255 * radius:.4g} levels)"
         table.add_row(name, *(str(level.certified(radius)) for level in levels))
     table.add_section()
-    table.add_row("abstained", *(str(level.abstained) for level in levels))
+    if certification.settings.finds_abstentions:
+        table.add_row("abstained", *(str(level.abstained) for level in levels))
     if not certification.settings.only_radii:
         averages = [level.average_radius for level in levels]
         table.add_row("average radius", *(f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in averages))

@@ -476,6 +476,8 @@ def test_the_table_says_what_was_found_and_what_is_not_known(finished, tmp_path)
     shown = printed(part)
     assert "0.1 (25.5 levels)" in shown
     assert "average radius" not in shown
+    assert "abstained" not in shown
+    assert "abstained" in printed(run(tmp_path, replace(SETTINGS, radii=(0.0, 0.1))))
     assert "other radii, and their average, are not known" in shown
     axes = certified_curve(part).axes[0]
     for level, errorbar in zip(part.levels, axes.containers, strict=True):
