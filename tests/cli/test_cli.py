@@ -418,7 +418,8 @@ def test_models_may_be_on_the_hub(runs, tmp_path, photo, capsys, monkeypatch):
         *("--health-images", "0"),
     )
     denim("finetune", "--out", tmp_path / "ft", "--denoiser", "owner/denoiser", *FAST, *PLAIN)
-    assert asked == ["owner/denoiser", "owner/classifier", "owner/denoiser", "owner/classifier", "owner/denoiser"]
+    # denoise; the denoiser and two classifiers of evaluate; finetune
+    assert asked == ["owner/denoiser", "owner/denoiser", "owner/classifier", "owner/classifier", "owner/denoiser"]
 
 
 @pytest.mark.slow
