@@ -32,6 +32,7 @@ COMMANDS = {
     "finetune": "fine-tune a classifier on denoised, noisy or clean images",
     "plan": "say what a pretraining takes in memory and time, from its sizes alone",
     "evaluate": "attack and score a defense, and write a report",
+    "compare": "compare two evaluations by a paired test, image by image",
     "certify": "certify a defense by randomized smoothing, and draw the certified accuracy",
     "runs": "list and compare trainings, and draw their loss",
     "denoise": "show what a denoiser makes of a photo",

@@ -15,12 +15,14 @@ _MODULES = {
     "certify": "certification",
     "print_certification": "certification_report",
     "write_certification": "certification_report",
+    "Comparison": "comparison",
     "De3": "de3",
     "Evaluation": "evaluation",
     "EvaluationSettings": "rows",
     "HealthWarning": "evaluation",
     "Jpeg": "bpda",
     "check_health": "health",
+    "compare": "comparison",
     "ModuleTarget": "targets",
     "evaluate": "evaluation",
     "Randomness": "probe",
@@ -38,6 +40,7 @@ __all__ = [
     "Bpda",
     "Certification",
     "CertificationSettings",
+    "Comparison",
     "De3",
     "Evaluation",
     "EvaluationSettings",
@@ -50,6 +53,7 @@ __all__ = [
     "Scores",
     "certify",
     "check_health",
+    "compare",
     "evaluate",
     "paired_difference",
     "print_certification",
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
         certify,
     )
     from denim.defense.certification_report import print_certification, write_certification
+    from denim.defense.comparison import Comparison, compare
     from denim.defense.de3 import De3
     from denim.defense.evaluation import Evaluation, HealthWarning, evaluate
     from denim.defense.health import check_health

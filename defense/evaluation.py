@@ -207,13 +207,15 @@ def _evaluate(
         health,
     )
     if ranks.is_first:
+        keys = {(row.name, row.text): row.key.hex() for row in rows}
         content = {
             "settings": asdict(settings),
             "versions": evaluation.versions,
             "classes": evaluation.classes,
             "warnings": evaluation.warnings,
             "health": [asdict(part) for part in health],
-            "cells": [asdict(cell) for cell in cells],
+            # The records that a cell is made of; the worst of several attacks has none of its own.
+            "cells": [asdict(cell) | {"key": keys.get((cell.defense, cell.attack))} for cell in cells],
         }
         with atomic_write(out / "results.json") as staged:
             staged.write_text(json.dumps(content, indent=2) + "\n")
