@@ -406,7 +406,8 @@ def defend(
     from denim.benchmarks.defense import Workload, compare
     from denim.benchmarks.timing import WrongResultError, environment
     from denim.defense import De3
-    from denim.defense.targets import input_size, keyed_generators, open_target
+    from denim.defense.generators import keyed_generators
+    from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier, ClassifierConfig
     from denim.nim import preset as architecture
     from denim.nim.files import atomic_write

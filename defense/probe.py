@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from denim.defense.generators import keyed_generators
 from denim.nim.adversarial import evaluating
 
 __all__ = ["Randomness", "declares_random", "probe_randomness"]
@@ -59,16 +58,12 @@ def declares_random(part: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Afterwards the generators of torch, NumPy and Python and the model's buffers are as they were before."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002  # what a model may draw from
+    """Afterwards the global generators and the model's buffers are as they were before."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.random.fork_rng(devices):
+        with keyed_generators(None):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(arrays)  # noqa: NPY002
         for buffer, value in buffers:
             # A change in place is allowed to an inference tensor in inference mode alone.
             with torch.inference_mode(buffer.is_inference()), torch.no_grad():

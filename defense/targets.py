@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
-import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from denim.defense.de3 import De3
+from denim.defense.generators import keyed_generators
 from denim.defense.probe import probe_randomness
 from denim.kernels import Domain, draw_seeds
 from denim.nim.classifier import Classifier
@@ -28,7 +26,6 @@ __all__ = [
     "as_target",
     "import_object",
     "input_size",
-    "keyed_generators",
     "normalisation_hint",
     "open_target",
 ]
@@ -192,31 +189,6 @@ class ModuleTarget(nn.Module):
 
 def _single(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-@contextlib.contextmanager
-def keyed_generators(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Inside, the global generators of torch, NumPy and Python start from a seed; after, they are as before.
-
-    Args:
-        seed: int64; None leaves them as they are until they are drawn from.
-        device: whose generator of torch is meant beside that of the CPU.
-    """
-    devices = [device] if device.type == "cuda" else []
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices):
-            if seed is not None:
-                torch.default_generator.manual_seed(seed)
-                if devices:
-                    with torch.cuda.device(device):
-                        torch.cuda.manual_seed(seed)
-                random.seed(seed)
-                np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def as_target(model: Any) -> Any:

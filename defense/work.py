@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from denim.defense.attacks import Attack, AttackMethod, radius_text
 from denim.defense.de3 import De3
 from denim.defense.gallery import Gallery
+from denim.defense.generators import keyed_generators
 from denim.defense.images import Images, batches_of, pixels_of, same_again
 from denim.defense.probe import probe_randomness
 from denim.defense.records import RecordColumns, Records
 from denim.defense.rows import EvaluationSettings, Row
-from denim.defense.targets import ROUNDING, ModuleTarget, keyed_generators
+from denim.defense.targets import ROUNDING, ModuleTarget
 from denim.kernels import Domain, check_pixels, derive_seeds
 from denim.nim.checkpoint import first_words
 from denim.nim.classifier import check_logits

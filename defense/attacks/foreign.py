@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from denim.defense.attacks.attack import Attacked, radius_text, register_attack
 from denim.defense.attacks.balls import NORMS, Ball
-from denim.defense.targets import Target, keyed_generators
+from denim.defense.generators import keyed_generators
+from denim.defense.targets import Target
 from denim.kernels import Domain, derive_seeds
 from denim.nim.adversarial import evaluating
 

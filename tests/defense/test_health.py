@@ -9,51 +9,30 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
 from denim.defense import Attack, De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
 from denim.defense.health import check_health
-from denim.kernels import attack_start, attack_step
-from denim.nim.data import EvalView, TorchLoader, open_source
 
 IMAGES, EPSILON = 40, 0.15
 pytestmark = pytest.mark.slow
 
 
-def digits(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    loader = TorchLoader(open_source("digits", split), EvalView(16), 2000, shuffle=False, last="keep")
-    (batch,) = loader.epoch(0)
-    return batch.images.permute(0, 3, 1, 2).float() / 255, batch.labels, batch.ids
-
-
 @pytest.fixture(scope="module")
-def images() -> tuple[Tensor, Tensor, Tensor]:
-    pixels, labels, ids = (tensor[:IMAGES] for tensor in digits("test"))
+def images(digit_pixels) -> tuple[Tensor, Tensor, Tensor]:
+    pixels, labels, ids = (tensor[:IMAGES] for tensor in digit_pixels("test"))
     return pixels, labels, ids
 
 
 @pytest.fixture(scope="module")
-def honest() -> nn.Module:
+def honest(adversarially_trained) -> nn.Module:
     """A network after adversarial training."""
-    pixels, labels, _ = digits("train")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(20):
-            for chosen in torch.randperm(len(pixels)).split(128):
-                clean, true = pixels[chosen], labels[chosen]
-                attacked = attack_start(clean, chosen, epsilon=0.1)
-                for _ in range(4):
-                    leaf = attacked.requires_grad_()
-                    (gradient,) = torch.autograd.grad(F.cross_entropy(model(leaf), true), leaf)
-                    attacked = attack_step(leaf, clean, gradient, step_size=0.04, epsilon=0.1)
-                optimizer.zero_grad()
-                F.cross_entropy(model(attacked), true).backward()
-                optimizer.step()
-    return model.eval().requires_grad_(False)
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    return adversarially_trained(make, epochs=20, epsilon=0.1, step_size=0.04)
 
 
 class Planted(nn.Module):

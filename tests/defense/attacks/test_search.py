@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
@@ -15,47 +14,28 @@ from denim.defense import Attack, De3, ModuleTarget
 from denim.defense.attacks.balls import Ball
 from denim.defense.attacks.rules import Apgd, Pgd
 from denim.defense.attacks.search import Items, Search
-from denim.kernels import Domain, attack_start, attack_step
-from denim.nim.data import EvalView, TorchLoader, open_source
+from denim.kernels import Domain
 
 IMAGES, EPSILON = 300, 0.15
 
 
-def digits(split: str) -> tuple[Tensor, Tensor, Tensor]:
-    loader = TorchLoader(open_source("digits", split), EvalView(16), 2000, shuffle=False, last="keep")
-    (batch,) = loader.epoch(0)
-    return batch.images.permute(0, 3, 1, 2).float() / 255, batch.labels, batch.ids
-
-
 @pytest.fixture(scope="module")
-def test_digits() -> tuple[Tensor, Tensor, Tensor]:
-    pixels, labels, ids = (tensor[:IMAGES] for tensor in digits("test"))
+def test_digits(digit_pixels) -> tuple[Tensor, Tensor, Tensor]:
+    pixels, labels, ids = (tensor[:IMAGES] for tensor in digit_pixels("test"))
     return pixels, labels, ids
 
 
 @pytest.fixture(scope="module")
-def robust() -> nn.Module:
+def robust(adversarially_trained) -> nn.Module:
     """A small convolutional network after adversarial training; at this radius it keeps some of the images."""
-    pixels, labels, _ = digits("train")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(
+
+    def make() -> nn.Module:
+        return nn.Sequential(
             *(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.Flatten()),
             *(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10)),
         )
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(12):
-            for chosen in torch.randperm(len(pixels)).split(128):
-                clean, true = pixels[chosen], labels[chosen]
-                attacked = attack_start(clean, chosen, epsilon=0.15)
-                for _ in range(4):
-                    leaf = attacked.requires_grad_()
-                    (gradient,) = torch.autograd.grad(F.cross_entropy(model(leaf), true), leaf)
-                    attacked = attack_step(leaf, clean, gradient, step_size=0.05, epsilon=0.15)
-                optimizer.zero_grad()
-                F.cross_entropy(model(attacked), true).backward()
-                optimizer.step()
-    return model.eval().requires_grad_(False)
+
+    return adversarially_trained(make, epochs=12, epsilon=0.15, step_size=0.05)
 
 
 class Scaled(nn.Module):
