@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from denim.defense.certification import Certification, LevelCertificates
-from denim.defense.report import DASHES, DPI, MARKERS, PALETTE
+from denim.defense.report.pictures import DASHES, DPI, MARKERS, PALETTE
 from denim.nim.files import atomic_write
 from denim.nim.text import printable
 

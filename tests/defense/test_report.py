@@ -14,11 +14,11 @@ from matplotlib.collections import PolyCollection
 from PIL import Image
 from rich.console import Console
 
-from denim.defense import report
 from denim.defense.cells import Cell
 from denim.defense.evaluation import Evaluation
 from denim.defense.gallery import Examples
 from denim.defense.report import curves, print_table, resubmissions, tradeoff, write_report
+from denim.defense.report import page as report_page
 from denim.defense.rows import EvaluationSettings
 from denim.defense.scores import paired_difference, resubmission_curve, score
 
@@ -501,7 +501,7 @@ def test_gallery_opens_where_some_images_are_right_and_some_are_not(tmp_path):
 
 def test_gallery_shows_fewer_of_large_images(tmp_path, monkeypatch):
     # 28 cells of four rows of 3 * 16 * 16 numbers: room for two of four images.
-    monkeypatch.setattr(report, "GALLERY_VALUES", 2 * 28 * 4 * 3 * 16 * 16)
+    monkeypatch.setattr(report_page, "GALLERY_VALUES", 2 * 28 * 4 * 3 * 16 * 16)
     page = Page(write_report(evaluation(shape=(4, 3, 16, 16)), tmp_path, title="t"))
     assert "Shown: 2 images of 4 kept" in page.text
     assert {image.size for image in strips(page).values()} == {(2 * 17, 16)}

@@ -1,4 +1,4 @@
-"""Report of an evaluation: a table for the terminal, a CSV, the trade-off curve, and one self-contained HTML page."""
+"""The HTML page of an evaluation, which needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -7,492 +7,43 @@ import csv
 import html
 import io
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from PIL import Image
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from denim.defense.cells import WORST, Cell
 from denim.defense.evaluation import Evaluation
 from denim.defense.gallery import Examples
+from denim.defense.report.names import (
+    attacks_of,
+    by_place,
+    checks_passed,
+    counted,
+    defenses_of,
+    draws_text,
+    images_text,
+    is_derived,
+    leak_text,
+    short_names,
+    sigma_text,
+)
+from denim.defense.report.pictures import series
+from denim.defense.report.tables import csv_row, latex, markdown
 from denim.defense.rows import CLEAN
-from denim.defense.scores import Interval
-from denim.nim.files import atomic_write
 from denim.nim.progress import clock_text
 from denim.nim.text import printable
 
-__all__ = ["Curve", "curves", "print_table", "tradeoff", "write_report"]
-
-# Okabe and Ito (2008), "Color Universal Design", without yellow, which is hard to see on white.
-PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "os^DvPX<>*"
-DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
-DPI = 160
+__all__ = ["html_page"]
 
 GALLERY_VALUES = 12_000_000  # numbers in the gallery's pictures; about 16 MB of base64 where none compresses
+
+
 SMALL, LARGE = 80, 128  # CSS pixels: smaller images are enlarged to about the first, larger ones shrunk to the second
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Mean accuracy by noise level, of the random defenses of one case under one attack.
-
-    Attributes:
-        case: see `De3.case`; with the names of the defenses where some of that case share a level.
-        attack: text form, as in `Cell`.
-        sigmas: ascending noise levels in 0-255 pixel levels.
-        means: accuracy in [0, 1], one for each level.
-    """
-
-    case: str
-    attack: str
-    sigmas: tuple[float, ...]
-    means: tuple[Interval, ...]
-
-
-def curves(evaluation: Evaluation) -> tuple[Curve, ...]:
-    """Curves of the trade-off, of at least two levels each: by case in order of appearance, then by attack."""
-    cells = _by_place(evaluation)
-    return tuple(
-        Curve(case, attack, tuple(names), tuple(cells[name, attack].scores.mean for name in names.values()))
-        for case, names in _series(evaluation).items()
-        for attack in _attacks(evaluation)
-    )
-
-
-def _series(evaluation: Evaluation) -> dict[str, dict[float, str]]:
-    """By case, the random defenses by ascending level, where there are at least two."""
-    found: dict[tuple[str, int], dict[float, str]] = {}
-    for name, cell in _defenses(evaluation).items():
-        if cell.sigma is not None and not cell.frozen:
-            place = 0
-            while cell.sigma in found.get((cell.case, place), {}):
-                place += 1
-            found.setdefault((cell.case, place), {})[cell.sigma] = name
-    return {
-        f"{case} ({', '.join(names.values())})" if (case, 1) in found else case: dict(sorted(names.items()))
-        for (case, _), names in found.items()
-        if len(names) > 1
-    }
-
-
-def tradeoff(evaluation: Evaluation) -> Figure:
-    """The trade-off as a picture: accuracy in percent against sigma, one line per case and attack with its 95 % band.
-
-    Defenses that are on no curve (off, frozen, or the only level of their case) stand in a panel beside it, by name.
-    """
-    attacks, cells = _attacks(evaluation), _by_place(evaluation)
-    drawn, cases = curves(evaluation), list(_series(evaluation))
-    on_curves = {name for names in _series(evaluation).values() for name in names.values()}
-    references = [name for name in _defenses(evaluation) if name not in on_curves]
-    looks = _looks(attacks)
-    widths = [4.6] * bool(drawn) + [max(1.3 if drawn else 3.6, 0.4 + 0.9 * len(references))] * bool(references)
-    figure = Figure(figsize=(sum(widths) + 1.9, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = list(figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0])
-    for axes in panels:
-        axes.set_ylim(-3, 103)
-        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy (%)")
-    if drawn:
-        axes = panels[0]
-        for curve in drawn:
-            look = {**looks[curve.attack], "linestyle": DASHES[cases.index(curve.case) % len(DASHES)]}
-            value, low, high = _percent(curve.means)
-            axes.fill_between(curve.sigmas, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            axes.plot(curve.sigmas, value, linewidth=1.6, **look)
-        levels = sorted({sigma for curve in drawn for sigma in curve.sigmas})
-        if np.diff(levels).min() >= np.ptp(levels) / 14:
-            axes.set_xticks(levels, [f"{level:g}" for level in levels])
-        axes.set_xlabel(r"noise level $\sigma$ (0-255 pixel levels)")
-    if references:
-        axes = panels[-1]
-        for i, attack in enumerate(attacks):
-            means = [cells[name, attack].scores.mean for name in references]
-            value, low, high = _percent(means)
-            # Rounding can put the end of an interval at 0 or 1 on the wrong side of its value.
-            bars = np.stack([value - low, high - value]).clip(min=0)
-            # Beside each other: at one place, the attacks on a defense would hide one another.
-            places = np.arange(len(references)) + 0.7 * ((i + 0.5) / len(attacks) - 0.5)
-            axes.errorbar(places, value, yerr=bars, capsize=2, linestyle="none", **looks[attack])
-        labels = [_tick(name, cells[name, attacks[0]]) for name in references]
-        axes.set_xticks(range(len(references)), labels, fontsize=8)
-        axes.set_xlim(-0.5, len(references) - 0.5)
-        if drawn:
-            axes.set_title("references", loc="left", fontsize=9)
-    panels[0].set_title(f"mean of {_draws(evaluation)}, {_images(evaluation)}, 95% intervals", loc="left", fontsize=9)
-    names = _short(attacks)
-    handles = [Line2D([], [], label=names[attack], **looks[attack]) for attack in attacks]
-    if len(cases) > 1:
-        handles += [
-            Line2D([], [], color="0.4", linestyle=DASHES[i % len(DASHES)], label=textwrap.fill(case, 28))
-            for i, case in enumerate(cases)
-        ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-    return figure
-
-
-def resubmissions(evaluation: Evaluation) -> Figure:
-    """Accuracy in percent against the tries of an attacker who may resubmit: a panel for each random defense.
-
-    Each line is an attack, with its 95 % band, beside clean images. A defense of the same case and level whose noise is
-    frozen, for which tries make no difference, is a broken line across the panel.
-    """
-    attacks, cells = _attacks(evaluation), _by_place(evaluation)
-    defenses = _defenses(evaluation)
-    random = [name for name in defenses if cells[name, attacks[0]].resubmission]
-    looks = _looks(attacks)
-    columns = min(4, len(random))
-    rows = -(-len(random) // columns)
-    figure = Figure(figsize=(2.6 * columns + 2.4, 2.5 * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes in grid.flat[len(random) :]:
-        axes.set_visible(False)
-    for axes, name in zip(grid.flat, random, strict=False):
-        own = defenses[name]
-        twins = [
-            other
-            for other, cell in defenses.items()
-            if cell.frozen and (cell.case, cell.sigma) == (own.case, own.sigma)
-        ]
-        for attack in attacks:
-            look = looks[attack] | {"marker": ""}
-            curve = cells[name, attack].resubmission
-            value, low, high = _percent(curve)
-            tries = np.arange(1, len(curve) + 1)
-            axes.fill_between(tries, low, high, color=look["color"], alpha=0.15, linewidth=0)
-            axes.plot(tries, value, linewidth=1.6, **look)
-            for twin in twins:
-                accuracy = 100 * cells[twin, attack].scores.mean.value
-                axes.axhline(accuracy, linewidth=1, linestyle="--", color=look["color"], alpha=0.8)
-        axes.set_title(_tick(name, own), fontsize=8)
-        axes.set_ylim(-3, 103)
-        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel("tries", fontsize=10)
-    figure.supylabel("accuracy (%)", fontsize=10)
-    names = _short(attacks)
-    handles = [Line2D([], [], label=names[attack], color=looks[attack]["color"]) for attack in attacks]
-    if any(cell.frozen for cell in defenses.values()):
-        handles.append(Line2D([], [], color="0.4", linestyle="--", label="frozen noise"))
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
-    return figure
-
-
-def _looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every attack; the worst of several is a ring, since it often coincides with one of them."""
-    colours: Sequence[Any] = PALETTE
-    if len(attacks) > len(PALETTE):
-        colours = list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(attacks))))
-    looks: dict[str, dict[str, Any]] = {}
-    for i, attack in enumerate(attacks):
-        looks[attack] = {"color": colours[i], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-        if attack.startswith(f"{WORST} "):
-            looks[attack] |= {"marker": "o", "markersize": 9, "markerfacecolor": "none"}
-    return looks
-
-
-def _tick(name: str, cell: Cell) -> str:
-    lines = textwrap.wrap(printable(name), 13, max_lines=4) or [""]
-    if cell.sigma is not None:
-        lines.append(f"(\u03c3 {cell.sigma:g}{', frozen' if cell.frozen else ''})")
-    # matplotlib reads a pair of dollar signs as mathematics.
-    return "\n".join(lines).replace("$", r"\$")
-
-
-def write_report(evaluation: Evaluation, out: Path, *, title: str, command: str = "", data: str = "") -> Path:
-    """Write `out`/report.html, results.csv, table.md, table.tex and tradeoff.png, .svg and .pdf, each in one step.
-
-    Where a defense is random, also resubmission.csv and resubmission.png: accuracy against the number of tries.
-
-    The page needs no other file and no network; without scripts its tables cannot be sorted, and all else is there.
-    The tables of Markdown and LaTeX (with the package booktabs) have mean accuracies in percent. results.csv has one
-    line per cell; its accuracies and their 95 % intervals are shares in [0, 1], sigma is in 0-255 pixel levels, epsilon
-    in [0, 1] units, and what does not apply is empty.
-
-    Args:
-        evaluation: what `evaluate` returned.
-        out: folder, made where absent.
-        title: heading of the page.
-        command: that made the evaluation, for the page.
-        data: where the images come from, likewise.
-
-    Returns:
-        The path of report.html.
-    """
-    _write_csv(out / "results.csv", [_csv_row(cell) for cell in evaluation.cells])
-    for ending, text in (("md", _markdown(evaluation)), ("tex", _latex(evaluation))):
-        with atomic_write(out / f"table.{ending}") as staged:
-            staged.write_text(text, encoding="utf-8")
-    curve = tradeoff(evaluation)
-    pictures = [_written_picture(curve, out / f"tradeoff.{ending}") for ending in ("png", "svg", "pdf")][:1]
-    if tries := _csv_tries(evaluation.cells):
-        _write_csv(out / "resubmission.csv", tries)
-        pictures.append(_written_picture(resubmissions(evaluation), out / "resubmission.png"))
-    with atomic_write(out / "report.html") as staged:
-        page = _page(evaluation, title, _made(evaluation, command, data), _points(evaluation, curve), *pictures)
-        staged.write_text(page, encoding="utf-8")
-    return out / "report.html"
-
-
-def _write_csv(file: Path, rows: Sequence[dict[str, object]]) -> None:
-    with (
-        atomic_write(file) as staged,
-        staged.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
-    ):
-        writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _written_picture(figure: Figure, file: Path) -> bytes:
-    picture = io.BytesIO()
-    form = file.suffix[1:]
-    # Without dates and random names the same numbers give the same bytes.
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
-    with matplotlib.rc_context({"svg.hashsalt": "denim"}):
-        figure.savefig(picture, format=form, dpi=DPI, metadata=metadata)
-    with atomic_write(file) as staged:
-        staged.write_bytes(picture.getvalue())
-    return picture.getvalue()
-
-
-def print_table(evaluation: Evaluation, console: Console) -> None:
-    """Print mean accuracies with 95 % intervals, defenses by attacks, then what the numbers are, then the warnings.
-
-    Nothing is cut off: where the console is too narrow for all attacks, there are several tables.
-    """
-    attacks = _attacks(evaluation)
-    form: Callable[[Interval], str] = str
-    groups = [attacks]
-    if not _fits(evaluation, attacks, form, console):
-        form, groups = _plus_minus, []
-        for attack in attacks:
-            if groups and _fits(evaluation, [*groups[-1], attack], form, console):
-                groups[-1].append(attack)
-            else:
-                groups.append([attack])
-    for group in groups:
-        console.print(_console_table(evaluation, group, form))
-    interval = "95% interval over images" + (" (± its longer side)" if form is _plus_minus else "")
-    lines = [
-        f"Mean accuracy in % over {_draws(evaluation)} of noise, {_images(evaluation)}, {interval}; "
-        "vote and worst of R are in the CSV.",
-        *(f"{_short(attacks)[attack]}: {attack}" for attack in attacks if not _is_derived(attack)),
-    ]
-    if any(attack.startswith(f"{WORST} ") for attack in attacks):
-        lines.append("worst: by image, the attack of that radius that misleads most confirmation draws")
-    for case in dict.fromkeys(cell.case for cell in evaluation.cells):
-        members = [name for name, cell in _defenses(evaluation).items() if cell.case == case]
-        lines.append(f"{case}{_leak(case)}: {', '.join(members)}")
-    console.print(Text(printable("\n".join(lines), keep="\n"), style="dim"))
-    if evaluation.health:
-        console.print(Text(f"{_checks_passed(evaluation)} (docs/method.md, health checks)", style="dim"))
-    for warning in evaluation.warnings:
-        console.print(Text(f"warning: {printable(warning)}", style="bold yellow"))
-
-
-def _checks_passed(evaluation: Evaluation) -> str:
-    checks = [check for part in evaluation.health for check in part.checks]
-    images = _counted({part.num_images for part in evaluation.health}, "image")
-    return f"{sum(check.passed for check in checks)} of {len(checks)} health checks passed, on {images}"
-
-
-def _by_place(evaluation: Evaluation) -> dict[tuple[str, str], Cell]:
-    return {(cell.defense, cell.attack): cell for cell in evaluation.cells}
-
-
-def _defenses(evaluation: Evaluation) -> dict[str, Cell]:
-    """The first cell of every defense, by name, in order."""
-    found: dict[str, Cell] = {}
-    for cell in evaluation.cells:
-        found.setdefault(cell.defense, cell)
-    return found
-
-
-def _attacks(evaluation: Evaluation) -> list[str]:
-    return list(dict.fromkeys(cell.attack for cell in evaluation.cells))
-
-
-def _is_derived(attack: str) -> bool:
-    """Whether a column is not one attack: without any, or the worst of several."""
-    return attack == CLEAN or attack.startswith(f"{WORST} ")
-
-
-def _short(attacks: Sequence[str]) -> dict[str, str]:
-    """Names for column heads: `pgd 4/255`, with only the options in which attacks of that name and radius differ."""
-    parts = {attack: attack.split(",") for attack in attacks}
-    names = {}
-    for attack, (head, *options) in parts.items():
-        others = [other for other in parts.values() if other[0] == head]
-        telling = [option for option in options if not all(option in other for other in others)]
-        names[attack] = " ".join([head.replace(":", " "), *telling])
-    return names
-
-
-def _counted(numbers: set[int], word: str) -> str:
-    text = " or ".join(str(number) for number in sorted(numbers))
-    return f"{text} {word}{'' if numbers == {1} else 's'}"
-
-
-def _draws(evaluation: Evaluation) -> str:
-    return _counted({cell.scores.score_draws for cell in evaluation.cells}, "fresh draw")
-
-
-def _images(evaluation: Evaluation) -> str:
-    return _counted({cell.scores.num_images for cell in evaluation.cells}, "image")
-
-
-def _sigma(cell: Cell) -> str:
-    if cell.sigma is None:
-        return "off" if cell.case == "undefended" else "–"  # noqa: RUF001
-    return f"{cell.sigma:g} frozen" if cell.frozen else f"{cell.sigma:g}"
-
-
-def _leak(case: str) -> str:
-    return " (statistics leak)" if case.endswith("input statistics") else ""
-
-
-def _percent(means: Sequence[Interval]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Values, lower and upper ends, in percent."""
-    return tuple(100 * np.array([[mean.value, mean.low, mean.high] for mean in means]).T)
-
-
-def _plus_minus(interval: Interval) -> str:
-    half = max(interval.high - interval.value, interval.value - interval.low)
-    return f"{100 * interval.value:.1f} ±{100 * half:.1f}"
-
-
-def _console_table(evaluation: Evaluation, attacks: Sequence[str], form: Callable[[Interval], str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("defense", overflow="fold", max_width=None if form is str else 20)
-    table.add_column("sigma", no_wrap=True, overflow="fold")
-    names, cells = _short(_attacks(evaluation)), _by_place(evaluation)
-    for attack in attacks:
-        table.add_column(Text(names[attack].replace(" ", "\n")), justify="right", no_wrap=True, overflow="fold")
-    for name, cell in _defenses(evaluation).items():
-        means = (Text(form(cells[name, attack].scores.mean)) for attack in attacks)
-        table.add_row(Text(printable(name)), Text(_sigma(cell)), *means)
-    return table
-
-
-def _fits(evaluation: Evaluation, attacks: Sequence[str], form: Callable[[Interval], str], console: Console) -> bool:
-    # A measurement never exceeds the width it is given, so it is given more than any table needs.
-    options = console.options.update_width(100_000)
-    return Measurement.get(console, options, _console_table(evaluation, attacks, form)).maximum <= console.width
-
-
-def _markdown(evaluation: Evaluation) -> str:
-    def escaped(text: str) -> str:
-        return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", printable(text))
-
-    head, rows = _mean_rows(evaluation)
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    # Rows of dashes and the intervals are ours; names are not.
-    texts = [[escaped(cell) if line is not lines[1] else cell for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in texts)
-
-
-LATEX = {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "[": "{[}", "<": r"\textless{}",
-    ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", **{c: f"\\{c}" for c in "&%$#_{}"},
-}  # fmt: skip
-
-
-def _latex(evaluation: Evaluation) -> str:
-    def escaped(text: str) -> str:
-        return "".join(LATEX.get(c, c) for c in printable(text))
-
-    head, rows = _mean_rows(evaluation)
-    lines = [" & ".join(map(escaped, row)) + r" \\" for row in (head, *rows)]
-    columns = "l" + "r" * (len(head) - 1)
-    return "\n".join(
-        [
-            f"% Mean accuracy in percent over {_draws(evaluation)}, {_images(evaluation)}, with 95 % intervals.",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
-        ]
-    )
-
-
-def _mean_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of a table of mean accuracies."""
-    attacks, cells = _attacks(evaluation), _by_place(evaluation)
-    names = _short(attacks)
-    rows = [
-        [name, _sigma(cell), *(str(cells[name, attack].scores.mean) for attack in attacks)]
-        for name, cell in _defenses(evaluation).items()
-    ]
-    return ["defense", "sigma", *(names[attack] for attack in attacks)], rows
-
-
-def _csv_text(text: str) -> str:
-    """A name that a spreadsheet does not run as a formula (OWASP, "CSV injection")."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def _csv_row(cell: Cell) -> dict[str, object]:
-    row: dict[str, object] = {
-        **_csv_place(cell),
-        "num_images": cell.scores.num_images,
-        "score_draws": cell.scores.score_draws,
-    }
-    intervals = {
-        "mean": cell.scores.mean,
-        "vote": cell.scores.vote,
-        "worst": cell.scores.worst,
-        "difference": cell.difference,
-    }
-    for name, interval in intervals.items():
-        row[name] = None if interval is None else interval.value
-        row[f"{name}_low"] = None if interval is None else interval.low
-        row[f"{name}_high"] = None if interval is None else interval.high
-    return row | {"gradients": cell.gradients, "gradients_saved": cell.gradients_saved, "seconds": cell.seconds}
-
-
-def _csv_place(cell: Cell) -> dict[str, object]:
-    return {
-        "defense": _csv_text(cell.defense),
-        "sigma": cell.sigma,
-        "frozen": str(cell.frozen).lower(),
-        "case": _csv_text(cell.case),
-        "attack": _csv_text(cell.attack),
-        "epsilon": cell.epsilon,
-    }
-
-
-def _csv_tries(cells: Sequence[Cell]) -> list[dict[str, object]]:
-    """A line for each random cell and number of tries."""
-    return [
-        _csv_place(cell) | {"tries": n, "accuracy": entry.value, "low": entry.low, "high": entry.high}
-        for cell in cells
-        for n, entry in enumerate(cell.resubmission, start=1)
-    ]
 
 
 STYLE = """
@@ -549,6 +100,7 @@ details details { margin-left: 1.5rem; }
 }
 """
 
+
 # A click on a head sorts by the first number of each cell, or by its text; another click turns the order around.
 SORTING = """
 for (const table of document.querySelectorAll("table.sortable")) {
@@ -578,6 +130,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 """
+
 
 READING = """
 <h2 id="reading">How to read the numbers</h2>
@@ -628,18 +181,18 @@ def _made(evaluation: Evaluation, command: str, data: str) -> str:
 
 def _points(evaluation: Evaluation, figure: Figure) -> str:
     """Marks over the picture of the trade-off that show their number when they are pointed at; the figure is drawn."""
-    cells, attacks = _by_place(evaluation), _attacks(evaluation)
-    series = _series(evaluation)
+    cells, attacks = by_place(evaluation), attacks_of(evaluation)
+    by_case = series(evaluation)
     places: list[tuple[Any, float, str, str]] = []
     panels = list(figure.axes)
-    for names in series.values():
+    for names in by_case.values():
         places += [(panels[0], sigma, name, a) for sigma, name in names.items() for a in attacks]
-    on_curves = {name for names in series.values() for name in names.values()}
-    references = [name for name in _defenses(evaluation) if name not in on_curves]
+    on_curves = {name for names in by_case.values() for name in names.values()}
+    references = [name for name in defenses_of(evaluation) if name not in on_curves]
     for attack, bars in zip(attacks, panels[-1].containers, strict=bool(references)):
         points: Any = bars[0]
         places += [(panels[-1], x, name, attack) for x, name in zip(points.get_xdata(), references, strict=True)]
-    short = _short(attacks)
+    short = short_names(attacks)
     width, height = figure.bbox.width, figure.bbox.height
     marks = []
     for axes, x, name, attack in places:
@@ -657,7 +210,7 @@ def _links(evaluation: Evaluation) -> str:
     """The tables as files within the page, with rounded numbers."""
     handle = io.StringIO()
     rows = [
-        {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in _csv_row(cell).items()}
+        {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in csv_row(cell).items()}
         for cell in evaluation.cells
     ]
     writer = csv.DictWriter(handle, rows[0].keys(), lineterminator="\n")
@@ -665,8 +218,8 @@ def _links(evaluation: Evaluation) -> str:
     writer.writerows(rows)
     files = {
         "CSV": ("csv", handle.getvalue()),
-        "Markdown": ("md", _markdown(evaluation)),
-        "LaTeX": ("tex", _latex(evaluation)),
+        "Markdown": ("md", markdown(evaluation)),
+        "LaTeX": ("tex", latex(evaluation)),
     }
     links = []
     for name, (ending, text) in files.items():
@@ -675,18 +228,35 @@ def _links(evaluation: Evaluation) -> str:
     return f"<p>The table as {', '.join(links)}. results.csv, beside this page, has every number exactly.</p>"
 
 
-def _page(
-    evaluation: Evaluation, title: str, made: str, points: str, picture: bytes, tries: bytes | None = None
+def html_page(
+    evaluation: Evaluation,
+    title: str,
+    command: str,
+    data: str,
+    curve: Figure,
+    picture: bytes,
+    tries: bytes | None = None,
 ) -> str:
+    """The page.
+
+    Args:
+        evaluation: what `evaluate` returned.
+        title: heading.
+        command: that made the evaluation; empty if unknown.
+        data: where the images come from; empty if unknown.
+        curve: the picture of the trade-off, drawn.
+        picture: that picture as a PNG.
+        tries: the picture of accuracy against tries as a PNG, where a defense is random.
+    """
     strips = _Strips()
     gallery = "".join(_gallery(evaluation, strips))
-    attacks = [attack for attack in _attacks(evaluation) if not _is_derived(attack)]
+    attacks = [attack for attack in attacks_of(evaluation) if not is_derived(attack)]
     versions = ", ".join(f"{package} {version}" for package, version in evaluation.versions.items())
     against = f"against {', '.join(f'<code>{_escaped(a)}</code>' for a in attacks)}" if attacks else "clean"
     tables = [
         ("Majority vote of the draws", lambda cell: str(cell.scores.vote)),
         ("Images that every draw gets right (worst of R)", lambda cell: str(cell.scores.worst)),
-        (f"Difference of the mean to {next(iter(_defenses(evaluation)))}, paired over images", _difference),
+        (f"Difference of the mean to {next(iter(defenses_of(evaluation)))}, paired over images", _difference),
     ]
     if any(cell.gradients or cell.seconds is not None for cell in evaluation.cells):
         tables.append(("What it cost: gradients of one draw, those saved by leaving early, and seconds", _costs))
@@ -703,12 +273,13 @@ def _page(
 </head>
 <body>
 <h1>{_escaped(title)}</h1>
-<p>{_counted({len(_defenses(evaluation))}, "defense")} on {_images(evaluation)}, {against}. Accuracies are means over
-{_draws(evaluation)} of noise for each image, which neither the attack nor the choice among attacks has seen; in
+<p>{counted({len(defenses_of(evaluation))}, "defense")} on {images_text(evaluation)},
+{against}. Accuracies are means over
+{draws_text(evaluation)} of noise for each image, which neither the attack nor the choice among attacks has seen; in
 brackets the 95&nbsp;% interval over images. Seed {evaluation.settings.seed}; precision
 {evaluation.settings.precision}; {_escaped(versions)}.
 <a href="#reading">How to read the numbers</a>.</p>
-<p class="made">{made}</p>
+<p class="made">{_made(evaluation, command, data)}</p>
 {_warnings(evaluation)}
 <h2>Accuracy</h2>
 {_numbers(evaluation, "Mean accuracy in percent", lambda cell: str(cell.scores.mean))}
@@ -717,7 +288,7 @@ brackets the 95&nbsp;% interval over images. Seed {evaluation.settings.seed}; pr
 <h2>Trade-off</h2>
 <div class="picture"><img class="curve" src="{_data_uri(picture)}" alt="Mean accuracy against the noise level sigma, one
 line for each attack, with 95 % bands, beside the defenses that are on no line. The numbers are those of the table
-above.">{points}</div>
+above.">{_points(evaluation, curve)}</div>
 <p>Point at a mark for its number. tradeoff.svg and tradeoff.pdf, beside this page, are the same picture for print.</p>
 {_resubmissions(evaluation, tries)}
 {gallery}
@@ -757,18 +328,18 @@ def _health_table(evaluation: Evaluation) -> str:
         '<th scope="col">result</th><th scope="col" class="text">what the number is</th>'
     )
     return (
-        f'<details><summary>{_checks_passed(evaluation)}</summary><div class="wide"><table class="numbers">'
+        f'<details><summary>{checks_passed(evaluation)}</summary><div class="wide"><table class="numbers">'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 
 def _numbers(evaluation: Evaluation, caption: str, of: Callable[[Cell], str]) -> str:
     """A table, defenses by attacks; `of` gives a value and, after a space, its interval."""
-    attacks, cells = _attacks(evaluation), _by_place(evaluation)
-    names = _short(attacks)
+    attacks, cells = attacks_of(evaluation), by_place(evaluation)
+    names = short_names(attacks)
     heads = "".join(f'<th scope="col" title="{_escaped(attack)}">{_escaped(names[attack])}</th>' for attack in attacks)
     rows = []
-    for name, cell in _defenses(evaluation).items():
+    for name, cell in defenses_of(evaluation).items():
         values = []
         for attack in attacks:
             value, _, interval = of(cells[name, attack]).partition(" ")
@@ -776,7 +347,7 @@ def _numbers(evaluation: Evaluation, caption: str, of: Callable[[Cell], str]) ->
             hover = f"{name}, {names[attack]}: mean {scores.mean}, vote {scores.vote}, worst of R {scores.worst}"
             values.append(f'<td title="{_escaped(hover)}">{value}<small>{interval}</small></td>')
         rows.append(
-            f'<tr><th scope="row">{_name(name)}</th><td class="text aside">{_sigma(cell)}</td>'
+            f'<tr><th scope="row">{_name(name)}</th><td class="text aside">{sigma_text(cell)}</td>'
             f'<td class="text aside">{_case(cell.case)}</td>{"".join(values)}</tr>'
         )
     return (
@@ -793,7 +364,7 @@ def _name(name: str) -> str:
 
 
 def _case(case: str) -> str:
-    leak = '<small class="leak">statistics leak</small>' if _leak(case) else ""
+    leak = '<small class="leak">statistics leak</small>' if leak_text(case) else ""
     return _escaped(case) + leak
 
 
@@ -816,11 +387,11 @@ def _resubmissions(evaluation: Evaluation, picture: bytes | None) -> str:
     if picture is None:
         return ""
     last = _resubmission_columns(max(len(cell.resubmission) for cell in evaluation.cells))
-    attacks, cells = _attacks(evaluation), _by_place(evaluation)
-    names = _short(attacks)
+    attacks, cells = attacks_of(evaluation), by_place(evaluation)
+    names = short_names(attacks)
     heads = "".join(f'<th scope="col">{n}</th>' for n in last)
     rows = []
-    for name in _defenses(evaluation):
+    for name in defenses_of(evaluation):
         for attack in attacks:
             curve = cells[name, attack].resubmission
             if curve:
@@ -885,15 +456,15 @@ def _gallery(evaluation: Evaluation, strips: _Strips) -> Iterator[str]:
     count = max(1, min(available, GALLERY_VALUES // needed))
     yield "<h2>Gallery</h2><p>One score draw of each image, as attacked on that defense. "
     yield "✓ and ✗ say whether the prediction is right. A row that would repeat another is left out; noisy images are "
-    yield f"clipped to [0, 1] for display. Shown: {_counted({count}, 'image')} of {available} kept.</p>"
-    cells, names = _by_place(evaluation), _short(_attacks(evaluation))
-    defenses = {name: cell for name, cell in _defenses(evaluation).items() if any(name == n for n, _ in kept)}
+    yield f"clipped to [0, 1] for display. Shown: {counted({count}, 'image')} of {available} kept.</p>"
+    cells, names = by_place(evaluation), short_names(attacks_of(evaluation))
+    defenses = {name: cell for name, cell in defenses_of(evaluation).items() if any(name == n for n, _ in kept)}
     opened, telling = _telling(kept, defenses, cells, count)
     for name, cell in defenses.items():
         attacks = [attack for attack in names if (name, attack) in kept]
         strongest = min(attacks, key=lambda attack: (attack == CLEAN, cells[name, attack].scores.mean.value))
         strongest = telling if name == opened else strongest
-        sigma = f"sigma {_sigma(cell)}" if cell.sigma is not None else "off"
+        sigma = f"sigma {sigma_text(cell)}" if cell.sigma is not None else "off"
         yield f"<details{' open' if name == opened else ''}><summary><strong>{_escaped(name)}</strong> "
         yield f"({sigma}; {_escaped(cell.case)})</summary>"
         for attack in attacks:

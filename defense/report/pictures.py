@@ -1,0 +1,233 @@
+"""Pictures of an evaluation: accuracy against the noise level, and against the number of tries."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from denim.defense.cells import WORST, Cell
+from denim.defense.evaluation import Evaluation
+from denim.defense.report.names import attacks_of, by_place, defenses_of, draws_text, images_text, percent, short_names
+from denim.defense.scores import Interval
+from denim.nim.files import atomic_write
+from denim.nim.text import printable
+
+__all__ = [
+    "DASHES",
+    "DPI",
+    "MARKERS",
+    "PALETTE",
+    "Curve",
+    "curves",
+    "resubmissions",
+    "series",
+    "tradeoff",
+    "written_picture",
+]
+
+# Okabe and Ito (2008), "Color Universal Design", without yellow, which is hard to see on white.
+PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+MARKERS = "os^DvPX<>*"
+
+
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
+
+
+DPI = 160
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean accuracy by noise level, of the random defenses of one case under one attack.
+
+    Attributes:
+        case: see `De3.case`; with the names of the defenses where some of that case share a level.
+        attack: text form, as in `Cell`.
+        sigmas: ascending noise levels in 0-255 pixel levels.
+        means: accuracy in [0, 1], one for each level.
+    """
+
+    case: str
+    attack: str
+    sigmas: tuple[float, ...]
+    means: tuple[Interval, ...]
+
+
+def curves(evaluation: Evaluation) -> tuple[Curve, ...]:
+    """Curves of the trade-off, of at least two levels each: by case in order of appearance, then by attack."""
+    cells = by_place(evaluation)
+    return tuple(
+        Curve(case, attack, tuple(names), tuple(cells[name, attack].scores.mean for name in names.values()))
+        for case, names in series(evaluation).items()
+        for attack in attacks_of(evaluation)
+    )
+
+
+def series(evaluation: Evaluation) -> dict[str, dict[float, str]]:
+    """By case, the random defenses by ascending level, where there are at least two."""
+    found: dict[tuple[str, int], dict[float, str]] = {}
+    for name, cell in defenses_of(evaluation).items():
+        if cell.sigma is not None and not cell.frozen:
+            place = 0
+            while cell.sigma in found.get((cell.case, place), {}):
+                place += 1
+            found.setdefault((cell.case, place), {})[cell.sigma] = name
+    return {
+        f"{case} ({', '.join(names.values())})" if (case, 1) in found else case: dict(sorted(names.items()))
+        for (case, _), names in found.items()
+        if len(names) > 1
+    }
+
+
+def tradeoff(evaluation: Evaluation) -> Figure:
+    """The trade-off as a picture: accuracy in percent against sigma, one line per case and attack with its 95 % band.
+
+    Defenses that are on no curve (off, frozen, or the only level of their case) stand in a panel beside it, by name.
+    """
+    attacks, cells = attacks_of(evaluation), by_place(evaluation)
+    drawn, cases = curves(evaluation), list(series(evaluation))
+    on_curves = {name for names in series(evaluation).values() for name in names.values()}
+    references = [name for name in defenses_of(evaluation) if name not in on_curves]
+    looks = _looks(attacks)
+    widths = [4.6] * bool(drawn) + [max(1.3 if drawn else 3.6, 0.4 + 0.9 * len(references))] * bool(references)
+    figure = Figure(figsize=(sum(widths) + 1.9, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0])
+    for axes in panels:
+        axes.set_ylim(-3, 103)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy (%)")
+    if drawn:
+        axes = panels[0]
+        for curve in drawn:
+            look = {**looks[curve.attack], "linestyle": DASHES[cases.index(curve.case) % len(DASHES)]}
+            value, low, high = percent(curve.means)
+            axes.fill_between(curve.sigmas, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            axes.plot(curve.sigmas, value, linewidth=1.6, **look)
+        levels = sorted({sigma for curve in drawn for sigma in curve.sigmas})
+        if np.diff(levels).min() >= np.ptp(levels) / 14:
+            axes.set_xticks(levels, [f"{level:g}" for level in levels])
+        axes.set_xlabel(r"noise level $\sigma$ (0-255 pixel levels)")
+    if references:
+        axes = panels[-1]
+        for i, attack in enumerate(attacks):
+            means = [cells[name, attack].scores.mean for name in references]
+            value, low, high = percent(means)
+            # Rounding can put the end of an interval at 0 or 1 on the wrong side of its value.
+            bars = np.stack([value - low, high - value]).clip(min=0)
+            # Beside each other: at one place, the attacks on a defense would hide one another.
+            places = np.arange(len(references)) + 0.7 * ((i + 0.5) / len(attacks) - 0.5)
+            axes.errorbar(places, value, yerr=bars, capsize=2, linestyle="none", **looks[attack])
+        labels = [_tick(name, cells[name, attacks[0]]) for name in references]
+        axes.set_xticks(range(len(references)), labels, fontsize=8)
+        axes.set_xlim(-0.5, len(references) - 0.5)
+        if drawn:
+            axes.set_title("references", loc="left", fontsize=9)
+    panels[0].set_title(
+        f"mean of {draws_text(evaluation)}, {images_text(evaluation)}, 95% intervals", loc="left", fontsize=9
+    )
+    names = short_names(attacks)
+    handles = [Line2D([], [], label=names[attack], **looks[attack]) for attack in attacks]
+    if len(cases) > 1:
+        handles += [
+            Line2D([], [], color="0.4", linestyle=DASHES[i % len(DASHES)], label=textwrap.fill(case, 28))
+            for i, case in enumerate(cases)
+        ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def resubmissions(evaluation: Evaluation) -> Figure:
+    """Accuracy in percent against the tries of an attacker who may resubmit: a panel for each random defense.
+
+    Each line is an attack, with its 95 % band, beside clean images. A defense of the same case and level whose noise is
+    frozen, for which tries make no difference, is a broken line across the panel.
+    """
+    attacks, cells = attacks_of(evaluation), by_place(evaluation)
+    defenses = defenses_of(evaluation)
+    random = [name for name in defenses if cells[name, attacks[0]].resubmission]
+    looks = _looks(attacks)
+    columns = min(4, len(random))
+    rows = -(-len(random) // columns)
+    figure = Figure(figsize=(2.6 * columns + 2.4, 2.5 * rows + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(random) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid.flat, random, strict=False):
+        own = defenses[name]
+        twins = [
+            other
+            for other, cell in defenses.items()
+            if cell.frozen and (cell.case, cell.sigma) == (own.case, own.sigma)
+        ]
+        for attack in attacks:
+            look = looks[attack] | {"marker": ""}
+            curve = cells[name, attack].resubmission
+            value, low, high = percent(curve)
+            tries = np.arange(1, len(curve) + 1)
+            axes.fill_between(tries, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            axes.plot(tries, value, linewidth=1.6, **look)
+            for twin in twins:
+                accuracy = 100 * cells[twin, attack].scores.mean.value
+                axes.axhline(accuracy, linewidth=1, linestyle="--", color=look["color"], alpha=0.8)
+        axes.set_title(_tick(name, own), fontsize=8)
+        axes.set_ylim(-3, 103)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel("tries", fontsize=10)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    names = short_names(attacks)
+    handles = [Line2D([], [], label=names[attack], color=looks[attack]["color"]) for attack in attacks]
+    if any(cell.frozen for cell in defenses.values()):
+        handles.append(Line2D([], [], color="0.4", linestyle="--", label="frozen noise"))
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of every attack; the worst of several is a ring, since it often coincides with one of them."""
+    colours: Sequence[Any] = PALETTE
+    if len(attacks) > len(PALETTE):
+        colours = list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(attacks))))
+    looks: dict[str, dict[str, Any]] = {}
+    for i, attack in enumerate(attacks):
+        looks[attack] = {"color": colours[i], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        if attack.startswith(f"{WORST} "):
+            looks[attack] |= {"marker": "o", "markersize": 9, "markerfacecolor": "none"}
+    return looks
+
+
+def _tick(name: str, cell: Cell) -> str:
+    lines = textwrap.wrap(printable(name), 13, max_lines=4) or [""]
+    if cell.sigma is not None:
+        lines.append(f"(\u03c3 {cell.sigma:g}{', frozen' if cell.frozen else ''})")
+    # matplotlib reads a pair of dollar signs as mathematics.
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def written_picture(figure: Figure, file: Path) -> bytes:
+    """Write a figure in the format of the name\'s ending; returns the content."""
+    picture = io.BytesIO()
+    form = file.suffix[1:]
+    # Without dates and random names the same numbers give the same bytes.
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+    with matplotlib.rc_context({"svg.hashsalt": "denim"}):
+        figure.savefig(picture, format=form, dpi=DPI, metadata=metadata)
+    with atomic_write(file) as staged:
+        staged.write_bytes(picture.getvalue())
+    return picture.getvalue()
