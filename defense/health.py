@@ -255,7 +255,11 @@ class _Checks:
         if float(base.mean()) <= LEAST:
             return
         wide = replace(attack, epsilon=1.0 if attack.norm == "linf" else math.sqrt(self.pixels[0].numel()))
-        broken = float(self._under(replace(wide, name="apgd", steps=max(20, min(attack.steps, 50)), losses=())).mean())
+        broken = float(
+            self._under(
+                replace(wide, name="apgd", steps=max(20, min(attack.steps, 50)), losses=()), self.seed + 1
+            ).mean()
+        )
         yield Check(
             "Unbounded eps",
             broken <= 0.05,
@@ -276,6 +280,11 @@ class _Checks:
                 "the gradient is too noisy: give the attack more draws",
             )  # fmt: skip
         masked = "gradients are masked, and the accuracy under white box attacks says little"
+        if self.target.is_random and attack.leaves_early:
+            whole = replace(attack, full=True)
+            yield self._stronger(
+                "Leaving early", base, whole, "the same attack to its last step", "evaluate with `full`", self.seed
+            )
         if attack.norm == "linf":
             square = Attack("square", attack.epsilon, QUERIES, eot=attack.eot)
             yield self._stronger("Black box", base, square, f"Square with {QUERIES} queries", masked)
@@ -313,13 +322,18 @@ class _Checks:
         """Share of draws that are right, float64 (B,)."""
         return (self._logits(pixels).argmax(dim=-1) == self.labels).double().mean(dim=0)
 
-    def _under(self, attack: Attack) -> Tensor:
-        attacked = attack.run(self.target, self.pixels, self.labels, self.ids, self.seed + 1, max_batch=self.max_batch)
+    def _under(self, attack: Attack, seed: int) -> Tensor:
+        attacked = attack.run(self.target, self.pixels, self.labels, self.ids, seed, max_batch=self.max_batch)
         return self._shares(attacked.pixels)
 
-    def _stronger(self, name: str, base: Tensor, attack: Attack, words: str, meaning: str) -> Check:
-        """A check that an attack is not stronger than the one in question, by images both were made on."""
-        other = self._under(attack)
+    def _stronger(
+        self, name: str, base: Tensor, attack: Attack, words: str, meaning: str, seed: int | None = None
+    ) -> Check:
+        """A check that an attack is not stronger than the one in question, by images both were made on.
+
+        It draws by itself, unless the seed is that of the one in question.
+        """
+        other = self._under(attack, self.seed + 1 if seed is None else seed)
         gain = (base - other).cpu().numpy()
         error = float(np.std(gain, ddof=1) / math.sqrt(len(gain))) if len(gain) > 1 else 0.0
         value = float(gain.mean())

@@ -30,6 +30,10 @@ __all__ = ["ATTACKS", "Attack", "AttackMethod", "Attacked", "parse_attack", "rad
 LEAST_STEPS, LEAST_DRAWS = 50, 4
 
 
+def _are_enough(steps: int, draws: int) -> bool:
+    return steps >= LEAST_STEPS and draws >= LEAST_DRAWS
+
+
 class Attacked(NamedTuple):
     """Result of an attack on a number of images.
 
@@ -265,6 +269,11 @@ class Attack:
             if stage.loss == "ce" and eot > 1 and "mean-probability" not in self.losses:
                 yield stage._replace(loss="mean-probability")
 
+    @property
+    def leaves_early(self) -> bool:
+        """Whether images leave searches early also where the target draws, which raises the accuracy a little."""
+        return not (self.full or self.gray) and _are_enough(self.steps, self.eot)
+
     def run(
         self,
         target: Target,
@@ -374,7 +383,7 @@ class _Run:
     def _may_leave(self, stage: Stage) -> bool:
         if self.attack.full or self.attack.gray:
             return False
-        return not self.target.is_random or (stage.rule.steps >= LEAST_STEPS and self.eot >= LEAST_DRAWS)
+        return not self.target.is_random or _are_enough(stage.rule.steps, self.eot)
 
     @staticmethod
     def _candidates(stage: Stage, found: Found) -> tuple[Tensor, ...]:

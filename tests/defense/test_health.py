@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from denim.defense import Attack, De3, EvaluationSettings, HealthWarning, evaluate, print_table, write_report
 from denim.defense.health import check_health
+from denim.kernels import Domain
 
 IMAGES, EPSILON = 40, 0.15
 pytestmark = pytest.mark.slow
@@ -97,6 +98,30 @@ def test_a_quantised_model_is_refused_by_the_attack_itself(honest, images):
 
 def test_a_weak_attack_is_found(honest, images):
     assert "More steps" in failed(De3(None, honest, None), images, "pgd:0.15,steps=1,loss=ce,full")
+
+
+def test_what_leaving_early_adds_to_the_accuracy_is_a_number(honest, images):
+    """Of an attack that leaves early, and of no other; by the same draws, so that the number is of leaving alone."""
+    few = tuple(tensor[:16] for tensor in images)
+    noisy = De3(None, honest, 20.0)
+
+    def found(text: str) -> list[float]:
+        checks = check_health(noisy, *few, Attack.parse(text), draws=8, seed=3)
+        return [check.value for check in checks if check.name == "Leaving early"]
+
+    def accuracy(text: str) -> float:
+        pixels, labels, ids = few
+        right = noisy.draw_logits(pixels, noisy.seeds(3, Domain.CONFIRMATION, ids, 8, 2)).argmax(dim=-1) == labels
+        chosen = right.double().mean(dim=0) > 0.5
+        pixels, labels, ids = (tensor[chosen] for tensor in few)
+        attacked = Attack.parse(text).run(noisy, pixels, labels, ids, 3).pixels
+        seeds = noisy.seeds(3, Domain.CONFIRMATION, ids, 8, 2)
+        return float((noisy.draw_logits(attacked, seeds).argmax(dim=-1) == labels).double().mean())
+
+    early = f"pgd:{EPSILON},steps=50,eot=4,loss=ce"
+    assert found(early) == [pytest.approx(accuracy(early) - accuracy(f"{early},full"), abs=1e-12)]
+    assert found(f"{early},full") == found(f"pgd:{EPSILON},steps=49,eot=4,loss=ce") == []
+    assert found(f"pgd:{EPSILON},steps=50,eot=3,loss=ce") == []
 
 
 def test_a_defense_that_is_off_is_found(honest, images):
