@@ -7,7 +7,7 @@ import csv
 import functools
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -67,8 +67,7 @@ def html_page(
     command: str,
     data: str,
     curve: Figure,
-    picture: bytes,
-    tries: bytes | None = None,
+    pictures: Mapping[str, bytes],
 ) -> str:
     """The page.
 
@@ -78,8 +77,7 @@ def html_page(
         command: that made the evaluation; empty if unknown.
         data: where the images come from; empty if unknown.
         curve: the picture of the trade-off, drawn.
-        picture: that picture as a PNG.
-        tries: the picture of accuracy against tries as a PNG, where a defense is random.
+        pictures: PNGs by name: tradeoff, that picture, and where they exist strength and resubmission.
     """
     own = [cell for cell in evaluation.cells if not cell.attack.startswith(f"{WORST} ")]
     timed = bool(own) and all(cell.seconds is not None for cell in own)
@@ -108,9 +106,10 @@ def html_page(
         "health_summary": checks_passed(evaluation) if evaluation.health else "",
         "tables": list(_tables(evaluation)),
         "files": _files(evaluation),
-        "tradeoff": _data_uri("image/png", picture),
+        "tradeoff": _data_uri("image/png", pictures["tradeoff"]),
         "points": _points(evaluation, curve),
-        "tries": None if tries is None else _tries(evaluation, tries),
+        "strength": _data_uri("image/png", pictures["strength"]) if "strength" in pictures else None,
+        "tries": _tries(evaluation, pictures["resubmission"]) if "resubmission" in pictures else None,
         "gallery": _gallery(evaluation, strips),
         "strips": strips.pictures,
     }

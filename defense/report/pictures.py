@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from denim.defense.attacks import Attack, radius_text
 from denim.defense.cells import WORST, Cell
 from denim.defense.evaluation import Evaluation
 from denim.defense.report.names import attacks_of, by_place, defenses_of, draws_text, images_text, percent, short_names
+from denim.defense.rows import CLEAN
 from denim.defense.scores import Interval
 from denim.nim.files import atomic_write
 from denim.nim.text import printable
@@ -28,9 +31,12 @@ __all__ = [
     "MARKERS",
     "PALETTE",
     "Curve",
+    "Strength",
     "curves",
     "resubmissions",
     "series",
+    "strength",
+    "strengths",
     "tradeoff",
     "written_picture",
 ]
@@ -199,8 +205,75 @@ def resubmissions(evaluation: Evaluation) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Strength:
+    """Attacks that differ in the value of one option alone, of at least two values.
+
+    Attributes:
+        option: "epsilon" (0 is clean images), "steps" or "eot".
+        attacks: text forms by ascending value.
+    """
+
+    option: str
+    attacks: dict[float, str]
+
+
+def strengths(evaluation: Evaluation) -> tuple[Strength, ...]:
+    """The attacks of an evaluation by which it can be seen what radius, steps or draws make of the accuracy."""
+    parsed: dict[str, Attack] = {}
+    for text in attacks_of(evaluation):
+        with contextlib.suppress(ValueError):  # no attack, the worst of several, or one of another library
+            parsed[text] = Attack.parse(text)
+    found = []
+    for option in ("epsilon", "steps", "eot"):
+        groups: dict[Attack, dict[float, str]] = {}
+        for text, attack in parsed.items():
+            alike: dict[str, Any] = {option: 1}
+            groups.setdefault(replace(attack, **alike), {})[getattr(attack, option)] = text
+        for attacks in groups.values():
+            if len(attacks) > 1:
+                clean = {0.0: CLEAN} if option == "epsilon" and CLEAN in attacks_of(evaluation) else {}
+                found.append(Strength(option, clean | dict(sorted(attacks.items()))))
+    return tuple(found)
+
+
+def strength(evaluation: Evaluation) -> Figure:
+    """Accuracy in percent against radius, steps and draws of attacks that differ in these: a line for each defense."""
+    drawn, cells, defenses = strengths(evaluation), by_place(evaluation), defenses_of(evaluation)
+    looks = _looks(list(defenses))
+    columns = min(3, len(drawn))
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(3.4 * columns + 2.2, 3.0 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(drawn) :]:
+        axes.set_visible(False)
+    labels = {"epsilon": "radius (pixel values in [0, 1])", "steps": "steps", "eot": "draws for a gradient (EOT)"}
+    for axes, group in zip(grid.flat, drawn, strict=False):
+        values = list(group.attacks)
+        for name in defenses:
+            value, low, high = percent([cells[name, text].scores.mean for text in group.attacks.values()])
+            axes.fill_between(values, low, high, color=looks[name]["color"], alpha=0.15, linewidth=0)
+            axes.plot(values, value, linewidth=1.6, **looks[name])
+        attack = Attack.parse(list(group.attacks.values())[-1])
+        fixed = {"epsilon": radius_text(attack.epsilon), "steps": f"steps={attack.steps}", "eot": f"eot={attack.eot}"}
+        fixed.pop(group.option)
+        axes.set_title(" ".join([attack.name, *fixed.values()]), fontsize=9)
+        axes.set_xlabel(labels[group.option])
+        if group.option != "epsilon":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_ylim(-3, 103)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("accuracy (%)", fontsize=10)
+    handles = [Line2D([], [], label=_tick(name, cell), **looks[name]) for name, cell in defenses.items()]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, ncols=1 + len(handles) // 12)
+    return figure
+
+
 def _looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of every attack; the worst of several is a ring, since it often coincides with one of them."""
+    """Colour and marker of every attack or defense; the worst of several is a ring, often on top of one."""
     colours: Sequence[Any] = PALETTE
     if len(attacks) > len(PALETTE):
         colours = list(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(attacks))))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from denim.defense.evaluation import Evaluation
 from denim.defense.report.page import html_page
-from denim.defense.report.pictures import resubmissions, tradeoff, written_picture
+from denim.defense.report.pictures import resubmissions, strength, strengths, tradeoff, written_picture
 from denim.defense.report.tables import csv_row, csv_tries, latex, markdown, write_csv
 from denim.nim.files import atomic_write
 
@@ -16,7 +16,8 @@ __all__ = ["write_report"]
 def write_report(evaluation: Evaluation, out: Path, *, title: str, command: str = "", data: str = "") -> Path:
     """Write `out`/report.html, results.csv, table.md, table.tex and tradeoff.png, .svg and .pdf, each in one step.
 
-    Where a defense is random, also resubmission.csv and resubmission.png: accuracy against the number of tries.
+    Where a defense is random, also resubmission.csv and resubmission.png: accuracy against the number of tries. Where
+    attacks differ in radius, steps or EOT alone, also strength.png: accuracy against these.
 
     The page needs no other file and no network; without scripts its tables cannot be sorted, and all else is there.
     The tables of Markdown and LaTeX (with the package booktabs) have mean accuracies in percent. results.csv has one
@@ -38,11 +39,15 @@ def write_report(evaluation: Evaluation, out: Path, *, title: str, command: str 
         with atomic_write(out / f"table.{ending}") as staged:
             staged.write_text(text, encoding="utf-8")
     curve = tradeoff(evaluation)
-    pictures = [written_picture(curve, out / f"tradeoff.{ending}") for ending in ("png", "svg", "pdf")][:1]
+    pictures = {"tradeoff": written_picture(curve, out / "tradeoff.png")}
+    for ending in ("svg", "pdf"):
+        written_picture(curve, out / f"tradeoff.{ending}")
+    if strengths(evaluation):
+        pictures["strength"] = written_picture(strength(evaluation), out / "strength.png")
     if tries := csv_tries(evaluation.cells):
         write_csv(out / "resubmission.csv", tries)
-        pictures.append(written_picture(resubmissions(evaluation), out / "resubmission.png"))
+        pictures["resubmission"] = written_picture(resubmissions(evaluation), out / "resubmission.png")
     with atomic_write(out / "report.html") as staged:
-        page = html_page(evaluation, title, command, data, curve, *pictures)
+        page = html_page(evaluation, title, command, data, curve, pictures)
         staged.write_text(page, encoding="utf-8")
     return out / "report.html"

@@ -19,6 +19,7 @@ from denim.defense.evaluation import Evaluation
 from denim.defense.gallery import Examples
 from denim.defense.report import curves, print_table, resubmissions, tradeoff, write_report
 from denim.defense.report import page as report_page
+from denim.defense.report.pictures import strength, strengths
 from denim.defense.rows import EvaluationSettings
 from denim.defense.scores import paired_difference, resubmission_curve, score
 
@@ -358,6 +359,31 @@ def test_marks_over_the_picture_have_every_mean_where_it_is_drawn(tmp_path):
         left, top = (float(value) / 100 for value in re.findall(r"([\d.]+)%", style))
         row, column = round(top * picture.shape[0]), round(left * picture.shape[1])
         assert np.abs(picture[row, column] - colour).max() < 40, (name, attack)
+
+
+def test_strength_has_attacks_that_differ_in_one_option_and_draws_them(tmp_path):
+    radii = {f"pgd:{n}/255,steps=3,eot=2": n / 255 for n in (8, 4)}
+    others = {"pgd:8/255,steps=50,eot=2": 8 / 255, "pgd:8/255,steps=3,eot=8": 8 / 255, "apgd:8/255,eot=8": 8 / 255}
+    foreign = {"foolbox:LinfPGD:8/255,steps=3": 8 / 255, "worst 8/255": 8 / 255}
+    result = evaluation(attacks={"none": None} | radii | others | foreign)
+    by_radius, by_steps, by_draws = strengths(result)
+    eight, four = radii
+    assert (by_radius.option, by_radius.attacks) == ("epsilon", {0.0: "none", 4 / 255: four, 8 / 255: eight})
+    assert (by_steps.option, by_steps.attacks) == ("steps", {3: eight, 50: "pgd:8/255,steps=50,eot=2"})
+    assert (by_draws.option, by_draws.attacks) == ("eot", {2: eight, 8: "pgd:8/255,steps=3,eot=8"})
+    panels = strength(result).axes
+    titles = [axes.get_title() for axes in panels]
+    assert titles == ["pgd steps=3 eot=2", "pgd 8/255 eot=2", "pgd 8/255 steps=3"]
+    line = panels[1].get_lines()[1]
+    np.testing.assert_array_equal(line.get_xdata(), [3, 50])
+    means = [100 * mean(result, "s70", attack).value for attack in by_steps.attacks.values()]
+    np.testing.assert_allclose(line.get_ydata(), means, rtol=1e-15)
+    page = Page(write_report(result, tmp_path / "several", title="t"))
+    assert (tmp_path / "several" / "strength.png").exists()
+    assert "Strength of the attack" in page.text
+    assert strengths(evaluation()) == ()
+    assert "Strength of the attack" not in Page(write_report(evaluation(), tmp_path / "one", title="t")).text
+    assert not (tmp_path / "one" / "strength.png").exists()
 
 
 def test_page_says_how_and_at_which_cost_it_was_made(tmp_path):
