@@ -12,6 +12,8 @@ import torch
 from PIL import Image, features
 from torch import Tensor, nn
 
+from denim.nim.data.decode import decode
+
 __all__ = ["Bpda", "Jpeg"]
 
 
@@ -106,5 +108,5 @@ def _compressed(pixels: Tensor, quality: int) -> Tensor:
         Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).save(
             file, "JPEG", quality=quality, subsampling="4:2:0"
         )
-        out[number] = np.asarray(Image.open(file)).reshape(image.shape)
+        out[number] = np.asarray(decode(file.getvalue(), image.shape[2])).reshape(image.shape)
     return torch.from_numpy(out).permute(0, 3, 1, 2).float() / 255

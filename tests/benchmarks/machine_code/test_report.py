@@ -81,7 +81,7 @@ def test_a_call_launches_its_kernels_and_does_nothing_else(build, monkeypatch):
     # Of a mask the selected patches are counted, which is a kernel of torch's.
     expected = {"aten::sum"} if "masked" in build.name else set()
     if isinstance(case, LinearCase):  # the layer's product; its gradients' products and sums
-        sums = {"aten::mm", "aten::sum.dim_IntList"}
+        sums = {"aten::mm", "aten::mm.out", "aten::sum.dim_IntList"}
         copies = {"aten::_to_copy"} if "bf16 norm" in build.name else set()
         expected = sums | copies if build.part == BACKWARD else {"aten::addmm"}
     assert operators.seen - memory == expected
