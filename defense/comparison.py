@@ -49,7 +49,8 @@ def compare(first: Path, second: Path) -> tuple[Comparison, ...]:
     Images are the same if their sample ids are: two models may see one image at two sizes.
 
     Args:
-        first, second: folders that `evaluate` has written.
+        first: folder that `evaluate` has written.
+        second: likewise.
 
     Raises:
         ValueError: no results in a folder, or those of an earlier version; nothing in common; an image has two labels.
