@@ -488,13 +488,30 @@ def test_denoise_checks_sigma(runs, photo, capsys, sigma, message):
     assert message in capsys.readouterr().err
 
 
-def test_denoise_needs_a_photo_and_a_denoiser(runs, tmp_path, photo, capsys, monkeypatch):
+def test_denoise_needs_a_photo(runs, tmp_path, capsys):
     (tmp_path / "page.jpg").write_text("<html>")
     denim("denoise", tmp_path / "page.jpg", "--denoiser", runs / "nim" / "model", status=2)
     assert "cannot be read as an image" in capsys.readouterr().err
+
+
+def test_denoise_alone_takes_the_denoiser_that_ships(tmp_path, photo, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    denim("denoise", photo, status=2)
-    assert "denim demo" in capsys.readouterr().err
+    denim("denoise", photo)
+    assert capsys.readouterr().out == "photo-denoised.png\n"
+    with Image.open("photo-denoised.png") as picture:
+        assert picture.width > picture.height > 300
+
+
+def test_denoise_makes_pictures_of_any_side_by_tiles_of_the_raw_target(runs, tmp_path, photo, capsys):
+    target = tmp_path / "out.png"
+    words = ("denoise", photo, "--denoiser", runs / "nim" / "model", "--out", target, "--side")
+    pictures = []
+    for side in (16, 23):
+        denim(*words, side)
+        pictures.append(target.read_bytes())
+    assert pictures[0] != pictures[1]
+    denim(*words, 15, status=2)
+    assert "--side must be at least 16" in capsys.readouterr().err
 
 
 @pytest.mark.slow
