@@ -26,8 +26,9 @@ from denim.nim.adversarial import evaluating
 __all__ = ["ATTACKS", "Attack", "AttackMethod", "Attacked", "parse_attack", "radius_text", "register_attack"]
 
 # Leaving early costs nothing where the target does not draw. Where it does, an image leaves if all draws of a pass and
-# all confirmation draws miss; with fewer steps or draws this asks for more than it saves.
+# then all confirmation draws miss; with fewer steps or draws this asks for more than it saves.
 LEAST_STEPS, LEAST_DRAWS = 50, 4
+LEAST_CONFIRMATIONS = 32  # with fewer, images leave that some draws still get right, and the accuracy is too high
 
 
 def _are_enough(steps: int, draws: int) -> bool:
@@ -153,9 +154,9 @@ class Attack:
     *selection* draws. Gray box: the attacker knows the classifier, but not that it is defended.
 
     An image that is misled leaves the search, and later searches pass it over. Where the target does not draw, the
-    verdict is the same as without. Where it does, this needs all selection draws, or all draws of a pass and all
-    confirmation draws, to be misled, at least 50 steps and 4 draws. `full` turns it off; so does `gray`, where the
-    verdict is that of another model.
+    verdict is the same as without. Where it does, this needs all selection draws, or all draws of a pass, and then at
+    least 32 confirmation draws, to be misled, at least 50 steps and 4 draws. `full` turns it off; so does `gray`, where
+    the verdict is that of another model.
 
     Attributes:
         name: a key of `ATTACKS`.
@@ -357,8 +358,8 @@ class _Run:
             order = mean.scatter(1, items.labels[:, None], -math.inf).argsort(dim=1, descending=True)
             aims = min(stage.targets, mean.shape[1] - 1)
             for aim, restart in ((a, r) for a in range(aims or 1) for r in range(self.attack.restarts)):
-                open_ = (rank < self.eot) if leaves else torch.ones_like(searched)
-                place = open_.nonzero().flatten()
+                done = self._confirmed(best, items, rank >= self.eot) if leaves else torch.zeros_like(searched)
+                place = (~done).nonzero().flatten()
                 if not len(place):
                     continue
                 chosen = items.at(place)
@@ -397,16 +398,21 @@ class _Run:
 
     def _decided(self, pixels: Tensor, logits: Tensor, items: Items) -> Tensor:
         """Whether all draws of a pass are misled, and all confirmation draws, bool (B,)."""
-        misled = self._misled(logits, items).all(dim=0)
-        if not self.target.is_random or not bool(misled.any()):
+        return self._confirmed(pixels, items, self._misled(logits, items).all(dim=0))
+
+    @torch.no_grad()
+    def _confirmed(self, pixels: Tensor, items: Items, misled: Tensor) -> Tensor:
+        """Of images that seem misled, bool (B,), those all of whose confirmation draws are misled too."""
+        if not self.target.is_random:
             return misled
-        row = misled.nonzero().flatten()
-        asked = items.at(row)
         # Step 0 has the confirmation draws by which an evaluation compares attacks.
-        seeds = self.target.seeds(self.seed, Domain.CONFIRMATION, asked.ids, self.eot, 1)
-        with torch.no_grad():
-            confirmed = self._misled(asked.logits(self.target, pixels[row], seeds), asked).all(dim=0)
-        return misled.index_put((row,), confirmed)
+        for step in range(1, 1 + math.ceil(LEAST_CONFIRMATIONS / self.eot)):
+            for row in misled.nonzero().flatten().split(self.slots):
+                asked = items.at(row)
+                seeds = self.target.seeds(self.seed, Domain.CONFIRMATION, asked.ids, self.eot, step)
+                answers = self._misled(asked.logits(self.target, pixels[row], seeds), asked).all(dim=0)
+                misled = misled.index_put((row,), answers)
+        return misled
 
     @torch.no_grad()
     def _rank(self, items: Items, pixels: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
