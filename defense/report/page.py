@@ -203,21 +203,25 @@ def _points(evaluation: Evaluation, figure: Figure) -> list[dict[str, str]]:
     """Marks over the picture of the trade-off that show their number when they are pointed at; the figure is drawn."""
     cells, attacks = by_place(evaluation), attacks_of(evaluation)
     by_case = series(evaluation)
-    places: list[tuple[Any, float, str, str]] = []
+    places: list[tuple[Any, tuple[float, float], str, str]] = []
     panels = list(figure.axes)
     for names in by_case.values():
-        places += [(panels[0], sigma, name, a) for sigma, name in names.items() for a in attacks]
+        places += [
+            (panels[0], (sigma, 100 * cells[name, attack].scores.mean.value), name, attack)
+            for sigma, name in names.items()
+            for attack in attacks
+        ]
     on_curves = {name for names in by_case.values() for name in names.values()}
     references = [name for name in defenses_of(evaluation) if name not in on_curves]
     for attack, bars in zip(attacks, panels[-1].containers, strict=bool(references)):
         points: Any = bars[0]
-        places += [(panels[-1], x, name, attack) for x, name in zip(points.get_xdata(), references, strict=True)]
+        places += [(panels[-1], xy, name, attack) for xy, name in zip(points.get_xydata(), references, strict=True)]
     short = short_names(attacks)
     width, height = figure.bbox.width, figure.bbox.height
     marks = []
-    for axes, x, name, attack in places:
+    for axes, place, name, attack in places:
         mean = cells[name, attack].scores.mean
-        across, up = axes.transData.transform((x, 100 * mean.value))
+        across, up = axes.transData.transform(place)
         left, top = f"{100 * across / width:.2f}", f"{100 - 100 * up / height:.2f}"
         marks.append({"left": left, "top": top, "text": f"{name}, {short[attack]}: {mean}"})
     return marks

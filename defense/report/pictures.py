@@ -53,6 +53,9 @@ DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 
 DPI = 160
 
+# Beyond these numbers a picture changes, or it could not be read: bands hide the lines, and names need more room.
+MOST_BANDS, MOST_COLUMNS, MOST_BESIDE = 16, 12, 12
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -100,28 +103,39 @@ def series(evaluation: Evaluation) -> dict[str, dict[float, str]]:
 def tradeoff(evaluation: Evaluation) -> Figure:
     """The trade-off as a picture: accuracy in percent against sigma, one line per case and attack with its 95 % band.
 
-    Defenses that are on no curve (off, frozen, or the only level of their case) stand in a panel beside it, by name.
+    Defenses that are on no curve (off, frozen, or the only level of their case) stand in a panel beside it, by name;
+    more than 12 of them in one below it, a line for each. More than 16 curves have no bands.
     """
     attacks, cells = attacks_of(evaluation), by_place(evaluation)
     drawn, cases = curves(evaluation), list(series(evaluation))
     on_curves = {name for names in series(evaluation).values() for name in names.values()}
     references = [name for name in defenses_of(evaluation) if name not in on_curves]
     looks = _looks(attacks)
-    widths = [4.6] * bool(drawn) + [max(1.3 if drawn else 3.6, 0.4 + 0.9 * len(references))] * bool(references)
-    figure = Figure(figsize=(sum(widths) + 1.9, 4.0), layout="constrained")
+    below = len(references) > MOST_COLUMNS
+    wide = 7.0 if below else 4.6
+    widths = [wide] * bool(drawn) + [max(1.3 if drawn else 3.6, 0.4 + 0.9 * len(references))] * bool(references)
+    heights = [4.0] * bool(drawn) + [0.6 + 0.34 * len(references)] * bool(references)
+    size = (wide + 2.6, sum(heights)) if below else (sum(widths) + 1.9, 4.0)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0])
+    if below:
+        grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+    else:
+        grid = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)
+    panels = list(grid.flat)
     for axes in panels:
         axes.set_ylim(-3, 103)
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy (%)")
+    if drawn or not below:
+        panels[0].set_ylabel("accuracy (%)")
     if drawn:
         axes = panels[0]
         for curve in drawn:
             look = {**looks[curve.attack], "linestyle": DASHES[cases.index(curve.case) % len(DASHES)]}
             value, low, high = percent(curve.means)
-            axes.fill_between(curve.sigmas, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            if len(drawn) <= MOST_BANDS:
+                axes.fill_between(curve.sigmas, low, high, color=look["color"], alpha=0.15, linewidth=0)
             axes.plot(curve.sigmas, value, linewidth=1.6, **look)
         levels = sorted({sigma for curve in drawn for sigma in curve.sigmas})
         if np.diff(levels).min() >= np.ptp(levels) / 14:
@@ -136,10 +150,20 @@ def tradeoff(evaluation: Evaluation) -> Figure:
             bars = np.stack([value - low, high - value]).clip(min=0)
             # Beside each other: at one place, the attacks on a defense would hide one another.
             places = np.arange(len(references)) + 0.7 * ((i + 0.5) / len(attacks) - 0.5)
-            axes.errorbar(places, value, yerr=bars, capsize=2, linestyle="none", **looks[attack])
-        labels = [_tick(name, cells[name, attacks[0]]) for name in references]
-        axes.set_xticks(range(len(references)), labels, fontsize=8)
-        axes.set_xlim(-0.5, len(references) - 0.5)
+            if below:
+                axes.errorbar(value, places, xerr=bars, linestyle="none", **looks[attack])
+            else:
+                axes.errorbar(places, value, yerr=bars, capsize=2, linestyle="none", **looks[attack])
+        if below:
+            labels = [_tick(name, cells[name, attacks[0]], 40) for name in references]
+            axes.set_yticks(range(len(references)), labels, fontsize=7)
+            axes.set_ylim(len(references) - 0.5, -0.5)
+            axes.set_xlim(-3, 103)
+            axes.set_xlabel("accuracy (%)")
+        else:
+            labels = [_tick(name, cells[name, attacks[0]]) for name in references]
+            axes.set_xticks(range(len(references)), labels, fontsize=8)
+            axes.set_xlim(-0.5, len(references) - 0.5)
         if drawn:
             axes.set_title("references", loc="left", fontsize=9)
     panels[0].set_title(
@@ -243,7 +267,11 @@ def strength(evaluation: Evaluation) -> Figure:
     looks = _looks(list(defenses))
     columns = min(3, len(drawn))
     rows = -(-len(drawn) // columns)
-    figure = Figure(figsize=(3.4 * columns + 2.2, 3.0 * rows + 0.4), layout="constrained")
+    # Many names go below, in two columns.
+    below = len(defenses) > MOST_BESIDE
+    names_height = 0.2 * -(-len(defenses) // 2) if below else 0
+    size = (max(9.0, 3.4 * columns) if below else 3.4 * columns + 2.2, 3.0 * rows + 0.4 + names_height)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[len(drawn) :]:
@@ -253,7 +281,8 @@ def strength(evaluation: Evaluation) -> Figure:
         values = list(group.attacks)
         for name in defenses:
             value, low, high = percent([cells[name, text].scores.mean for text in group.attacks.values()])
-            axes.fill_between(values, low, high, color=looks[name]["color"], alpha=0.15, linewidth=0)
+            if len(defenses) <= MOST_BANDS:
+                axes.fill_between(values, low, high, color=looks[name]["color"], alpha=0.15, linewidth=0)
             axes.plot(values, value, linewidth=1.6, **looks[name])
         attack = Attack.parse(list(group.attacks.values())[-1])
         fixed = {"epsilon": radius_text(attack.epsilon), "steps": f"steps={attack.steps}", "eot": f"eot={attack.eot}"}
@@ -266,9 +295,12 @@ def strength(evaluation: Evaluation) -> Figure:
         axes.set_ylim(-3, 103)
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supylabel("accuracy (%)", fontsize=10)
-    handles = [Line2D([], [], label=_tick(name, cell), **looks[name]) for name, cell in defenses.items()]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, ncols=1 + len(handles) // 12)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("accuracy (%)")
+    width = 48 if below else 13
+    handles = [Line2D([], [], label=_tick(name, cell, width), **looks[name]) for name, cell in defenses.items()]
+    place = {"loc": "outside lower center", "ncols": 2} if below else {"loc": "outside right upper"}
+    figure.legend(handles=handles, frameon=False, fontsize=8, **place)
     return figure
 
 
@@ -285,10 +317,12 @@ def _looks(attacks: Sequence[str]) -> dict[str, dict[str, Any]]:
     return looks
 
 
-def _tick(name: str, cell: Cell) -> str:
-    lines = textwrap.wrap(printable(name), 13, max_lines=4) or [""]
+def _tick(name: str, cell: Cell, width: int = 13) -> str:
+    """A name in lines of a width, at most four, and its level."""
+    lines = textwrap.wrap(printable(name), width, max_lines=max(1, 52 // width)) or [""]
     if cell.sigma is not None:
-        lines.append(f"(\u03c3 {cell.sigma:g}{', frozen' if cell.frozen else ''})")
+        level = f"(\u03c3 {cell.sigma:g}{', frozen' if cell.frozen else ''})"
+        lines = [*lines[:-1], f"{lines[-1]} {level}"] if width > 13 else [*lines, level]
     # matplotlib reads a pair of dollar signs as mathematics.
     return "\n".join(lines).replace("$", r"\$")
 

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import re
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -359,6 +360,37 @@ def test_marks_over_the_picture_have_every_mean_where_it_is_drawn(tmp_path):
         left, top = (float(value) / 100 for value in re.findall(r"([\d.]+)%", style))
         row, column = round(top * picture.shape[0]), round(left * picture.shape[1])
         assert np.abs(picture[row, column] - colour).max() < 40, (name, attack)
+
+
+def many_defenses(count):
+    """A third are levels of one case, a third are frozen, the rest are off; names are long."""
+    long = "a defense of which there are many and whose name is long, "
+    kinds = [(None, False, "undefended"), (70.0, True, RAW), (None, False, RAW)]
+    return [(f"{long}{n}", n / 2 if n % 3 == 2 else kinds[n % 3][0], n % 3 == 1, kinds[n % 3][2]) for n in range(count)]
+
+
+@pytest.mark.parametrize("count", [13, 40, 80])
+def test_pictures_of_many_defenses_can_be_read(tmp_path, count):
+    """Names beside the curves would leave no room for them, or make a picture of 20,000 pixels."""
+    attacks = {"none": None} | {f"pgd:{n}/255,steps=3,eot=2": n / 255 for n in (4, 8)}
+    result = evaluation(many_defenses(count), attacks, examples=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "axes sizes collapsed to zero"
+        page = Page(write_report(result, tmp_path, title="t"))
+    for name, figure in (("tradeoff", tradeoff(result)), ("strength", strength(result))):
+        width, _ = Image.open(tmp_path / f"{name}.png").size
+        assert 1000 <= width <= 2500
+        figure.canvas.draw()
+        for axes in figure.axes:
+            box = axes.get_window_extent()
+            assert min(box.width, box.height) > 2 * figure.dpi
+            names = [label for label in axes.get_yticklabels() if "defense" in label.get_text()]
+            tops = [label.get_window_extent().y0 for label in names]
+            heights = [label.get_window_extent().height for label in names]
+            assert all(upper - lower >= height for upper, lower, height in zip(tops, tops[1:], heights, strict=False))
+    places = [re.findall(r"([\d.]+)%", attrs["style"]) for attrs in page.having("point")]
+    assert len(places) == len(result.cells)
+    assert all(0 <= float(value) <= 100 for place in places for value in place)
 
 
 def test_strength_has_attacks_that_differ_in_one_option_and_draws_them(tmp_path):
