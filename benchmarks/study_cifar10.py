@@ -1,22 +1,25 @@
 """The study of docs/study-cifar10.md: `python -m denim.benchmarks.study_cifar10 --data cifar10`, a day on a CPU core.
 
-Trains every model of the study by the commands of the page, in this order and one at a time, then measures them. A
-study that was stopped goes on where it stopped, and a finished model is not trained again.
+Trains every model of the study by the commands of the page, in this order and one at a time, then measures them, then
+attacks them. A study that was stopped goes on where it stopped, and a finished model is not trained again.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from denim.defense import De3, Evaluation, EvaluationSettings, evaluate
+from denim.defense import Attack, De3, Evaluation, EvaluationSettings, Jpeg, evaluate, write_report
+from denim.defense.cells import Cell
+from denim.defense.report.pictures import MARKERS, PALETTE
+from denim.defense.rows import CLEAN
 from denim.kernels import Domain, derive_seeds
 from denim.nim import Autoencoder, Classifier, add_noise, reconstruct
 from denim.nim.data import EvalView, Loader, Source, Subset, open_loader, open_source
@@ -25,11 +28,33 @@ from denim.nim.runs import losses
 from denim.nim.text import open_console
 from denim.nim.validation import psnr
 
-__all__ = ["COMMANDS", "ROWS", "Row", "accuracies", "draw_losses", "draw_reconstructions", "main", "psnrs"]
+__all__ = [
+    "COMMANDS",
+    "PROTOCOLS",
+    "RADII",
+    "ROWS",
+    "Row",
+    "accuracies",
+    "attacked",
+    "draw_losses",
+    "draw_reconstructions",
+    "draw_robustness",
+    "main",
+    "psnrs",
+]
 
 SIGMAS = (0.0, 35.0, 70.0, 105.0, 140.0)
 MASK_RATIOS = (0.25, 0.5, 0.75)
 SHOWN = (70.0, 0.75)  # noise level and mask ratio of the pictures
+RADII = (4, 8)  # in pixel levels
+PROTOCOLS = {
+    "FGSM": "fgsm:{radius}/255,eot=1",
+    "PGD-10": "pgd:{radius}/255,steps=10,eot=1,loss=ce",
+    "AutoPGD": "apgd:{radius}/255,steps=50,eot=4",
+}
+"""Attacks by the names of the page: those of the publication, with one draw for a gradient, then the strong one, which
+raises three losses by 200 gradients each."""
+STRONG = "AutoPGD"
 
 _TRAINING = "--batch-size 128 --crop-scale None --precision bf16 --workers 0 --checkpoint-minutes 5 --log-every 50"
 _PRETRAIN = f"pretrain --preset mini --epochs 12 --warmup-epochs 0.5 --base-lr 2e-3 {_TRAINING}"
@@ -68,6 +93,7 @@ class Row:
         degrade: see `De3`.
         statistics: see `De3`.
         dials: noise levels or, for "mask", mask ratios; none for a classifier without a defense.
+        jpeg: quality of JPEG before the classifier; None for none.
     """
 
     name: str
@@ -76,6 +102,7 @@ class Row:
     degrade: str = "noise"
     statistics: str = "input"
     dials: tuple[float, ...] = ()
+    jpeg: int | None = None
 
     def settings(self, dial: float) -> dict[str, Any]:
         """Arguments of `De3` for a noise level or a mask ratio."""
@@ -85,8 +112,9 @@ class Row:
 
 ROWS = (
     Row("clean classifier", "clean"),
+    Row("JPEG, quality 75", "clean", jpeg=75),
     Row("adversarial training", "at"),
-    Row("noise alone", "noise", dials=SIGMAS),
+    Row("noise alone", "noise", dials=SIGMAS[1:]),
     Row("NIM, raw target", "ft-nim-raw", "nim-raw", dials=SIGMAS),
     Row("NIM, normalised target", "ft-norm-input", "nim-norm", dials=SIGMAS),
     Row("NIM, normalised target, noisy statistics", "ft-norm-noisy", "nim-norm", statistics="noisy", dials=SIGMAS),
@@ -95,14 +123,23 @@ ROWS = (
 )
 
 
-def main(data: str, out: Path = Path("runs/study"), num_images: int = 1000, score_draws: int = 8) -> None:
-    """Train the models that are missing, then write tables.md, losses.png and reconstructions.png.
+def main(
+    data: str,
+    out: Path = Path("runs/study"),
+    num_images: int = 1000,
+    score_draws: int = 8,
+    attacked_images: int = 200,
+    precision: str = "bf16",
+) -> None:
+    """Train the models that are missing, then write tables.md, robustness.md and pictures.
 
     Args:
         data: CIFAR-10, as cifar10 or a folder with train/ and test/.
         out: Folder of the study: the runs, and what is measured.
         num_images: Test images that are measured.
         score_draws: Draws of noise per image for an accuracy.
+        attacked_images: Test images that are attacked; 0 attacks none.
+        precision: Of attacks and of the scores of attacked images; see `denim evaluate`.
     """
     for name, options in COMMANDS.items():
         run = out / name
@@ -121,6 +158,17 @@ def main(data: str, out: Path = Path("runs/study"), num_images: int = 1000, scor
     draw_losses(out)
     draw_reconstructions(out, source)
     print("\n".join(lines))
+    if attacked_images:
+        cells = attacked(out, source, attacked_images, score_draws, precision)
+        rows = {
+            row if level == "off" else f"{row}, {level}": {name: f"{value:.1f}" for name, value in means.items()}
+            for (row, level), means in _means(cells).items()
+        }
+        lines = ["Mean accuracy in %", "", *_table(rows)]
+        with atomic_write(out / "robustness.md") as staged:
+            staged.write_text("\n".join(lines) + "\n")
+        draw_robustness(out, cells)
+        print("\n".join(lines))
 
 
 def psnrs(out: Path, source: Source, num_images: int) -> dict[str, dict[str, str]]:
@@ -152,27 +200,118 @@ def accuracies(out: Path, source: Source, num_images: int, score_draws: int) -> 
         num_images: how many of them; which depends on a seed.
         score_draws: draws of noise for each.
     """
-    defenses: dict[str, De3] = {}
+    defenses, places = _defenses(out)
+    settings = EvaluationSettings((), score_draws=score_draws, examples=0)
+    found: dict[str, dict[str, str]] = {}
+    for cell in _evaluated(defenses, source, num_images, settings, out / "clean-accuracy").cells:
+        row, level = places[cell.defense]
+        found.setdefault(row, {})[level] = str(cell.scores.mean)
+    return found
+
+
+def attacked(
+    out: Path, source: Source, num_images: int, score_draws: int, precision: str
+) -> dict[tuple[str, str, bool], dict[str, Cell]]:
+    """Every defense under `PROTOCOLS` at `RADII`, random and frozen; writes the report of `out`/robustness.
+
+    Args:
+        out: folder of the study; the evaluation lies in `out`/robustness.
+        source: test images.
+        num_images: how many of them; which depends on a seed.
+        score_draws: draws of noise for each.
+        precision: see `EvaluationSettings`.
+
+    Returns:
+        Cells by the text form of the attack, those by row, dial ("off" for none) and whether the noise is frozen.
+    """
+    defenses, places = _defenses(out)
+    frozen = {
+        f"{name}, frozen": defense.frozen(0)
+        for name, defense in defenses.items()
+        if isinstance(defense, De3) and defense.is_random
+    }
+    attacks = tuple(form.format(radius=radius) for radius in RADII for form in PROTOCOLS.values())
+    # The checks of every row would take longer than its attacks.
+    settings = EvaluationSettings(attacks, score_draws, precision=precision, health_images=0)
+    folder = out / "robustness"
+    result = _evaluated({**defenses, **frozen}, source, num_images, settings, folder)
+    write_report(
+        result, folder, title="The study of CIFAR-10", command=" ".join(sys.argv), data=f"{source.name}, split test"
+    )
+    found: dict[tuple[str, str, bool], dict[str, Cell]] = {}
+    for cell in result.cells:
+        row, level = places[cell.defense.removesuffix(", frozen")]
+        found.setdefault((row, level, cell.frozen), {})[cell.attack] = cell
+    return found
+
+
+def _defenses(out: Path) -> tuple[dict[str, De3 | nn.Module], dict[str, tuple[str, str]]]:
+    """All of the study by their names, and the row and dial ("off" for none) of each."""
+    defenses: dict[str, De3 | nn.Module] = {}
     places: dict[str, tuple[str, str]] = {}
+    classifiers = {row.classifier: Classifier.from_pretrained(out / row.classifier).eval() for row in ROWS}
     for row in ROWS:
-        classifier = Classifier.from_pretrained(out / row.classifier)
+        classifier = classifiers[row.classifier]
         denoiser = None if row.denoiser is None else _denoiser(out, row)
-        defenses[row.name] = De3(denoiser, classifier, None, seed=0)
+        off = De3(None, classifier, None, seed=0)
+        defenses[row.name] = off if row.jpeg is None else nn.Sequential(Jpeg(row.jpeg), classifier)
         places[row.name] = row.name, "off"
         for dial in row.dials:
             name = f"{row.name}, {_dial(row, dial)}"
             defenses[name] = De3(denoiser, classifier, seed=0, **row.settings(dial))
             places[name] = row.name, _dial(row, dial)
-    size = Classifier.from_pretrained(out / ROWS[0].classifier).config.img_size[0]
-    settings = EvaluationSettings((), score_draws=score_draws, examples=0)
-    result: Evaluation = evaluate(
-        defenses, _loader(source, num_images, size), settings, out / "clean-accuracy", console=open_console()
-    )
-    found: dict[str, dict[str, str]] = {}
-    for cell in result.cells:
-        row_name, level = places[cell.defense]
-        found.setdefault(row_name, {})[level] = str(cell.scores.mean)
-    return found
+    return defenses, places
+
+
+def _evaluated(
+    defenses: Mapping[str, De3 | nn.Module], source: Source, num_images: int, settings: EvaluationSettings, folder: Path
+) -> Evaluation:
+    first = next(defense.classifier for defense in defenses.values() if isinstance(defense, De3))
+    assert isinstance(first, Classifier)
+    loader = _loader(source, num_images, first.config.img_size[0])
+    return evaluate(defenses, loader, settings, folder, classes=source.classes, console=open_console())
+
+
+def _means(cells: Mapping[tuple[str, str, bool], Mapping[str, Cell]]) -> dict[tuple[str, str], dict[str, float]]:
+    """Mean accuracies in %, by row and dial, then by the columns of the table; "frozen" is the strong attack again."""
+    texts = {
+        (protocol, radius): str(Attack.parse(form.format(radius=radius)))
+        for radius in RADII
+        for protocol, form in PROTOCOLS.items()
+    }
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for (row, level, is_frozen), own in cells.items():
+        if is_frozen:
+            continue
+        known = cells.get((row, level, True))
+        means = found[row, level] = {"clean": own[CLEAN].scores.mean.value}
+        for (protocol, radius), text in texts.items():
+            means[f"{protocol}, {radius}/255"] = own[text].scores.mean.value
+            if protocol == STRONG and known is not None:
+                means[f"frozen, {radius}/255"] = known[text].scores.mean.value
+    return {place: {name: 100 * value for name, value in means.items()} for place, means in found.items()}
+
+
+def draw_robustness(out: Path, cells: Mapping[tuple[str, str, bool], Mapping[str, Cell]]) -> Path:
+    """Write robustness.png: accuracy under attack over clean accuracy, a line through the dials of every row."""
+    means = _means(cells)
+    columns = ["PGD-10", STRONG, "frozen"]
+    figure, axes = _figure(len(RADII), len(columns), (11, 7))
+    for line, radius in zip(axes, RADII, strict=True):
+        for axis, column in zip(line, columns, strict=True):
+            for number, row in enumerate(ROWS):
+                own = [means[row.name, _dial(row, dial)] for dial in row.dials] or [means[row.name, "off"]]
+                name = f"{column}, {radius}/255"
+                points = [(x["clean"], x.get(name, x[f"{STRONG}, {radius}/255"])) for x in own]
+                look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number]}
+                axis.plot(*zip(*points, strict=True), linewidth=1.2, markersize=4, label=row.name, **look)
+            axis.set_title(f"{STRONG}, noise known" if column == "frozen" else column, fontsize=10)
+            axis.set_xlabel("clean accuracy, %")
+            axis.set_ylabel(f"accuracy at {radius}/255, %")
+            axis.set_ylim(bottom=-2)
+            axis.grid(linewidth=0.5, alpha=0.4)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return _saved(figure, out / "robustness.png")
 
 
 def draw_losses(out: Path) -> Path:

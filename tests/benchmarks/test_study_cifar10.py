@@ -25,8 +25,8 @@ def test_commands_are_settings_that_exist(name):
 def test_rows_use_their_models_as_they_were_trained():
     for row in ROWS:
         config = settings_of(row.classifier)
-        kinds = {"clean classifier": "clean", "adversarial training": "clean", "noise alone": "noisy"}
-        assert config.trained_on == kinds.get(row.name, "denoised")
+        kinds = {"clean": "clean", "at": "clean", "noise": "noisy"}
+        assert config.trained_on == kinds.get(row.classifier, "denoised")
         if row.denoiser is not None:
             assert str(config.denoiser) == f"study/{row.denoiser}"
             assert (config.degrade, config.statistics) == (row.degrade, row.statistics)
@@ -60,7 +60,7 @@ def study(tmp_path, make_folder):
 def test_a_study_of_finished_runs_is_measured_without_training(study, capsys, monkeypatch):
     out, data = study
     monkeypatch.setattr(study_cifar10, "_denim", lambda arguments: pytest.fail("it trains again"))
-    study_cifar10.main(data, out, num_images=6, score_draws=2)
+    study_cifar10.main(data, out, num_images=6, score_draws=2, attacked_images=0)
     table = (out / "tables.md").read_text()
     assert capsys.readouterr().out.endswith(table)
     for row in ROWS:
@@ -68,6 +68,34 @@ def test_a_study_of_finished_runs_is_measured_without_training(study, capsys, mo
         assert accuracy.count("[") == 1 + len(row.dials)
     for picture in ("losses.png", "reconstructions.png"):
         assert (out / picture).stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_every_defense_is_attacked_random_and_frozen(study, monkeypatch):
+    out, data = study
+    monkeypatch.setattr(
+        study_cifar10, "PROTOCOLS", {"PGD-10": "pgd:{radius}/255,steps=1,eot=1", "AutoPGD": "fgsm:{radius}/255,eot=2"}
+    )
+    source = open_source(data, "test", 3)
+    cells = study_cifar10.attacked(out, source, 4, 2, "fp32")
+    random = {(row, level) for row, level, is_frozen in cells if is_frozen}
+    for row in ROWS:
+        assert (row.name, "off", False) in cells
+        for dial in row.dials:
+            draws = row.degrade != "noise" or dial > 0
+            assert ((row.name, study_cifar10._dial(row, dial)) in random) == draws
+    (jpeg,) = [row for row in ROWS if row.jpeg is not None]
+    assert "none" in cells[jpeg.name, "off", False]
+    means = study_cifar10._means(cells)
+    assert means["clean classifier", "off"].keys() == {
+        "clean",
+        *(f"{p}, {r}/255" for p in ("PGD-10", "AutoPGD") for r in (4, 8)),
+    }
+    assert "frozen, 8/255" in means["NIM, raw target", "sigma 70"]
+    own = cells["NIM, raw target", "sigma 70", True]["fgsm:8/255,eot=2"]
+    assert means["NIM, raw target", "sigma 70"]["frozen, 8/255"] == 100 * own.scores.mean.value
+    assert (out / "robustness" / "report.html").exists()
+    assert study_cifar10.draw_robustness(out, cells).stat().st_size > 5000
 
 
 def test_psnr_is_that_of_the_mean_over_the_images(study):
