@@ -13,7 +13,7 @@ SIDE = 256  # of a picture, where the photo and the denoiser allow it
 def main(
     photo: Annotated[Path, tyro.conf.Positional],
     sigma: tuple[float, ...] = (70.0, 140.0),
-    denoiser: str = "cifar10-nim",
+    denoiser: str = "cifar10-tiny",
     out: Path | None = None,
     side: int | None = None,
     statistics: str = "input",
@@ -27,7 +27,7 @@ def main(
         photo: Image file; its centre is cut out.
         sigma: Noise levels, standard deviations in 0-255 pixel levels.
         denoiser: The denoiser: folder of a model or a run, name of a model that ships with Denim, or owner/name on the
-            Hugging Face hub. That which ships, cifar10-nim, has learnt from photos of 32 x 32.
+            Hugging Face hub. That which ships, cifar10-tiny, has learnt from photos of 32 x 32.
         out: File of the picture, a PNG; without it, PHOTO-denoised.png in the current folder.
         side: Side of the picture in pixels, to which the shorter side of the photo is resized. What is larger than the
             images of the denoiser is rebuilt in tiles that overlap. Without it 256, or the photo's shorter side if that

@@ -1007,6 +1007,18 @@ def test_a_saved_defense_answers_the_same(tmp_path, new, global_rng_untouched):
     assert (card.data.license, card.data.library_name) == (None, "denim")
 
 
+def test_the_defense_that_ships_is_whole(recwarn):
+    defense = De3.from_pretrained("cifar10-tiny", seed=0)
+    assert (defense.sigma, defense.case, defense.training) == (70.0, "noise, raw target", False)
+    assert defense.classifier.config.classes[:2] == ("airplane", "automobile")
+    # The classifier was fine-tuned on images of this kind, and this level is what its name means.
+    assert not recwarn.list
+    logits = defense(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert logits.shape == (4, 10)
+    assert logits.isfinite().all()
+    assert not torch.equal(logits[0], logits[1])
+
+
 def test_settings_may_be_others_than_those_that_were_saved(tmp_path):
     De3(*pair(), 70).save_pretrained(tmp_path / "defense")
     loaded = De3.from_pretrained(tmp_path / "defense", sigma=35, draws=3, seed=5)

@@ -217,7 +217,7 @@ def test_a_resnet_of_somebody_else_sees_through_the_shipped_denoiser_and_not_thr
     assert len(labels) == 200
     network = runpy.run_path(str(folder / "resnet.py"))["ResNet18"]()
     network.load_state_dict(torch.load(folder / "model_test.pt", map_location="cpu", weights_only=True))
-    denoiser = Autoencoder.from_pretrained("cifar10-nim")
+    denoiser = Autoencoder.from_pretrained("cifar10-tiny")
 
     def right(defense: De3) -> Tensor:
         seeds = defense.seeds(0, Domain.SCORE, torch.arange(200))

@@ -99,7 +99,7 @@ def test_the_denoiser_that_ships_denoises_photos():
     pixels = torch.stack(photos).permute(0, 3, 1, 2).float() / 255
     tiles = F.interpolate(pixels, size=(128, 192), mode="area").unfold(2, 32, 32).unfold(3, 32, 32)
     tiles = tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 32, 32)
-    model = Autoencoder.from_pretrained("cifar10-nim")
+    model = Autoencoder.from_pretrained("cifar10-tiny")
     seeds = derive_seeds(0, Domain.VALIDATION, torch.arange(len(tiles)))
     with torch.no_grad():
         rebuilt = reconstruct(model, tiles, torch.full((len(tiles),), 70.0), seeds[None])[0]
