@@ -71,8 +71,8 @@ COMMANDS = {
     "dmae": f"{_PRETRAIN} --objective dmae --target raw",
     "clean": f"{_FINETUNE} --denoiser {{out}}/nim-raw --trained-on clean",
     "noise": f"{_FINETUNE} --denoiser {{out}}/nim-raw --trained-on noisy {_LEVELS}",
-    "at": f"{_FINETUNE} --denoiser {{out}}/nim-raw --trained-on clean --adversarial pgd --epsilon 8 --attack-steps 5 "
-    "--attack-step-size 2.5",
+    "at": f"{_FINETUNE} --denoiser {{out}}/nim-raw --trained-on clean --adversarial pgd --epsilon 8 --attack-steps 3 "
+    "--attack-step-size 4",
     "ft-nim-raw": f"{_FINETUNE} --denoiser {{out}}/nim-raw --trained-on denoised {_LEVELS}",
     "ft-norm-input": f"{_FINETUNE} --denoiser {{out}}/nim-norm --trained-on denoised {_LEVELS} --statistics input",
     "ft-norm-noisy": f"{_FINETUNE} --denoiser {{out}}/nim-norm --trained-on denoised {_LEVELS} --statistics noisy",
