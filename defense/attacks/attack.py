@@ -29,6 +29,8 @@ __all__ = ["ATTACKS", "Attack", "AttackMethod", "Attacked", "parse_attack", "rad
 # then all confirmation draws miss; with fewer steps or draws this asks for more than it saves.
 LEAST_STEPS, LEAST_DRAWS = 50, 4
 LEAST_CONFIRMATIONS = 32  # with fewer, images leave that some draws still get right, and the accuracy is too high
+# Asked at every step, thirty images stay for one that leaves, at a quarter of the cost of the search.
+ASKED_EVERY = 5  # steps
 
 
 def _are_enough(steps: int, draws: int) -> bool:
@@ -154,9 +156,9 @@ class Attack:
     *selection* draws. Gray box: the attacker knows the classifier, but not that it is defended.
 
     An image that is misled leaves the search, and later searches pass it over. Where the target does not draw, the
-    verdict is the same as without. Where it does, this needs all selection draws, or all draws of a pass, and then at
-    least 32 confirmation draws, to be misled, at least 50 steps and 4 draws. `full` turns it off; so does `gray`, where
-    the verdict is that of another model.
+    verdict is the same as without. Where it does, this needs all selection draws, or all draws of every fifth pass, and
+    then at least 32 confirmation draws, to be misled, at least 50 steps and 4 draws. The iterate by which an image
+    leaves is its candidate. `full` turns it off; so does `gray`, where the verdict is that of another model.
 
     Attributes:
         name: a key of `ATTACKS`.
@@ -352,13 +354,17 @@ class _Run:
         if not count:
             return Attacked(best, bad, bad.clone(), gradients)
         rank, mean = self._rank(items, items.origin, first=True)
+        settled = torch.zeros_like(searched)  # left a search, so their candidates have been asked
         for stage in self.attack.stages(self.eot):
             leaves = self._may_leave(stage)
             # Most likely first; the label itself, or beyond the classes, is no aim.
             order = mean.scatter(1, items.labels[:, None], -math.inf).argsort(dim=1, descending=True)
             aims = min(stage.targets, mean.shape[1] - 1)
             for aim, restart in ((a, r) for a in range(aims or 1) for r in range(self.attack.restarts)):
-                done = self._confirmed(best, items, rank >= self.eot) if leaves else torch.zeros_like(searched)
+                done = torch.zeros_like(searched)
+                if leaves:
+                    settled |= self._confirmed(best, items, (rank >= self.eot) & ~settled)
+                    done = settled
                 place = (~done).nonzero().flatten()
                 if not len(place):
                     continue
@@ -369,11 +375,14 @@ class _Run:
                 # Other aims start elsewhere.
                 number = restart + aim * self.attack.restarts
                 found = search.run(self.target, chosen, self.seed, number, self._decided if leaves else None)
-                for pixels in self._candidates(stage, found):
-                    better_rank, _ = self._rank(chosen, pixels)
-                    better = better_rank > rank[place]
-                    best[place] = torch.where(better.view(-1, 1, 1, 1), pixels, best[place])
-                    rank[place] = torch.where(better, better_rank, rank[place])
+                left, stayed = place[found.left], place[~found.left]
+                best[left], rank[left], settled[left] = found.last[found.left], math.inf, True
+                for pixels in self._candidates(stage, found) if len(stayed) else ():
+                    pixels = pixels[~found.left]
+                    better_rank, _ = self._rank(items.at(stayed), pixels)
+                    better = better_rank > rank[stayed]
+                    best[stayed] = torch.where(better.view(-1, 1, 1, 1), pixels, best[stayed])
+                    rank[stayed] = torch.where(better, better_rank, rank[stayed])
                 bad[place] |= found.bad
                 if stage.rule.needs_gradient:
                     searched[place] = True
@@ -396,9 +405,12 @@ class _Run:
         predicted = logits.argmax(dim=-1)
         return predicted == items.targets if self.towards else predicted != items.labels
 
-    def _decided(self, pixels: Tensor, logits: Tensor, items: Items) -> Tensor:
+    def _decided(self, pixels: Tensor, logits: Tensor, items: Items, steps: Tensor) -> Tensor:
         """Whether all draws of a pass are misled, and all confirmation draws, bool (B,)."""
-        return self._confirmed(pixels, items, self._misled(logits, items).all(dim=0))
+        misled = self._misled(logits, items).all(dim=0)
+        if self.target.is_random:
+            misled = misled & (steps % ASKED_EVERY == ASKED_EVERY - 1)
+        return self._confirmed(pixels, items, misled)
 
     @torch.no_grad()
     def _confirmed(self, pixels: Tensor, items: Items, misled: Tensor) -> Tensor:
@@ -407,7 +419,10 @@ class _Run:
             return misled
         # Step 0 has the confirmation draws by which an evaluation compares attacks.
         for step in range(1, 1 + math.ceil(LEAST_CONFIRMATIONS / self.eot)):
-            for row in misled.nonzero().flatten().split(self.slots):
+            rows = misled.nonzero().flatten()
+            if not len(rows):
+                break
+            for row in rows.split(self.slots):
                 asked = items.at(row)
                 seeds = self.target.seeds(self.seed, Domain.CONFIRMATION, asked.ids, self.eot, step)
                 answers = self._misled(asked.logits(self.target, pixels[row], seeds), asked).all(dim=0)

@@ -75,8 +75,9 @@ class Found(NamedTuple):
     passes: Tensor
 
 
-Decided = Callable[[Tensor, Tensor, Items], Tensor]
-"""From iterates, their logits (R, B, K) and their items to bool (B,): True for images that need no further step."""
+Decided = Callable[[Tensor, Tensor, Items, Tensor], Tensor]
+"""From iterates, their logits (R, B, K), their items and their steps, int64 (B,), to bool (B,): True for images that
+need no further step."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Search:
             improved = value > state["best_loss"]
             state["best"] = torch.where(improved.view(-1, 1, 1, 1), state["iterate"], state["best"])
             state["best_loss"] = torch.where(improved, value, state["best_loss"])
-            left = torch.zeros_like(improved) if decided is None else decided(state["iterate"], logits, here)
+            left = torch.zeros_like(improved) if decided is None else decided(state["iterate"], logits, here, steps)
             judged = state["iterate"]
             self.rule.move(state, Seen(value, finite, improved, steps))
             state["step"] = steps + 1

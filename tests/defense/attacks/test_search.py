@@ -182,6 +182,31 @@ def test_an_image_leaves_a_random_target_by_32_misses_more(robust, test_digits, 
     assert sum(asked) < 32 + eot or len(asked) == 1
 
 
+def test_images_of_a_random_target_are_asked_about_at_every_fifth_step(robust, test_digits):
+    """At every step, thirty questions of thirty-one said that the image stays, and each was a pass of its own."""
+    pixels, labels, ids = (tensor[:20] for tensor in test_digits)
+    defense = De3(None, robust, 35.0)
+    steps: list[int] = []
+    asked: list[int] = []
+    seeds = defense.seeds
+
+    def counted(run_seed, domain, ids, draws=1, step=0):
+        if domain is Domain.ATTACK:
+            steps.extend(set(step.tolist()))
+        if domain is Domain.CONFIRMATION:
+            assert len(ids), "a pass without an image"
+            asked.append(steps[-1] if steps else 0)
+        return seeds(run_seed, domain, ids, draws, step)
+
+    defense.seeds = counted
+    attack = Attack("pgd", EPSILON, steps=50, eot=4, losses=("dlr",))
+    spent = attack.run(defense, pixels, labels, ids, 0, max_batch=80).gradients  # all start together
+    assert {5, 10} <= set(asked) <= {0, *range(5, 51, 5)}
+    early = spent[(spent > 0) & (spent < 200)]
+    assert len(early) > 5
+    assert (early % 20 == 0).all()
+
+
 @pytest.mark.parametrize(("steps", "eot"), [(49, 4), (50, 3)])
 def test_few_steps_or_draws_are_no_reason_to_leave_a_random_target(robust, test_digits, steps, eot):
     pixels, labels, ids = (tensor[:2] for tensor in test_digits)
@@ -190,6 +215,30 @@ def test_few_steps_or_draws_are_no_reason_to_leave_a_random_target(robust, test_
     assert attack.run(De3(None, robust, 5.0), pixels, wrong, ids, 0).gradients.tolist() == [steps * eot] * 2
     longer = Attack("pgd", EPSILON, steps=50, eot=4, losses=("dlr",))
     assert longer.run(De3(None, robust, 5.0), pixels, wrong, ids, 0).gradients.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("sigma", [None, 5.0])
+def test_a_candidate_that_left_a_search_is_not_asked_again(robust, test_digits, sigma):
+    """Three more searches, and the choice among their candidates, would draw for images that are decided."""
+    pixels, labels, ids = (tensor[:40] for tensor in test_digits)
+    defense = De3(None, robust, sigma)
+    chosen: dict[int, int] = dict.fromkeys(ids.tolist(), 0)
+    seeds = defense.seeds
+
+    def counted(run_seed, domain, ids, draws=1, step=0):
+        if domain is Domain.SELECTION:
+            for sample in ids.tolist():
+                chosen[sample] += 1
+        return seeds(run_seed, domain, ids, draws, step)
+
+    defense.seeds = counted
+    attack = Attack("pgd", 0.4, steps=50, eot=4)
+    attacked = attack.run(defense, pixels, labels, ids, 0)
+    assert (attacked.gradients > 0).sum() > 30
+    early = attacked.gradients < 50 * (4 if sigma else 1)
+    assert early.sum() > 30, "most left the first search"
+    # The clean image alone.
+    assert [chosen[sample] for sample in ids[early].tolist()] == [1] * int(early.sum())
 
 
 # Slots
@@ -202,7 +251,7 @@ def test_what_is_found_does_not_depend_on_the_slots(robust, test_digits, rule, s
     model = copy.deepcopy(robust).double()
     defense = De3(None, model, sigma)
     items = Items(pixels.double(), labels, labels, ids)
-    leave = lambda _, logits, here: (logits.argmax(dim=-1) != here.labels).all(dim=0)  # noqa: E731
+    leave = lambda _, logits, here, steps: (logits.argmax(dim=-1) != here.labels).all(dim=0) & (steps % 2 == 1)  # noqa: E731
     found = {slots: Search(rule, "ce", 2, slots).run(defense, items, 3, 1, leave) for slots in (1, 7, 64)}
     assert found[7].left.any()
     assert not found[7].left.all()
@@ -265,7 +314,7 @@ def test_every_pass_is_full_until_the_last_images(robust, test_digits):
     robust_hook = robust.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
     pixels, labels, ids = (tensor[:20] for tensor in test_digits)
     items = Items(pixels, labels, labels, ids)
-    leave = lambda _, logits, here: here.ids % 3 == 0  # noqa: E731  # a third leaves at once
+    leave = lambda _, logits, here, steps: here.ids % 3 == 0  # noqa: E731  # a third leaves at once
     found = Search(Pgd(Ball(0.2), 4), "ce", 1, 6).run(De3(None, robust, None), items, 0, 0, leave)
     robust_hook.remove()
     assert found.passes.tolist() == [1 if int(i) % 3 == 0 else 4 for i in ids]
