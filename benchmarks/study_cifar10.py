@@ -328,7 +328,7 @@ def draw_losses(out: Path) -> Path:
         axis.set_ylabel("training loss")
         axis.set_yscale("log")
         axis.grid(linewidth=0.5, alpha=0.4)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper right")
     return _saved(figure, out / "losses.png")
 
 
@@ -397,7 +397,9 @@ def _reconstructed(model: Autoencoder, row: Row, dial: float, pixels: Tensor, id
 
 def _table(rows: dict[str, dict[str, str]]) -> list[str]:
     """Lines of Markdown: a column for each dial of any row."""
-    columns = list(dict.fromkeys(dial for row in rows.values() for dial in row))
+    # The order of the longest row: another may lack a column in the middle.
+    ordered = sorted(rows.values(), key=len, reverse=True)
+    columns = list(dict.fromkeys(dial for row in ordered for dial in row))
     lines = [["", *columns], ["---"] * (1 + len(columns))]
     lines += [[name, *(row.get(dial, "") for dial in columns)] for name, row in rows.items()]
     return [f"| {' | '.join(line)} |" for line in lines]

@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,20 @@ def settings_of(name):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_are_settings_that_exist(name):
     assert settings_of(name).batch_size == 128
+
+
+def test_the_page_has_every_command_of_the_study():
+    page = (Path(__file__).parents[2] / "docs" / "study-cifar10.md").read_text()
+    commands = re.sub(r"\s*\\\n\s*", " ", page.split("## Commands")[1])
+    for name, options in COMMANDS.items():
+        command, rest = options.format(out="runs/study").split(" ", 1)
+        assert f"    denim {command} --out runs/study/{name} --data cifar10 {rest}\n" in commands, name
+
+
+def test_columns_of_a_table_are_in_the_order_of_the_longest_row():
+    lines = study_cifar10._table({"short": {"a": "1", "c": "2"}, "long": {"a": "3", "b": "4", "c": "5"}})
+    assert lines[0] == "|  | a | b | c |"
+    assert lines[2:] == ["| short | 1 |  | 2 |", "| long | 3 | 4 | 5 |"]
 
 
 def test_rows_use_their_models_as_they_were_trained():
