@@ -6,6 +6,7 @@ attacks them. A study that was stopped goes on where it stopped, and a finished 
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -235,9 +236,8 @@ def attacked(
     settings = EvaluationSettings(attacks, score_draws, precision=precision, health_images=0)
     folder = out / "robustness"
     result = _evaluated({**defenses, **frozen}, source, num_images, settings, folder)
-    write_report(
-        result, folder, title="The study of CIFAR-10", command=" ".join(sys.argv), data=f"{source.name}, split test"
-    )
+    command = shlex.join(["python", "-m", "denim.benchmarks.study_cifar10", *sys.argv[1:]])
+    write_report(result, folder, title="The study of CIFAR-10", command=command, data=f"{source.name}, split test")
     found: dict[tuple[str, str, bool], dict[str, Cell]] = {}
     for cell in result.cells:
         row, level = places[cell.defense.removesuffix(", frozen")]
