@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from denim.defense.attacks import Attack, radius_text
+from denim.defense.attacks import radius_text
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.images import Images
 from denim.defense.records import RecordColumns, Records
-from denim.defense.rows import CLEAN, EvaluationSettings, Row
+from denim.defense.rows import CLEAN, EvaluationSettings, Row, most_gradients
 from denim.defense.scores import Interval, Scores, paired_difference, resubmission_curve, score
 from denim.defense.targets import ModuleTarget, normalisation_hint
 
@@ -73,11 +73,8 @@ class _Cost(NamedTuple):
         """That of a row."""
         gradients, seconds = found.gradients[row.name, row.text], found.seconds[row.name, row.text]
         spent = None if (gradients < 0).any() else int(gradients.sum())
-        saved = None
-        if isinstance(row.attack, Attack) and spent is not None and num_classes is not None:
-            attacked = De3(None, row.target.classifier, None) if row.attack.gray else row.target
-            most = row.attack.most_gradients(attacked.is_random, num_classes)
-            saved = most * len(gradients) - spent
+        most = None if row.attack is None or num_classes is None else most_gradients(row, num_classes)
+        saved = None if spent is None or most is None else most * len(gradients) - spent
         return cls(spent, saved, None if np.isnan(seconds).any() else float(seconds.sum()))
 
     @classmethod

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
-from denim.defense.attacks import AttackMethod, parse_attack
+from denim.defense.attacks import Attack, AttackMethod, parse_attack
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.targets import OBJECT, import_object
 from denim.kernels.seeds import check_seed
 from denim.nim.precision import check_precision
 
-__all__ = ["CLEAN", "EvaluationSettings", "Row", "key_of", "open_attack", "rows_of"]
+__all__ = ["CLEAN", "EvaluationSettings", "Row", "key_of", "most_gradients", "open_attack", "rows_of"]
 
 CLEAN = "none"
 # Beside the code of a model and its weights, what records depend on.
@@ -134,6 +134,21 @@ def rows_of(targets: Mapping[str, Any], settings: EvaluationSettings, fingerprin
             confirms = radius is not None and radii.count(radius) > 1
             rows.append(Row(name, target, target_key, text, attack, radius, key, confirms))
     return rows
+
+
+def most_gradients(row: Row, num_classes: int) -> int | None:
+    """Gradients of one draw that an image costs at most; None where the attack does not say.
+
+    Args:
+        row: of the image.
+        num_classes: of the defense.
+    """
+    if row.attack is None:
+        return 0
+    if not isinstance(row.attack, Attack):
+        return None
+    attacked = De3(None, row.target.classifier, None) if row.attack.gray else row.target
+    return row.attack.most_gradients(attacked.is_random, num_classes)
 
 
 def key_of(target: bytes, attack: bytes, *parts: object) -> bytes:

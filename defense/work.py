@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from denim.defense.attacks import Attack, AttackMethod, radius_text
@@ -23,15 +22,15 @@ from denim.defense.gallery import Gallery
 from denim.defense.generators import keyed_generators
 from denim.defense.images import Images, batches_of, pixels_of, same_again
 from denim.defense.probe import probe_randomness
+from denim.defense.progress import GRADIENT_PASSES, EvaluationProgress
 from denim.defense.records import RecordColumns, Records
-from denim.defense.rows import EvaluationSettings, Row
+from denim.defense.rows import EvaluationSettings, Row, most_gradients
 from denim.defense.targets import ROUNDING, ModuleTarget
 from denim.kernels import Domain, check_pixels, derive_seeds
 from denim.nim.checkpoint import first_words
 from denim.nim.classifier import check_logits
 from denim.nim.data import Batch, Loader, PlannedLoader
 from denim.nim.lean import is_plain
-from denim.nim.progress import LineClock, clock_text
 from denim.nim.ranks import Ranks
 from denim.nim.stopping import StopRequest
 
@@ -108,7 +107,21 @@ class _Group(NamedTuple):
     of: Array
 
     def __str__(self) -> str:
-        return f"{', '.join(row.name for _, row in self.rows)} under {self.rows[0][1].text}"
+        return self.text({})
+
+    def text(self, right: Mapping[int, tuple[float, int]]) -> str:
+        """Names of the rows, with their accuracies where they are known, and the attack.
+
+        Args:
+            right: see `Work`.
+        """
+        names = [row.name for _, row in self.rows]
+        for place, (number, _) in enumerate(self.rows):
+            if number in right:
+                share, count = right[number]
+                names[place] += f" {100 * share / count:.1f} %"
+        known = " right so far" if any(number in right for number, _ in self.rows) else ""
+        return f"{', '.join(names)}{known} under {self.rows[0][1].text}"
 
     def sigma(self, device: torch.device) -> Tensor | None:
         """float32 (B,), the noise level of each image; None for a single row, whose target has its own."""
@@ -158,6 +171,9 @@ class Work:
         self.limits: dict[str, int] = {}
         # Of the batch that is open: predictions by domain, defense, place of the image, and digest of the candidate.
         self.scored: dict[tuple[Domain, bytes, int, bytes], Array] = {}
+        # By row, of the new records: shares of right predictions, added up, and how many records.
+        self.right: dict[int, tuple[float, int]] = {}
+        self.gradients = 0  # of the new records, as far as the attacks say
 
     def say(self, text: str) -> None:
         """Print a line of progress."""
@@ -280,34 +296,41 @@ class Work:
         Raises:
             ValueError: an image has changed since it was identified.
         """
-        wanted, total, done = self._wanted(), int(np.sum(self.lacking)), 0
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}", markup=False),
-        )
-        has_bar = self.console.is_terminal or self.console.is_jupyter
-        started, lines = time.perf_counter(), LineClock()
-        with Progress(*columns, console=self.console, disable=not has_bar) as bar:
-            task = bar.add_task("evaluating", total=total, state="")
+        wanted, passes = self._wanted(), self._announce()
+        with EvaluationProgress(self.console, int(np.sum(self.lacking)), passes) as progress:
             for step, batch in self.batches:
                 places, open_batch = self._opened(step, batch, np.any(wanted, axis=0))
                 self.scored.clear()
                 for numbers in self._kin():
                     of, chosen = np.nonzero(np.stack([wanted[number][places] for number in numbers]))
                     group = _Group([(number, self.rows[number]) for number in numbers], of)
-                    for count in self._compute(group, _at(open_batch, chosen), places[chosen]):
-                        done += count
-                        bar.update(task, completed=done, state=str(group))
-                        if not has_bar and lines.due():
-                            self.say(f"{done}/{total} records  {group}")
+                    for count in self._compute(group, _at(open_batch, chosen), places[chosen], progress):
+                        progress.finish(count, count * sum(self._most_passes(group.rows[0][1])), group.text(self.right))
                         self.stop.heed()
             for gallery in self.gallery:
                 gallery.finish()
-            bar.update(task, completed=done, state="")
-        self.say(f"{done}/{total} records  in {clock_text(time.perf_counter() - started)}")
+            progress.close(self.gradients)
+
+    def _announce(self) -> int:
+        """Say what is to come, and return the passes of one image and one draw that it takes at most."""
+        records = gradients = passes = silent = 0
+        for row, lacking in zip(self.rows, self.lacking, strict=True):
+            if count := int(lacking.sum()):
+                each = most_gradients(row, self.num_classes or 2)
+                silent += each is None
+                records, gradients = records + count, gradients + count * (each or 0)
+                passes += count * sum(self._most_passes(row))
+        if records:
+            others = f", and those of {silent} rows whose attacks do not say how many" if silent else ""
+            self.say(f"{records} records to make, by at most {gradients:,} gradients of one draw{others}")
+        return passes
+
+    def _most_passes(self, row: Row) -> tuple[int, int]:
+        """Passes of one image and one draw that a record takes at most: for its attack and for its scores."""
+        draws, scores = _draws_of(row.target), 1
+        if row.target.is_random:
+            scores = int(self.settings.score_draws) * (1 + row.confirms)
+        return GRADIENT_PASSES * draws * (most_gradients(row, self.num_classes or 2) or 0), draws * scores
 
     def _kin(self) -> list[list[int]]:
         """Numbers of the rows that are computed together: of a De3 at several levels, under one attack."""
@@ -346,7 +369,7 @@ class Work:
             )
         return places, chosen
 
-    def _compute(self, group: _Group, batch: Batch, places: Array) -> Iterator[int]:
+    def _compute(self, group: _Group, batch: Batch, places: Array, progress: EvaluationProgress) -> Iterator[int]:
         """Attack and score images of a group, pass by pass; yields the number of new records after each."""
         settings, (row, *_) = self.settings, [row for _, row in group.rows]
         target, device = row.target, device_of(row.target)
@@ -363,7 +386,8 @@ class Work:
             part = np.arange(first, min(len(places), first + most))
             failure: Exception | None = None
             try:
-                count = self._pass(group._replace(of=group.of[part]), _at(batch, part), places[part], device, limit)
+                some = group._replace(of=group.of[part])
+                count = self._pass(some, _at(batch, part), places[part], device, limit, progress)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -385,7 +409,15 @@ class Work:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _pass(self, group: _Group, batch: Batch, places: Array, device: torch.device, limit: int) -> int:
+    def _pass(
+        self,
+        group: _Group,
+        batch: Batch,
+        places: Array,
+        device: torch.device,
+        limit: int,
+        progress: EvaluationProgress,
+    ) -> int:
         """Attack and score some images, append their records, and return how many."""
         started = time.perf_counter()
         settings, row = self.settings, group.rows[0][1]
@@ -396,7 +428,9 @@ class Work:
             _, some, back = np.unique(places, return_index=True, return_inverse=True)
         at = torch.from_numpy(some).to(device)
         levels = None if sigma is None else sigma[at]
-        attacked = _attack(row, str(group), clean[at], labels[at], ids[at], settings.seed, limit, levels)
+        each = most_gradients(row, self.num_classes or 2) or 0
+        progress.begin(group.text(self.right), len(some), len(some) * each, len(some) * self._most_passes(row)[0])
+        attacked = _attack(row, str(group), clean[at], labels[at], ids[at], settings.seed, limit, levels, progress.tell)
         attacked = attacked.at(back)
         # The others are attacked again for the gallery alone.
         lacking = np.stack([self.lacking[number] for number, _ in group.rows])[group.of, places]
@@ -451,6 +485,10 @@ class Work:
                 )
                 names = (one.name, one.text)
                 self.records.append(one.key, one.target_key, bool(target.is_random), names, block)
+                share, count = self.right.get(number, (0.0, 0))
+                right = float((block.predictions == block.labels[:, None]).mean(axis=1).sum())
+                self.right[number] = share + right, count + len(own)
+                self.gradients += int(block.gradients.clip(min=0).sum())
             mine = np.flatnonzero(group.of == place)
             at = torch.from_numpy(mine).to(device)
             self.gallery[number].add(places[mine], clean[at], attacked.pixels[at], labels[at], ids[at], settings.seed)
@@ -532,12 +570,21 @@ def _check_classes(counts: Mapping[str, int], images: Images, classes: Sequence[
 
 
 def _attack(
-    row: Row, where: str, clean: Tensor, labels: Tensor, ids: Tensor, seed: int, limit: int, sigma: Tensor | None
+    row: Row,
+    where: str,
+    clean: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    seed: int,
+    limit: int,
+    sigma: Tensor | None,
+    tell: Callable[[int, int], None],
 ) -> _Attacked:
     """The candidates for clean images (B, C, H, W), which may have noise levels of their own.
 
     Args:
         where: what is attacked and how, for messages.
+        tell: see `Attack.run`.
 
     Raises:
         ValueError: the attack returns something else, or pixels outside of [0, 1].
@@ -547,7 +594,7 @@ def _attack(
         return _Attacked(clean, np.zeros(count, np.uint8), np.zeros(count, np.int64))
     options: dict[str, Any] = {"max_batch": limit} if _takes_max_batch(row.attack) else {}
     if isinstance(row.attack, Attack):
-        options |= {} if sigma is None else {"sigma": sigma}
+        options |= {"tell": tell} if sigma is None else {"tell": tell, "sigma": sigma}
         found = row.attack.run(row.target, clean, labels, ids, seed, **options)
     else:
         # It may draw from the generators of the process, or seed them.

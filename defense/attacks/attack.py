@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from denim.defense.attacks.balls import Ball
 from denim.defense.attacks.losses import LOSSES
 from denim.defense.attacks.rules import Apgd, Fgsm, Momentum, Pgd, Rule
-from denim.defense.attacks.search import Found, Items, Search
+from denim.defense.attacks.search import Found, Items, Passed, Search
 from denim.defense.attacks.square import Square
 from denim.defense.de3 import De3
 from denim.defense.targets import Target
@@ -288,6 +288,7 @@ class Attack:
         targets: Tensor | None = None,
         sigma: Tensor | None = None,
         max_batch: int = 256,
+        tell: Callable[[int, int], None] | None = None,
     ) -> Attacked:
         """Attack images.
 
@@ -305,6 +306,8 @@ class Attack:
             sigma: float (B,), noise levels in 0-255 pixel levels, for a De3 to take in place of its own: images at many
                 levels are attacked in one batch. Its own still says whether it draws. Without effect with `gray`.
             max_batch: images in a pass, draws counted; at least one image with all draws is in a pass.
+            tell: called after each pass that has a gradient, with the gradients of one draw that were computed since
+                the last call and the number of images that have left the attack because they are misled, all in all.
 
         Returns:
             Candidates within epsilon of the pixels, and what the search has met.
@@ -329,7 +332,7 @@ class Attack:
             aims = labels if targets is None else targets
             pixels, labels, ids, aims = (x.clone() if x.is_inference() else x for x in (pixels, labels, ids, aims))
             items = Items(pixels, labels, aims, ids, None if sigma is None else sigma.clone())
-            return _Run(self, module, items, seed, targets is not None, max_batch).all_searches()
+            return _Run(self, module, items, seed, targets is not None, max_batch, tell).all_searches()
 
 
 class _Run:
@@ -339,7 +342,17 @@ class _Run:
         towards: the aim are predictions of the items' targets.
     """
 
-    def __init__(self, attack: Attack, target: Target, items: Items, seed: int, towards: bool, max_batch: int) -> None:
+    def __init__(
+        self,
+        attack: Attack,
+        target: Target,
+        items: Items,
+        seed: int,
+        towards: bool,
+        max_batch: int,
+        tell: Callable[[int, int], None] | None,
+    ) -> None:
+        self.tell = tell
         self.attack, self.target, self.items, self.seed, self.towards = attack, target, items, seed, towards
         self.eot = attack.eot if target.is_random else 1
         self.slots = max(1, max_batch // (self.eot * int(getattr(target, "draws", 1))))
@@ -356,7 +369,7 @@ class _Run:
         rank, mean = self._rank(items, items.origin, first=True)
         settled = torch.zeros_like(searched)  # left a search, so their candidates have been asked
         for stage in self.attack.stages(self.eot):
-            leaves = self._may_leave(stage)
+            leaves, each = self._may_leave(stage), self.eot if stage.rule.needs_gradient else 0
             # Most likely first; the label itself, or beyond the classes, is no aim.
             order = mean.scatter(1, items.labels[:, None], -math.inf).argsort(dim=1, descending=True)
             aims = min(stage.targets, mean.shape[1] - 1)
@@ -374,7 +387,8 @@ class _Run:
                 search = Search(stage.rule, stage.loss, self.eot, self.slots, self.towards)
                 # Other aims start elsewhere.
                 number = restart + aim * self.attack.restarts
-                found = search.run(self.target, chosen, self.seed, number, self._decided if leaves else None)
+                passed = self._teller(each, int(settled.sum()))
+                found = search.run(self.target, chosen, self.seed, number, self._decided if leaves else None, passed)
                 left, stayed = place[found.left], place[~found.left]
                 best[left], rank[left], settled[left] = found.last[found.left], math.inf, True
                 for pixels in self._candidates(stage, found) if len(stayed) else ():
@@ -389,6 +403,24 @@ class _Run:
                     zero[place] &= found.zero
                     gradients[place] += found.passes * self.eot
         return Attacked(best, zero & searched, bad, gradients)
+
+    def _teller(self, each: int, misled: int) -> Passed | None:
+        """What a search calls after its passes, so that `tell` is called.
+
+        Args:
+            each: gradients of an image in a pass.
+            misled: images that left before the search.
+        """
+        if self.tell is None or not each:
+            return None
+        tell, gone = self.tell, misled
+
+        def passed(images: int, left: Tensor) -> None:
+            nonlocal gone
+            gone += int(left.sum())
+            tell(images * each, gone)
+
+        return passed
 
     def _may_leave(self, stage: Stage) -> bool:
         if self.attack.full or self.attack.gray:

@@ -22,7 +22,7 @@ from denim.defense.de3 import De3
 from denim.defense.targets import Target
 from denim.kernels import Domain, derive_seeds
 
-__all__ = ["Found", "Items", "Search"]
+__all__ = ["Found", "Items", "Passed", "Search"]
 
 
 class Items(NamedTuple):
@@ -78,6 +78,8 @@ class Found(NamedTuple):
 Decided = Callable[[Tensor, Tensor, Items, Tensor], Tensor]
 """From iterates, their logits (R, B, K), their items and their steps, int64 (B,), to bool (B,): True for images that
 need no further step."""
+Passed = Callable[[int, Tensor], None]
+"""Called after each pass with its number of images, B, and which of them leave the search early, bool (B,)."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Search:
         seed: int,
         restart: int = 0,
         decided: Decided | None = None,
+        passed: Passed | None = None,
     ) -> Found:
         """Search for all items.
 
@@ -114,6 +117,7 @@ class Search:
             seed: of the evaluation.
             restart: number of the restart, below 2^31; other restarts have other starts and draws.
             decided: lets images leave early; asked after each pass.
+            passed: told of each pass.
 
         Raises:
             ValueError: the logits do not depend on the pixels by operations of autograd.
@@ -148,6 +152,8 @@ class Search:
             state["best"] = torch.where(improved.view(-1, 1, 1, 1), state["iterate"], state["best"])
             state["best_loss"] = torch.where(improved, value, state["best_loss"])
             left = torch.zeros_like(improved) if decided is None else decided(state["iterate"], logits, here, steps)
+            if passed is not None:
+                passed(len(places), left)
             judged = state["iterate"]
             self.rule.move(state, Seen(value, finite, improved, steps))
             state["step"] = steps + 1

@@ -1182,11 +1182,33 @@ def test_progress_comes_by_the_clock(tmp_path, monkeypatch):
 
     monkeypatch.setattr(working, "_predict", slow)
     evaluate(defenses(), loader(), SETTINGS, tmp_path, console=console)
-    lines = printed.getvalue().splitlines()
+    announced, *lines = printed.getvalue().splitlines()
     total = COUNT * len(defenses()) * (1 + len(SETTINGS.attacks))
-    assert re.fullmatch(rf"evaluating: \d+/{total} records  off under .*", lines[0])
+    assert announced.startswith(f"evaluating: {total} records to make, by at most ")
+    assert re.fullmatch(rf"evaluating: \d+/{total} records  \d:\d\d:\d\d left  .*off.* under .*", lines[0])
     assert 3 <= len(lines) == 2 + (now[0] - 3) // 30  # after the pass that ends at 3 s, every 30 s, and at the end
-    assert re.fullmatch(rf"evaluating: {total}/{total} records  in \d:\d\d:\d\d", lines[-1])
+    assert re.fullmatch(rf"evaluating: {total}/{total} records  [\d,]+ gradients  in \d:\d\d:\d\d", lines[-1])
+
+
+def test_progress_comes_from_within_an_attack(tmp_path, monkeypatch):
+    """One attack on one batch may take hours. The gradients to come are said before, those that were spent after."""
+    printed = io.StringIO()
+    monkeypatch.setattr(progress.LineClock, "due", lambda self: True)
+    monkeypatch.setitem(sys.modules, "attacks_of_others", sys.modules[__name__])
+    attacks = ("pgd:24/255,steps=6,eot=1,loss=ce", "attacks_of_others:Half")
+    options = EvaluationSettings(attacks, score_draws=2, health_images=0, examples=0)
+    console = Console(file=printed, width=200)
+    found = evaluate({"off": De3(None, Linear(), None)}, loader(), options, tmp_path, console=console)
+    lines = printed.getvalue().splitlines()
+    assert lines[0] == (
+        f"evaluating: {3 * COUNT} records to make, by at most {6 * COUNT} gradients of one draw, and those of 1 rows "
+        "whose attacks do not say how many"
+    )
+    right = next(cell.scores.mean.value for cell in found.cells if cell.attack.startswith("pgd"))
+    assert any(re.search(r"left  \d of \d images misled by \d+ gradients  off.* under pgd:", line) for line in lines)
+    assert any(f"off {100 * right:.1f} % right so far under pgd:" in line for line in lines)
+    spent = sum(cell.gradients or 0 for cell in found.cells)
+    assert 0 < spent < 6 * COUNT and f"records  {spent} gradients  in " in lines[-1]
 
 
 def test_images_that_have_changed_are_evaluated_again(finished, tmp_path):

@@ -568,3 +568,17 @@ def test_the_most_gradients_are_those_of_an_attack_that_no_image_leaves(text, si
     target = De3(None, linear(), sigma)
     spent = attack.run(target, images(), LABELS, IDS, 0).gradients
     assert spent.tolist() == [attack.most_gradients(target.is_random, 3)] * BATCH
+
+
+@pytest.mark.parametrize("text", ["pgd:16/255,steps=50,eot=4", "aa:8/255,steps=3,eot=1", "fgsm:4/255", "square:4/255"])
+@pytest.mark.parametrize("sigma", [None, 30.0])
+def test_an_attack_tells_of_each_pass(text, sigma):
+    told = []
+    target, attack = De3(None, linear(), sigma), Attack.parse(text)
+    found = attack.run(target, images(), LABELS, IDS, 0, max_batch=8, tell=lambda *numbers: told.append(numbers))
+    assert sum(gradients for gradients, _ in told) == int(found.gradients.sum())
+    misled = [number for _, number in told]
+    assert misled == sorted(misled) and all(number <= BATCH for number in misled)
+    leaves = sigma is None or attack.leaves_early
+    assert (max(misled, default=0) > 0) == (leaves and bool(told))
+    assert torch.equal(found.pixels, attack.run(target, images(), LABELS, IDS, 0, max_batch=8).pixels)
