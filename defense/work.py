@@ -379,7 +379,7 @@ class Work:
         while first < len(places):
             limit = min(self.limits.get(row.name, settings.max_batch) for _, row in group.rows)
             most = max(1, limit // each)
-            if row.attack is not None and _takes_max_batch(row.attack):
+            if row.attack is not None and _takes(row.attack, "max_batch"):
                 # All images of a row, as if it were alone, or of all rows as many as fill passes: an attack keeps some
                 # copies of each image.
                 most = max(int(np.bincount(group.of).max()), FULL_PASSES * most)
@@ -536,9 +536,9 @@ def _refuse_hidden_draws(defense: De3, pixels: Tensor) -> None:
     )
 
 
-def _takes_max_batch(attack: AttackMethod) -> bool:
-    """Whether an attack itself cuts a batch into passes of bounded memory."""
-    return "max_batch" in inspect.signature(attack.run).parameters
+def _takes(attack: AttackMethod, option: str) -> bool:
+    """Whether an attack has an option of `Attack.run`: a `max_batch` says that it bounds the memory of its passes."""
+    return option in inspect.signature(attack.run).parameters
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -592,9 +592,10 @@ def _attack(
     count = len(clean)
     if row.attack is None:
         return _Attacked(clean, np.zeros(count, np.uint8), np.zeros(count, np.int64))
-    options: dict[str, Any] = {"max_batch": limit} if _takes_max_batch(row.attack) else {}
+    options: dict[str, Any] = {"max_batch": limit} if _takes(row.attack, "max_batch") else {}
     if isinstance(row.attack, Attack):
-        options |= {"tell": tell} if sigma is None else {"tell": tell, "sigma": sigma}
+        options |= {} if sigma is None else {"sigma": sigma}
+        options |= {"tell": tell} if _takes(row.attack, "tell") else {}
         found = row.attack.run(row.target, clean, labels, ids, seed, **options)
     else:
         # It may draw from the generators of the process, or seed them.

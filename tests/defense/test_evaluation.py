@@ -1208,7 +1208,26 @@ def test_progress_comes_from_within_an_attack(tmp_path, monkeypatch):
     assert any(re.search(r"left  \d of \d images misled by \d+ gradients  off.* under pgd:", line) for line in lines)
     assert any(f"off {100 * right:.1f} % right so far under pgd:" in line for line in lines)
     spent = sum(cell.gradients or 0 for cell in found.cells)
-    assert 0 < spent < 6 * COUNT and f"records  {spent} gradients  in " in lines[-1]
+    assert 0 < spent < 6 * COUNT
+    assert f"records  {spent} gradients  in " in lines[-1]
+
+
+class Softer(Attack):
+    """An attack of somebody else that has no options but its own."""
+
+    def run(self, target, pixels, labels, ids, seed):  # type: ignore[override]
+        return pixels
+
+
+def softer():
+    return Softer("fgsm", 4 / 255)
+
+
+def test_an_attack_may_be_one_of_ours_without_its_options(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "attacks_of_others", sys.modules[__name__])
+    options = replace(SETTINGS, attacks=("attacks_of_others:softer",), examples=0)
+    found = run(tmp_path, {"off": De3(None, Linear(), None)}, options=options)
+    assert found.cells[0].scores.mean == found.cells[1].scores.mean
 
 
 def test_images_that_have_changed_are_evaluated_again(finished, tmp_path):

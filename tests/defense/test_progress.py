@@ -47,4 +47,5 @@ def test_a_bar_says_the_same_in_a_terminal(clock):
         clock[0] += 100.0
         report.tell(100, 5)
     shown = console.file.getvalue()
-    assert "0/40" in shown and "5 of 20 images misled by 100 gradients  A under [pgd]" in shown
+    assert "0/40" in shown
+    assert "5 of 20 images misled by 100 gradients  A under [pgd]" in shown

@@ -578,7 +578,8 @@ def test_an_attack_tells_of_each_pass(text, sigma):
     found = attack.run(target, images(), LABELS, IDS, 0, max_batch=8, tell=lambda *numbers: told.append(numbers))
     assert sum(gradients for gradients, _ in told) == int(found.gradients.sum())
     misled = [number for _, number in told]
-    assert misled == sorted(misled) and all(number <= BATCH for number in misled)
+    assert misled == sorted(misled)
+    assert all(number <= BATCH for number in misled)
     leaves = sigma is None or attack.leaves_early
     assert (max(misled, default=0) > 0) == (leaves and bool(told))
     assert torch.equal(found.pixels, attack.run(target, images(), LABELS, IDS, 0, max_batch=8).pixels)
