@@ -13,6 +13,8 @@ def main(
     out: Path = Path("runs/certification"),
     data: str = "digits",
     split: str = "test",
+    val_split: float | None = None,
+    val_seed: int = 0,
     num_images: int = 500,
     sigmas: tuple[float, ...] = (63.75, 127.5),
     draws: int = 10_000,
@@ -46,6 +48,9 @@ def main(
         out: Folder that gets the certification.
         data: Images to certify: digits, cifar10, cifar100 or a folder.
         split: Split of the data, such as train or test.
+        val_split: Share of the split train, such as 0.1: take the images that a training with the same --val-split has
+            held out, in place of a split.
+        val_seed: Seed of that training.
         num_images: Number of images, a random choice that depends on the seed alone; 0 takes all.
         sigmas: Noise levels, standard deviations in 0-255 pixel levels; 63.75 and 127.5 are 0.25 and 0.5 of the
             literature.
@@ -71,11 +76,12 @@ def main(
     """
     from torch import nn
 
+    from denim.cli.images import open_images
     from denim.defense import CertificationSettings, De3, certify, print_certification, write_certification
     from denim.defense.certification import check_certifiable
     from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier
-    from denim.nim.data import EvalView, Subset, open_loader, open_source
+    from denim.nim.data import EvalView, Subset, open_loader
     from denim.nim.settings import pick_device
     from denim.nim.text import open_console, printable
 
@@ -111,7 +117,7 @@ def main(
     if side is None:
         raise ValueError(f"{model} does not say what size of images it takes: give --img-size")
     console = open_console()
-    source = open_source(data, split, channels, classes=classes, max_bad=max_bad)
+    source, _ = open_images(data, split, val_split, val_seed, channels, classes, max_bad, console)
     chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
     batches = open_loader(
         chosen,

@@ -17,6 +17,8 @@ def main(
     out: Path = Path("runs/evaluation"),
     data: str = "digits",
     split: str = "test",
+    val_split: float | None = None,
+    val_seed: int = 0,
     num_images: int = 512,
     sigmas: tuple[float, ...] = (0.0, 35.0, 70.0, 105.0, 140.0),
     frozen: float | None = 70.0,
@@ -55,6 +57,9 @@ def main(
         out: Folder that gets the evaluation.
         data: Images to evaluate on: digits, cifar10, cifar100 or a folder.
         split: Split of the data, such as train or test.
+        val_split: Share of the split train, such as 0.1: take the images that a training with the same --val-split has
+            held out, in place of a split.
+        val_seed: Seed of that training.
         num_images: Number of images, a random choice that depends on the seed alone; 0 takes all.
         sigmas: Noise levels of the defense, standard deviations in 0-255 pixel levels.
         frozen: Noise level, in 0-255 pixel levels, that is also evaluated with noise that is fixed and known to the
@@ -90,10 +95,11 @@ def main(
     """
     from torch import nn
 
+    from denim.cli.images import open_images
     from denim.defense import De3, EvaluationSettings, HealthWarning, Jpeg, evaluate, print_table, write_report
     from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier
-    from denim.nim.data import EvalView, Subset, open_loader, open_source
+    from denim.nim.data import EvalView, Subset, open_loader
     from denim.nim.ranks import joined
     from denim.nim.settings import pick_device
     from denim.nim.text import open_console, printable
@@ -185,7 +191,7 @@ def main(
         console = open_console(quiet=not ranks.is_first)
         with ranks.in_turn():
             classes = None if own is None else own.config.classes or own.config.num_classes
-            source = open_source(data, split, channels, classes=classes, max_bad=max_bad)
+            source, measured = open_images(data, split, val_split, val_seed, channels, classes, max_bad, console)
         chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
         batches = open_loader(
             chosen,
@@ -207,7 +213,7 @@ def main(
         title = "De3" if own else ", ".join(defenses)
         heading = f"{title} on {printable(source.name)}, {len(chosen)} images"
         words = shlex.join(["denim", *sys.argv[1:]])
-        report = write_report(evaluation, out, title=heading, command=words, data=f"{data}, split {split}")
+        report = write_report(evaluation, out, title=heading, command=words, data=measured)
         print_table(evaluation, console)
         console.print(f"precision: {evaluation.settings.precision} on {where}")
         console.print(f"report: {printable(report)}", soft_wrap=True)

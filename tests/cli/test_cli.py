@@ -14,6 +14,7 @@ from denim import cli
 from denim.cli import demo
 from denim.defense import De3
 from denim.nim import Autoencoder, Classifier, models
+from denim.nim.data import hold_out, open_source
 
 FAST = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "256", "--crop-scale", "None", "--no-flip"]
 PLAIN = ["--drop-path", "0", "--auto-augment", "None", "--erasing", "0", "--mixup", "0", "--cutmix", "0"]
@@ -79,6 +80,25 @@ def test_evaluate_writes_every_result_and_goes_on_where_it_stopped(runs, tmp_pat
     before = (tmp_path / "ev" / "records.sqlite").read_bytes()
     denim(*words)
     assert (tmp_path / "ev" / "records.sqlite").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_evaluate_states_the_accuracy_that_the_training_has_stated(runs, tmp_path):
+    held = ("--val-split", "0.1")
+    trained = ("finetune", "--out", tmp_path / "ft", "--denoiser", runs / "nim", "--seed", "5", *FAST, *PLAIN)
+    denim(*trained, "--trained-on", "clean", *held)
+    stated = json.loads((tmp_path / "ft" / "result.json").read_text())
+    subject = ("--classifier", tmp_path / "ft", *held, "--val-seed", "5", "--num-images", "0")
+    none = ("--sigmas", "--frozen", "None", "--attacks", "fgsm:1/255", "--examples", "0", "--health-images", "0")
+    denim("evaluate", "--out", tmp_path / "ev", *subject, *none)
+    cell = json.loads((tmp_path / "ev" / "results.json").read_text())["cells"][0]
+    assert (cell["attack"], cell["scores"]["num_images"]) == ("none", stated["images"])
+    assert cell["scores"]["mean"]["value"] == pytest.approx(stated["accuracy"], abs=1e-6)
+    assert "held out of the training: 0.1" in (tmp_path / "ev" / "report.html").read_text()
+    few = ("--sigmas", "70", "--draws", "20", "--selection-draws", "10", "--num-images", "3")
+    denim("certify", "--out", tmp_path / "ce", "--classifier", tmp_path / "ft", *held, "--val-seed", "5", *few)
+    ids = {json.loads(line)["id"] for line in (tmp_path / "ce" / "certificates.jsonl").read_text().splitlines()}
+    assert ids <= set(hold_out(open_source("digits", "train", 1), 0.1, 5)[1].ids.tolist())
 
 
 @pytest.mark.slow
