@@ -41,6 +41,7 @@ def main(
     device: str = "auto",
     precision: str = "fp32",
     compile: bool | None = None,
+    keep_attacked: bool = False,
 ) -> None:
     """Attack and score a defense at many noise levels, or any models, and write a table, a curve and a gallery.
 
@@ -92,6 +93,7 @@ def main(
         precision: Precision of the networks, in attacks and scores: fp32, tf32, bf16, or auto for bf16 where a GPU has
             it, else fp32.
         compile: Compile each transformer block of Denim's models; by default on a GPU.
+        keep_attacked: Keep all attacked images, in OUT/attacked.
     """
     from torch import nn
 
@@ -117,7 +119,9 @@ def main(
     compressions = [Jpeg(quality) for quality in jpeg]
     warnings.simplefilter("ignore", HealthWarning)  # the table prints them
     where = pick_device(device)
-    settings = EvaluationSettings(attacks, score_draws, seed, max_batch, examples, precision, compile, health_images)
+    settings = EvaluationSettings(
+        attacks, score_draws, seed, max_batch, examples, precision, compile, health_images, keep_attacked
+    )
     defenses: dict[str, Any] = {}
 
     def add(name: str, row: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # A name is imported with its module when it is first used (PEP 562): importing this package loads nothing.
 _MODULES = {
     "Attack": "attacks",
+    "AttackedImages": "attacked",
     "Bpda": "bpda",
     "Certification": "certification",
     "CertificationSettings": "certification",
@@ -25,6 +26,7 @@ _MODULES = {
     "compare": "comparison",
     "ModuleTarget": "targets",
     "evaluate": "evaluation",
+    "load_attacked": "attacked",
     "Randomness": "probe",
     "probe_randomness": "probe",
     "print_table": "report",
@@ -37,6 +39,7 @@ _MODULES = {
 }
 __all__ = [
     "Attack",
+    "AttackedImages",
     "Bpda",
     "Certification",
     "CertificationSettings",
@@ -55,6 +58,7 @@ __all__ = [
     "check_health",
     "compare",
     "evaluate",
+    "load_attacked",
     "paired_difference",
     "print_certification",
     "print_table",
@@ -66,6 +70,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from denim.defense.attacked import AttackedImages, load_attacked
     from denim.defense.attacks import Attack
     from denim.defense.bpda import Bpda, Jpeg
     from denim.defense.certification import (

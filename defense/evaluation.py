@@ -171,7 +171,7 @@ def _evaluate(
         else:
             first = images.at(np.sort(np.argsort(images.ids)[:PILOT_IMAGES]))
             console.print(f"evaluating: {len(first)} images to choose the number of score draws", markup=False)
-            rows = compute(replace(settings, score_draws=PILOT_DRAWS, examples=0), first).rows
+            rows = compute(replace(settings, score_draws=PILOT_DRAWS, examples=0, keep_attacked=False), first).rows
             with Records(out, ranks.rank) as records:
                 draws = _draws_needed(rows, Found.of(rows, records, first), len(images))
             if ranks.is_first:

@@ -25,7 +25,7 @@ from denim.defense.rows import Row
 from denim.kernels import Domain
 from denim.nim.files import atomic_write
 
-__all__ = ["Examples", "Gallery", "load_gallery"]
+__all__ = ["Examples", "Gallery", "file_name", "load_gallery"]
 
 Array = npt.NDArray[Any]
 LONGEST_NAME = 150  # bytes of the name of a file of the gallery before its ending; file systems allow 255
@@ -107,12 +107,17 @@ class Gallery:
             save_file(whole, staged, metadata=self.header)
 
 
-def _gallery_file(out: Path, row: Row) -> Path:
-    name = quote(os.fsencode(f"{row.name} {row.text}"), safe=" ,=")
+def file_name(defense: str, attack: str) -> str:
+    """A name for files about a row, without an ending: it tells all rows apart, and every file system takes it."""
+    name = quote(os.fsencode(f"{defense} {attack}"), safe=" ,=")
     if len(name) > LONGEST_NAME:
         # Names that differ further on must not share a file.
         name = f"{name[:LONGEST_NAME]}-{hashlib.blake2b(name.encode(), digest_size=6).hexdigest()}"
-    return out / "examples" / f"{name}.safetensors"
+    return name
+
+
+def _gallery_file(out: Path, row: Row) -> Path:
+    return out / "examples" / f"{file_name(row.name, row.text)}.safetensors"
 
 
 def _shown(file: Path) -> dict[str, str] | None:

@@ -61,6 +61,7 @@ class EvaluationSettings:
         compile: compile each transformer block of Denim's models with torch.compile; None does so on CUDA. Records do
             not tell it: results agree to rounding.
         health_images: images on which every defense is checked (see `denim.defense.health`); 0 leaves the checks out.
+        keep_attacked: keep all attacked images in the folder, see `denim.defense.load_attacked`.
     """
 
     attacks: tuple[str, ...]
@@ -71,6 +72,7 @@ class EvaluationSettings:
     precision: str = "fp32"
     compile: bool | None = None
     health_images: int = 16
+    keep_attacked: bool = False
 
     def __post_init__(self) -> None:
         check_precision(self.precision)

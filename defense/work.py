@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from denim.defense.attacked import KeptImages
 from denim.defense.attacks import Attack, AttackMethod, radius_text
 from denim.defense.de3 import De3
 from denim.defense.gallery import Gallery
@@ -165,6 +166,7 @@ class Work:
         self.records, self.console, self.stop, self.ranks = records, console, stop, ranks
         self.lacking: list[Array] = []
         self.gallery: list[Gallery] = []
+        self.kept: dict[int, KeptImages] = {}  # by row, where attacked images are kept
         self.num_classes: int | None = None
         self.batches: Iterator[tuple[int, Batch]] = iter(())
         # By defense, where memory has not sufficed: images in a pass.
@@ -200,6 +202,8 @@ class Work:
             changed |= set(self.own.ids[lacking & ~again & np.isin(self.own.ids, columns.ids)].tolist())
             self.lacking.append(lacking)
             self.gallery.append(Gallery(self.out, row, shown))
+            if self.settings.keep_attacked and row.attack is not None:
+                self.kept[len(self.lacking) - 1] = KeptImages(self.out, row, self.own, self.ranks.rank)
         if changed:
             self.say(
                 f"{len(changed)} of {len(self.own)} images or their labels have changed since they were evaluated; "
@@ -207,11 +211,13 @@ class Work:
             )
 
     def _wanted(self) -> list[Array]:
-        """By row, the images that are attacked: those that lack a record or are lacking in the gallery."""
+        """By row, the images that are attacked: those that lack a record, or a place among the images that are kept."""
         wanted = []
-        for lacking, gallery in zip(self.lacking, self.gallery, strict=True):
+        for number, (lacking, gallery) in enumerate(zip(self.lacking, self.gallery, strict=True)):
             rows = lacking.copy()
             rows[: gallery.wanted] = True
+            if number in self.kept:
+                rows |= self.kept[number].lacking & self.only
             wanted.append(rows)
         return wanted
 
@@ -307,6 +313,8 @@ class Work:
                     for count in self._compute(group, _at(open_batch, chosen), places[chosen], progress):
                         progress.finish(count, count * sum(self._most_passes(group.rows[0][1])), group.text(self.right))
                         self.stop.heed()
+                    for number in self.kept.keys() & set(numbers):
+                        self.kept[number].finish(step)
             for gallery in self.gallery:
                 gallery.finish()
             progress.close(self.gradients)
@@ -432,7 +440,7 @@ class Work:
         progress.begin(group.text(self.right), len(some), len(some) * each, len(some) * self._most_passes(row)[0])
         attacked = _attack(row, str(group), clean[at], labels[at], ids[at], settings.seed, limit, levels, progress.tell)
         attacked = attacked.at(back)
-        # The others are attacked again for the gallery alone.
+        # The others are attacked again for images that are kept.
         lacking = np.stack([self.lacking[number] for number, _ in group.rows])[group.of, places]
         digests = [
             hashlib.blake2b(image.numpy(), digest_size=16).digest() for image in attacked.pixels.cpu().contiguous()
@@ -492,6 +500,8 @@ class Work:
             mine = np.flatnonzero(group.of == place)
             at = torch.from_numpy(mine).to(device)
             self.gallery[number].add(places[mine], clean[at], attacked.pixels[at], labels[at], ids[at], settings.seed)
+            if number in self.kept:
+                self.kept[number].add(places[mine], attacked.pixels[at])
         return len(new)
 
     @staticmethod
