@@ -436,8 +436,8 @@ class Work:
             _, some, back = np.unique(places, return_index=True, return_inverse=True)
         at = torch.from_numpy(some).to(device)
         levels = None if sigma is None else sigma[at]
-        each = most_gradients(row, self.num_classes or 2) or 0
-        progress.begin(group.text(self.right), len(some), len(some) * each, len(some) * self._most_passes(row)[0])
+        most = most_gradients(row, self.num_classes or 2) or 0
+        progress.begin(group.text(self.right), len(some), len(some) * most, len(some) * self._most_passes(row)[0])
         attacked = _attack(row, str(group), clean[at], labels[at], ids[at], settings.seed, limit, levels, progress.tell)
         attacked = attacked.at(back)
         # The others are attacked again for images that are kept.
