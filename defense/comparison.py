@@ -1,4 +1,4 @@
-"""Two evaluations side by side: a paired test, image by image, for every defense under every attack that both have."""
+"""Two evaluations or two defenses side by side: a paired test, image by image, under every attack that both have."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ BATCH = 100  # resamples at once, which bounds memory
 
 @dataclass(frozen=True)
 class Comparison:
-    """One defense under one attack in two evaluations, on the images that both have.
+    """One defense in two evaluations, or two defenses, under one attack, on the images that both have.
 
     Attributes:
-        defense: its name.
+        defense: its name in the first evaluation.
+        other: its name, or that of the other defense, in the second one.
         attack: text form, or "none".
         num_images: how many images both have.
         first, second: mean accuracies in [0, 1].
@@ -35,6 +36,7 @@ class Comparison:
     """
 
     defense: str
+    other: str
     attack: str
     num_images: int
     first: float
@@ -43,21 +45,35 @@ class Comparison:
     p_value: float
 
 
-def compare(first: Path, second: Path) -> tuple[Comparison, ...]:
-    """Compare two evaluations by the records that their results are made of.
+def compare(first: Path, second: Path | None = None, defenses: tuple[str, str] | None = None) -> tuple[Comparison, ...]:
+    """Compare two evaluations, or two defenses, by the records that the results are made of.
 
     Images are the same if their sample ids are: two models may see one image at two sizes.
 
     Args:
         first: folder that `evaluate` has written.
-        second: likewise.
+        second: likewise; None for the same, of which two defenses are compared.
+        defenses: a name in the first evaluation and another one in the second, which are compared. None compares every
+            defense with that of the same name.
 
     Raises:
-        ValueError: no results in a folder, or those of an earlier version; nothing in common; an image has two labels.
+        ValueError: no results in a folder, or those of an earlier version; no such defense; nothing in common; an image
+            has two labels; one folder and no defenses.
         DamagedFileError: a file of a folder is damaged.
     """
+    if second is None and defenses is None:
+        raise ValueError(f"{first} is one evaluation: give another one, or the names of two defenses to compare")
+    second = second or first
     keys = [_keys(folder) for folder in (first, second)]
-    shared = [place for place in keys[0] if place in keys[1]]
+    for folder, key, name in zip((first, second), keys, defenses or (), strict=False):
+        if name not in {defense for defense, _ in key}:
+            raise ValueError(f"{folder} has no defense {name!r}, it has {_listed(key)}")
+    names = dict([defenses] if defenses else [(name, name) for name, _ in keys[0]])
+    shared = [
+        ((name, attack), (names[name], attack))
+        for name, attack in keys[0]
+        if name in names and (names[name], attack) in keys[1]
+    ]
     if not shared:
         raise ValueError(
             f"{first} and {second} have no defense under an attack in common: they have "
@@ -65,8 +81,9 @@ def compare(first: Path, second: Path) -> tuple[Comparison, ...]:
         )
     found = []
     with Records(first) as ours, Records(second) as theirs:
-        for place in shared:
-            columns = [records.cell(key[place]) for records, key in zip((ours, theirs), keys, strict=True)]
+        for places in shared:
+            place = places[0]
+            columns = [records.cell(key[at]) for records, key, at in zip((ours, theirs), keys, places, strict=True)]
             shares = [_shares(part) for part in columns]
             ids = sorted(shares[0].keys() & shares[1].keys())
             if len(ids) < 2:
@@ -80,7 +97,7 @@ def compare(first: Path, second: Path) -> tuple[Comparison, ...]:
             difference = paired_difference(left[:, 1], right[:, 1])
             p_value = sign_flip_test(left[:, 1] - right[:, 1])
             means = float(left[:, 1].mean()), float(right[:, 1].mean())
-            found.append(Comparison(*place, len(ids), *means, difference, p_value))
+            found.append(Comparison(place[0], *places[1], len(ids), *means, difference, p_value))
     return tuple(found)
 
 

@@ -67,6 +67,28 @@ def test_rows_are_paired_by_image(tmp_path, capsys):
     assert f"{found['off', 'none'].p_value:.4f}" in shown
 
 
+def test_two_defenses_of_one_evaluation(tmp_path, capsys):
+    done = evaluated(tmp_path, 0)
+    found = compare(tmp_path, defenses=("off", "noise"))
+    assert [(row.defense, row.other, row.attack) for row in found] == [
+        ("off", "noise", attack) for attack in ("none", *SETTINGS.attacks)
+    ]
+    means = {(cell.defense, cell.attack): cell.scores.mean.value for cell in done.cells}
+    for row in found:
+        assert (row.first, row.second) == pytest.approx((means["off", row.attack], means["noise", row.attack]))
+        assert row.difference.value == pytest.approx(row.first - row.second)
+    twice = compare(tmp_path, tmp_path, ("noise", "off"))
+    assert [row.difference.value for row in twice] == [-row.difference.value for row in found]
+    command.main(tmp_path, defenses=("off", "noise"))
+    shown = "".join(capsys.readouterr().out.split())
+    assert "attackimagesfirstsecond" in shown
+    assert f"first:offin{tmp_path};second:noisein{tmp_path}." in shown
+    with pytest.raises(ValueError, match=r"has no defense 'of', it has off, noise"):
+        compare(tmp_path, defenses=("off", "of"))
+    with pytest.raises(ValueError, match="is one evaluation: give another one, or the names of two defenses"):
+        compare(tmp_path)
+
+
 def test_the_test_is_exact_for_few_differences_and_that_of_mcnemar():
     assert sign_flip_test([0, 0, 0, 1]) == sign_flip_test([]) == 1
     # 8 and 2 discordant pairs: twice the tail of a fair coin.
