@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from denim.defense import Attack, De3, Evaluation, EvaluationSettings, Jpeg, evaluate, write_report
+from denim.defense import Attack, De3, Evaluation, EvaluationSettings, HealthWarning, Jpeg, evaluate, write_report
 from denim.defense.cells import Cell
 from denim.defense.report.pictures import MARKERS, PALETTE
 from denim.defense.rows import CLEAN
@@ -142,6 +143,7 @@ def main(
         attacked_images: Test images that are attacked; 0 attacks none.
         precision: Of attacks and of the scores of attacked images; see `denim evaluate`.
     """
+    warnings.simplefilter("ignore", HealthWarning)  # the report has them
     for name, options in COMMANDS.items():
         run = out / name
         if (run / "model" / "config.json").exists():
