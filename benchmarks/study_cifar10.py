@@ -130,7 +130,7 @@ def main(
     out: Path = Path("runs/study"),
     num_images: int = 1000,
     score_draws: int = 8,
-    attacked_images: int = 200,
+    attacked_images: int = 100,
     precision: str = "bf16",
 ) -> None:
     """Train the models that are missing, then write tables.md, robustness.md and pictures.
