@@ -26,7 +26,8 @@ class EvaluationProgress:
     Args:
         console: where it is shown.
         records: that are to be made.
-        passes: of one image and one draw through the networks that they take at most.
+        passes: of one image and one draw through the networks that all takes at most, with images that are attacked
+            again.
     """
 
     def __init__(self, console: Console, records: int, passes: int) -> None:
@@ -78,10 +79,10 @@ class EvaluationProgress:
 
         Args:
             records: how many.
-            passes: that they took at most.
+            passes: that their scores took, beside those of the attack that has begun last.
             state: what they say.
         """
-        self._done, self._made, self._open = self._done + records, self._made + passes, 0
+        self._done, self._made, self._open = self._done + records, self._made + self._attack[-1] + passes, 0
         self._show(state)
 
     def close(self, gradients: int) -> None:

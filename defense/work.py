@@ -302,7 +302,8 @@ class Work:
         Raises:
             ValueError: an image has changed since it was identified.
         """
-        wanted, passes = self._wanted(), self._announce()
+        wanted = self._wanted()
+        passes = self._announce(wanted)
         with EvaluationProgress(self.console, int(np.sum(self.lacking)), passes) as progress:
             for step, batch in self.batches:
                 places, open_batch = self._opened(step, batch, np.any(wanted, axis=0))
@@ -311,7 +312,7 @@ class Work:
                     of, chosen = np.nonzero(np.stack([wanted[number][places] for number in numbers]))
                     group = _Group([(number, self.rows[number]) for number in numbers], of)
                     for count in self._compute(group, _at(open_batch, chosen), places[chosen], progress):
-                        progress.finish(count, count * sum(self._most_passes(group.rows[0][1])), group.text(self.right))
+                        progress.finish(count, count * self._most_passes(group.rows[0][1])[1], group.text(self.right))
                         self.stop.heed()
                     for number in self.kept.keys() & set(numbers):
                         self.kept[number].finish(step)
@@ -319,16 +320,17 @@ class Work:
                 gallery.finish()
             progress.close(self.gradients)
 
-    def _announce(self) -> int:
+    def _announce(self, wanted: Sequence[Array]) -> int:
         """Say what is to come, and return the passes of one image and one draw that it takes at most."""
         records = gradients = passes = silent = 0
-        for row, lacking in zip(self.rows, self.lacking, strict=True):
-            if count := int(lacking.sum()):
+        for row, lacking, attacked in zip(self.rows, self.lacking, wanted, strict=True):
+            if count := int(attacked.sum()):
                 each = most_gradients(row, self.num_classes or 2)
                 silent += each is None
-                records, gradients = records + count, gradients + count * (each or 0)
-                passes += count * sum(self._most_passes(row))
-        if records:
+                records, gradients = records + int(lacking.sum()), gradients + count * (each or 0)
+                of_attack, of_scores = self._most_passes(row)
+                passes += count * of_attack + int(lacking.sum()) * of_scores
+        if records or gradients:
             others = f", and those of {silent} rows whose attacks do not say how many" if silent else ""
             self.say(f"{records} records to make, by at most {gradients:,} gradients of one draw{others}")
         return passes
@@ -437,7 +439,7 @@ class Work:
         at = torch.from_numpy(some).to(device)
         levels = None if sigma is None else sigma[at]
         most = most_gradients(row, self.num_classes or 2) or 0
-        progress.begin(group.text(self.right), len(some), len(some) * most, len(some) * self._most_passes(row)[0])
+        progress.begin(group.text(self.right), len(some), len(some) * most, len(places) * self._most_passes(row)[0])
         attacked = _attack(row, str(group), clean[at], labels[at], ids[at], settings.seed, limit, levels, progress.tell)
         attacked = attacked.at(back)
         # The others are attacked again for images that are kept.

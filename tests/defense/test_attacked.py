@@ -1,6 +1,7 @@
 """Attacked images that an evaluation keeps: those that it has scored, whatever stopped, changed or was damaged."""
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from denim.defense import Attack, De3, EvaluationSettings, evaluate, load_attacked
 from denim.defense import work as working
+from denim.nim import progress
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +43,12 @@ def labels():
     return torch.arange(COUNT) % 3
 
 
-def run(out, settings=KEEPING, seed=0, images=None):
+def run(out, settings=KEEPING, seed=0, images=None, printed=None):
     """Two rows in batches of 4, 4 and 2."""
     network = Wavy(seed)
     rows = {"off": De3(None, network, None), RANDOM: De3(None, network, 35.0)}
     data = DataLoader(TensorDataset(pixels() if images is None else images, labels()), batch_size=4)
-    return evaluate(rows, data, settings, out, console=Console(file=io.StringIO()))
+    return evaluate(rows, data, settings, out, console=Console(file=printed or io.StringIO(), width=200))
 
 
 def expected(seed=0, sigma: float | None = 35.0):
@@ -80,13 +82,18 @@ def test_the_kept_images_are_those_of_the_attack(tmp_path):
     assert torch.equal(load_attacked(tmp_path / "kept", RANDOM, f"{TEXT},loss=ce+dlr").images, expected())
 
 
-def test_a_finished_evaluation_attacks_again_for_them(tmp_path, attacks):
+def test_a_finished_evaluation_attacks_again_for_them(tmp_path, attacks, monkeypatch):
     run(tmp_path, SETTINGS)
     records = (tmp_path / "records.sqlite").read_bytes()
     with pytest.raises(ValueError, match=r"has kept no attacked images of sigma 35 under pgd.*--keep-attacked"):
         load_attacked(tmp_path, RANDOM, TEXT)
     attacks.clear()
-    run(tmp_path)
+    monkeypatch.setattr(progress.LineClock, "due", lambda self: True)
+    run(tmp_path, printed=(printed := io.StringIO()))
+    announced, *lines, _last = printed.getvalue().splitlines()
+    assert announced.startswith("evaluating: 0 records to make, by at most ")
+    assert lines
+    assert all(re.match(r"evaluating: 0/0 records  0:\d\d:\d\d left  ", line) for line in lines)
     assert sum(attacks) == 4 * COUNT
     assert (tmp_path / "records.sqlite").read_bytes() == records
     assert torch.equal(load_attacked(tmp_path, RANDOM, TEXT).images, expected())

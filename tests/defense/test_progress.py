@@ -28,7 +28,7 @@ def test_the_time_left_is_that_of_the_passes(clock):
         clock[0] += 30.0
         report.tell(100, 10)  # half of them take no further gradients
         clock[0] += 30.0
-        report.finish(20, 3900, "A 50.0 % right so far under [pgd]")
+        report.finish(20, 0, "A 50.0 % right so far under [pgd]")
         report.close(1234)
     assert console.file.getvalue().splitlines() == [
         "evaluating: 20/40 records  0:06:30 left  A under none",
