@@ -47,7 +47,8 @@ def run(out, settings=KEEPING, seed=0, images=None, printed=None):
     """Two rows in batches of 4, 4 and 2."""
     network = Wavy(seed)
     rows = {"off": De3(None, network, None), RANDOM: De3(None, network, 35.0)}
-    data = DataLoader(TensorDataset(pixels() if images is None else images, labels()), batch_size=4)
+    images = pixels() if images is None else images
+    data = DataLoader(TensorDataset(images, labels()[: len(images)]), batch_size=4)
     return evaluate(rows, data, settings, out, console=Console(file=printed or io.StringIO(), width=200))
 
 
@@ -129,6 +130,8 @@ def test_images_and_weights_that_have_changed_replace_what_was_kept(tmp_path):
     assert torch.equal(found[:9], expected(seed=1)[:9])
     assert not torch.equal(found[9], expected(seed=1)[9])
     assert (found[9] - changed[9]).abs().max() <= 12 / 255 + 1e-6
+    run(tmp_path, seed=2, images=pixels()[:4])  # files of the other batches are those of seed 1
+    assert load_attacked(tmp_path, RANDOM, TEXT).ids.tolist() == [0, 1, 2, 3]
 
 
 def test_two_processes_keep_what_one_keeps(tmp_path):
