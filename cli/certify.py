@@ -78,7 +78,7 @@ def main(
 
     from denim.cli.images import open_images
     from denim.defense import CertificationSettings, De3, certify, print_certification, write_certification
-    from denim.defense.certification import check_certifiable
+    from denim.defense.certificates import check_certifiable
     from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier
     from denim.nim.data import EvalView, Subset, open_loader

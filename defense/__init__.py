@@ -10,9 +10,9 @@ _MODULES = {
     "Attack": "attacks",
     "AttackedImages": "attacked",
     "Bpda": "bpda",
-    "Certification": "certification",
-    "CertificationSettings": "certification",
-    "LevelCertificates": "certification",
+    "Certification": "certificates",
+    "CertificationSettings": "certificates",
+    "LevelCertificates": "certificates",
     "certify": "certification",
     "print_certification": "certification_report",
     "write_certification": "certification_report",
@@ -73,12 +73,8 @@ if TYPE_CHECKING:
     from denim.defense.attacked import AttackedImages, load_attacked
     from denim.defense.attacks import Attack
     from denim.defense.bpda import Bpda, Jpeg
-    from denim.defense.certification import (
-        Certification,
-        CertificationSettings,
-        LevelCertificates,
-        certify,
-    )
+    from denim.defense.certificates import Certification, CertificationSettings, LevelCertificates
+    from denim.defense.certification import certify
     from denim.defense.certification_report import print_certification, write_certification
     from denim.defense.comparison import Comparison, compare
     from denim.defense.de3 import De3

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from denim.defense.certification import Certification, LevelCertificates
+from denim.defense.certificates import Certification, LevelCertificates
 from denim.defense.report.pictures import DASHES, DPI, MARKERS, PALETTE
 from denim.nim.files import atomic_write
 from denim.nim.text import printable

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from denim.benchmarks.certified_attacks import attacked_votes
 from denim.defense import CertificationSettings, De3, ModuleTarget, certify
-from denim.defense.certification import LevelCertificates, check_certifiable
+from denim.defense.certificates import LevelCertificates, check_certifiable
 from denim.defense.certification_report import certified_curve, print_certification, write_certification
 from denim.kernels import Domain, derive_seeds, normal_noise, normalized_patches
 from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, progress, reconstruction
