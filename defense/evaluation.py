@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,11 +28,9 @@ from denim.defense.images import Images, as_loader, identify
 from denim.defense.records import Records
 from denim.defense.rows import EvaluationSettings, Row, rows_of
 from denim.defense.scores import FEWEST_DRAWS, draws_needed
-from denim.defense.targets import Target, as_target
+from denim.defense.targets import Target, as_target, own_models
 from denim.defense.work import Work, device_of
-from denim.nim.autoencoder import Autoencoder
 from denim.nim.checkpoint import first_words
-from denim.nim.classifier import Classifier
 from denim.nim.data import Loader
 from denim.nim.files import atomic_write, read_json
 from denim.nim.owner import owned_by_first
@@ -158,7 +156,7 @@ def _evaluate(
             wanted = np.isin(own.ids, images.ids)
             work = Work(rows, loader, own, settings, out, records, console, stop, ranks, wanted)
             work.examine(images, classes)
-            with compiled_blocks(_own_models(targets.values()) if settings.compile else ()):
+            with compiled_blocks(own_models(targets.values()) if settings.compile else ()):
                 work.run()
         with ranks.naming():
             ranks.barrier()
@@ -232,12 +230,6 @@ def _draws_needed(rows: Sequence[Row], found: Found, images: int) -> int:
         if predictions.shape[1] > 1 and len(predictions) > 1:
             needed.append(draws_needed(predictions == found.images.labels[:, None], images))
     return max(needed)
-
-
-def _own_models(targets: Iterable[Any]) -> list[nn.Module]:
-    """Denim's models in the defenses, each of them once."""
-    modules = (part for target in targets if isinstance(target, nn.Module) for part in target.modules())
-    return list({id(part): part for part in modules if isinstance(part, (Autoencoder, Classifier))}.values())
 
 
 def _distinct(images: Images) -> Images:

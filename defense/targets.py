@@ -6,7 +6,7 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from denim.defense.de3 import De3
 from denim.defense.generators import keyed_generators
 from denim.defense.probe import probe_randomness
 from denim.kernels import Domain, draw_seeds
+from denim.nim.autoencoder import Autoencoder
 from denim.nim.classifier import Classifier
 from denim.nim.exchange import read_state_dict
 
@@ -28,6 +29,7 @@ __all__ = [
     "input_size",
     "normalisation_hint",
     "open_target",
+    "own_models",
 ]
 
 OBJECT = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):([A-Za-z_]\w*(?:\.\w+)*)")
@@ -347,3 +349,9 @@ def _load(model: nn.Module, weights: Path, text: str) -> None:
             f"{weights} has no weights of {text}: {len(missing)} are missing (first {missing[:3]}), {len(unknown)} are "
             f"unknown (first {unknown[:3]}), {len(shapes)} have another shape (first {shapes[:3]})"
         ) from error
+
+
+def own_models(targets: Iterable[Any]) -> list[nn.Module]:
+    """Denim's models in the defenses, each of them once."""
+    modules = (part for target in targets if isinstance(target, nn.Module) for part in target.modules())
+    return list({id(part): part for part in modules if isinstance(part, (Autoencoder, Classifier))}.values())
