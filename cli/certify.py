@@ -33,6 +33,7 @@ def main(
     seed: int = 0,
     device: str = "auto",
     precision: str = "fp32",
+    compile: bool | None = None,
 ) -> None:
     """Certify a defense by randomized smoothing: no change within an L2 radius changes the vote over its noise.
 
@@ -73,6 +74,7 @@ def main(
         seed: Seed of the certification.
         device: Device to compute on: auto (a GPU where there is one) or a torch device such as cpu or cuda:0.
         precision: Precision of the networks: fp32, tf32, bf16, or auto for bf16 where a GPU has it, else fp32.
+        compile: Compile each transformer block of Denim's models; by default on a GPU.
     """
     from torch import nn
 
@@ -82,6 +84,7 @@ def main(
     from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier
     from denim.nim.data import EvalView, Subset, open_loader
+    from denim.nim.ranks import joined
     from denim.nim.settings import pick_device
     from denim.nim.text import open_console, printable
 
@@ -92,7 +95,7 @@ def main(
     if weights is not None and model is None:
         raise ValueError("--weights are those of a --model")
     settings = CertificationSettings(
-        sigmas, draws, selection_draws, alpha, radii, tolerance, seed, max_batch, precision
+        sigmas, draws, selection_draws, alpha, radii, tolerance, seed, max_batch, precision, compile
     )
     where = pick_device(device)
     smoothed: nn.Module = open_target(model, weights) if model else Classifier.from_pretrained(str(classifier))
@@ -116,22 +119,29 @@ def main(
     side = img_size or side or (None if rebuild is None else rebuild.config.img_size[0])
     if side is None:
         raise ValueError(f"{model} does not say what size of images it takes: give --img-size")
-    console = open_console()
-    source, _ = open_images(data, split, val_split, val_seed, channels, classes, max_bad, console)
-    chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
-    batches = open_loader(
-        chosen,
-        EvalView(side),
-        min(256, len(chosen)),
-        shuffle=False,
-        last="keep",
-        workers=workers,
-        backend=loader,
-        device=where,
-        max_bad=max_bad,
-    )
-    certification = certify(defense, batches, settings, out, classes=names, console=console)
-    picture = write_certification(certification, out)
-    print_certification(certification, console)
-    console.print(f"precision: {certification.settings.precision} on {where}")
-    console.print(f"curve: {printable(picture)}", soft_wrap=True)
+    # The end of the slowest process may be hours after that of the first.
+    with joined(where, timeout=30 * 86400) as ranks:
+        console = open_console(quiet=not ranks.is_first)
+        with ranks.in_turn():
+            source, _ = open_images(data, split, val_split, val_seed, channels, classes, max_bad, console)
+        chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
+        batches = open_loader(
+            chosen,
+            EvalView(side),
+            min(256, -(-len(chosen) // ranks.world)),
+            shuffle=False,
+            last="keep" if ranks.world == 1 else "pad",
+            workers=workers,
+            backend=loader,
+            rank=ranks.rank,
+            world=ranks.world,
+            device=where,
+            max_bad=max_bad,
+        )
+        certification = certify(defense, batches, settings, out, classes=names, console=console, ranks=ranks)
+        if not ranks.is_first:
+            return
+        picture = write_certification(certification, out)
+        print_certification(certification, console)
+        console.print(f"precision: {certification.settings.precision} on {where}")
+        console.print(f"curve: {printable(picture)}", soft_wrap=True)

@@ -39,6 +39,8 @@ class CertificationSettings:
         seed: of the certification.
         max_batch: images that go through the networks in one pass; bounds memory.
         precision: of the networks: fp32, tf32, bf16 or auto (see `resolve_precision`).
+        compile: compile each transformer block of Denim's models with torch.compile; None does so on CUDA. Certificates
+            do not say whether they were: logits agree to rounding.
     """
 
     sigmas: tuple[float, ...]
@@ -50,6 +52,7 @@ class CertificationSettings:
     seed: int = 0
     max_batch: int = 256
     precision: str = "fp32"
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)

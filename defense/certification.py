@@ -33,15 +33,18 @@ from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.images import Images, as_loader, batches_of, identify, pixels_of, same_again
 from denim.defense.probe import probe_randomness
-from denim.defense.targets import ROUNDING, ModuleTarget, normalisation_hint
+from denim.defense.targets import ROUNDING, ModuleTarget, normalisation_hint, own_models
+from denim.defense.work import is_out_of_memory
 from denim.kernels import Domain, derive_seeds
 from denim.nim.checkpoint import first_words
 from denim.nim.classifier import check_logits
 from denim.nim.data import Batch, Loader, PlannedLoader
 from denim.nim.files import append_text, json_lines, translated
-from denim.nim.owner import owned
+from denim.nim.owner import owned_by_first
+from denim.nim.parallel import compiled_blocks
 from denim.nim.precision import precise, resolve_precision
 from denim.nim.progress import LineClock, clock_text
+from denim.nim.ranks import Ranks
 from denim.nim.stopping import StopRequest, stop_requests
 from denim.nim.text import open_console
 
@@ -65,6 +68,7 @@ def certify(
     *,
     classes: Sequence[str] = (),
     console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> Certification:
     """Certify the majority vote of a defense over its noise, image by image, at several noise levels.
 
@@ -75,9 +79,10 @@ def certify(
     Every draw is keyed by the seed, the sample id, the noise level and its number. So a certificate depends neither on
     the other images nor on the batch, but for the last bits of the networks' logits, which may depend on the batch.
 
-    A certificate is one line of `out`/certificates.jsonl, kept under a digest of all that it was computed from: the
-    weights, settings and code of the defense, the settings of the certification, the versions of torch, timm and Denim,
-    and the image with its id and label. A call computes what has no line.
+    A certificate is one line of `out`/certificates.jsonl, or of certificates-K.jsonl if rank K has made it. It is kept
+    under a digest of all that it was computed from: the weights, settings and code of the defense, the settings of the
+    certification, the versions of torch, timm and Denim, and the image with its id and label. A call computes what has
+    no line.
 
     Args:
         defense: `De3` with one draw per call, put into evaluation mode; its own sigma is not used.
@@ -86,6 +91,9 @@ def certify(
         out: folder of the certification; it gets certificates.jsonl and results.json.
         classes: names of the classes, to check their number.
         console: for progress.
+        ranks: the processes of the certification, which share `out` (see `denim.nim.ranks.joined`); by default this one
+            alone. The batches are divided among them, by the loader if it was made for as many ranks, else here. All
+            return the same.
 
     Returns:
         Certificates of all images.
@@ -99,28 +107,46 @@ def certify(
         WriteError: `out` cannot be written to.
         Stopped: SIGTERM or Ctrl-C; finished certificates are kept.
         FloatingPointError: logits are not finite.
+        MemoryError: one image does not fit into memory.
+        RankError: another rank has failed, or does not answer.
 
     Source: Cohen, Rosenfeld and Kolter (2019), arXiv 1902.02918, algorithm CERTIFY.
     """
     check_certifiable(defense)
-    console = console or open_console(stderr=True)
+    ranks = ranks or Ranks()
+    console = console or open_console(stderr=True, quiet=not ranks.is_first)
     defense.eval()
     device = next(chain(defense.parameters(), defense.buffers())).device
-    settings = replace(settings, precision=resolve_precision(settings.precision, device))
+    compile = device.type == "cuda" if settings.compile is None else settings.compile
+    settings = replace(settings, precision=resolve_precision(settings.precision, device), compile=compile)
     loader = as_loader(data)
     stopped = f"the finished certificates are in {out}: the same call goes on there"
-    with owned(out), stop_requests(stopped) as stop, precise(settings.precision, device), torch.no_grad():
-        images = identify(loader, lambda step: True)
+    with (
+        owned_by_first(out, ranks),
+        stop_requests(stopped) as stop,
+        precise(settings.precision, device),
+        torch.no_grad(),
+    ):
+        with ranks.together():
+            divided = getattr(loader, "world", 1) == ranks.world
+            own = identify(loader, lambda step: divided or step % ranks.world == ranks.rank)
+        images = Images.joined(ranks.gather(own))
         if not len(images):
             raise ValueError("certify needs images, and the loader yields none")
         if len(np.unique(images.ids)) < len(images):
             raise ValueError("sample ids must be distinct: draws are keyed by them, and two images have one")
         notes = _doubts(defense, settings)
-        for note in notes:
-            warnings.warn(note, stacklevel=2)
-        work = _Work(defense, loader, images, settings, out / RECORDS, device, console, stop)
-        work.run(classes)
-        return work.results(classes, notes)
+        if ranks.is_first:
+            for note in notes:
+                warnings.warn(note, stacklevel=2)
+        with ranks.together():
+            work = _Work(defense, loader, own, settings, out, device, console, stop, ranks)
+            work.examine(images, classes)
+        with compiled_blocks(own_models([defense]) if compile else ()):
+            work.run()
+        with ranks.naming():
+            ranks.barrier()
+        return work.results(images, classes, notes)
 
 
 def _doubts(defense: De3, settings: CertificationSettings) -> list[str]:
@@ -166,63 +192,87 @@ class _Part:
 
 
 class _Work:
-    """What is computed: which images lack certificates at which levels, and these certificates."""
+    """What one process computes: which of its images lack certificates at which levels, and these certificates."""
 
     def __init__(
         self,
         defense: De3,
         loader: Loader,
-        images: Images,
+        own: Images,
         settings: CertificationSettings,
-        file: Path,
+        out: Path,
         device: torch.device,
         console: Console,
         stop: StopRequest,
+        ranks: Ranks,
     ) -> None:
-        self.defense, self.loader, self.settings, self.file = defense, loader, settings, file
-        self.images, self.console, self.stop = images.at(np.argsort(images.steps, kind="stable")), console, stop
+        self.defense, self.loader, self.settings, self.out, self.ranks = defense, loader, settings, out, ranks
+        self.file = out / (f"certificates-{ranks.rank}.jsonl" if ranks.rank else RECORDS)
+        self.images, self.console, self.stop = own.at(np.argsort(own.steps, kind="stable")), console, stop
         self.device = device
         self.estimations = [settings.estimation(sigma) for sigma in settings.sigmas]
         # Levels are told apart by the bits of float64, which fill the place of the step in the key of a draw.
         self.level_keys = [struct.unpack("<q", struct.pack("<d", sigma))[0] for sigma in settings.sigmas]
-        self.keys = _keys(defense, settings, self.images)
+        self.origins = _origins(defense, settings)
+        self.keys = self._keys(self.images)
         self.found = self._read()
+        self.lacking = np.array([[key not in self.found for key in row] for row in self.keys], bool)  # levels by images
+        batches = batches_of(loader, np.unique(self.images.steps[self.lacking.any(axis=0)]))
+        self.waiting = self._items(batches)
+        self.room = settings.max_batch
+
+    def _keys(self, images: Images) -> list[list[str]]:
+        """By level and image, the digest of all that a certificate is computed from."""
+        return [
+            [hashlib.blake2b(origin + words.tobytes(), digest_size=16).hexdigest() for words in images.digests]
+            for origin in self.origins
+        ]
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        """The certificates that are kept, by key. What a killed process has left of a last line is cut off."""
+        """The certificates that all ranks have kept, by key.
+
+        What a killed process has left of a last line is passed over, and cut off where this one is going to append.
+        """
         found: dict[str, dict[str, Any]] = {}
-        if self.file.exists():
-            with translated(self.file), self.file.open("r+b") as handle:
+        for file in sorted({*self.out.glob("certificates-*.jsonl"), *self.out.glob(RECORDS)}):
+            with translated(file), file.open("r+b" if file == self.file else "rb") as handle:
                 whole = 0
-                for value, end in json_lines(handle, self.file, ENTRIES):
+                for value, end in json_lines(handle, file, ENTRIES):
                     found[value["key"]], whole = value, end
-                handle.truncate(whole)
+                if file == self.file:
+                    handle.truncate(whole)
         return found
 
     def say(self, text: str) -> None:
         self.console.print(f"certifying: {text}", markup=False, soft_wrap=True)
 
-    def run(self, classes: Sequence[str]) -> None:
+    def run(self) -> None:
         """Compute what is lacking, in passes that are filled from as many images as they take."""
-        lacking = np.array([[key not in self.found for key in row] for row in self.keys])  # levels by images
-        total, done, spent = int(lacking.sum()), 0, 0
-        batches = batches_of(self.loader, np.unique(self.images.steps[lacking.any(axis=0)]))
-        waiting = self._items(batches, lacking)
-        if (first := next(waiting, None)) is not None:
-            self._examine(first.pixels[None], classes)
-            waiting = chain([first], waiting)
+        total, done, spent = int(self.lacking.sum()), 0, 0
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         state = TextColumn("{task.fields[state]}", markup=False)
         has_bar = self.console.is_terminal or self.console.is_jupyter
         started, lines, active = time.perf_counter(), LineClock(), list[_Item]()
         most = self.settings.selection_draws + self.settings.draws
-        if total:
-            self.say(f"{total} certificates of at most {most:,} draws each")
+        every = sum(self.ranks.gather(total))
+        if every:
+            share = f", of which this process makes {total}" if every > total else ""
+            self.say(f"{every} certificates of at most {most:,} draws each{share}")
         with Progress(*columns, state, console=self.console, disable=not has_bar) as bar:
             task = bar.add_task("certifying", total=total, state="")
-            while parts := self._next_pass(active, waiting):
+            while parts := self._next_pass(active):
+                failure: Exception | None = None
+                try:
+                    finished = self._pass(parts)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failure = error.with_traceback(None)  # which would keep the tensors
+                if failure is not None:
+                    self._make_smaller(sum(part.count for part in parts), failure)
+                    continue
                 spent += sum(part.count for part in parts)
-                if finished := self._pass(parts):
+                if finished:
                     self._append(finished)
                     active = [item for item in active if item not in finished]
                     done += len(finished)
@@ -239,16 +289,37 @@ class _Work:
             each = f"{spent / max(done, 1):,.0f} draws each"
             self.say(f"{done}/{total} certificates  {each}  in {clock_text(time.perf_counter() - started)}")
 
-    def _examine(self, pixels: Tensor, classes: Sequence[str]) -> None:
-        """Look at the defense on an image (1, C, H, W), before anything is computed."""
+    def _make_smaller(self, count: int, failure: Exception) -> None:
+        """Halve the passes, of which one with so many images did not fit into memory."""
+        if count <= 1:
+            raise MemoryError(
+                f"a pass of one image does not fit into memory ({failure}); take another precision, or a device with "
+                "more memory"
+            ) from failure
+        self.room = count // 2
+        self.say(f"out of memory: from now on at most {self.room} images in a pass")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def examine(self, images: Images, classes: Sequence[str]) -> None:
+        """Look at the defense on the first image that lacks a certificate, before anything is computed.
+
+        Args:
+            images: those of all ranks.
+            classes: names, may be empty.
+        """
+        if (first := next(self.waiting, None)) is None:
+            return
+        self.waiting = chain([first], self.waiting)
+        pixels = first.pixels[None]
         seeds, sigma = torch.zeros(1, 1, dtype=torch.int64, device=self.device), self.settings.sigmas[0]
         try:
             logits = self.defense.draw_logits(pixels, seeds, sigma=pixels.new_full((1,), sigma))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                self._make_smaller(1, error)
             raise ValueError(f"the defense does not take pixels of shape {tuple(pixels.shape)}: {error}") from error
-        outputs, labels = logits.shape[-1], self.images.labels
+        outputs, labels = logits.shape[-1], images.labels
         if labels.min() < 0 or labels.max() >= outputs:
             raise ValueError(
                 f"the defense has {outputs} classes, and labels reach from {labels.min()} to {labels.max()}: they must "
@@ -270,7 +341,7 @@ class _Work:
                 "look for dropout that stays on, or for noise in its code"
             )
 
-    def _items(self, batches: Iterator[tuple[int, Batch]], lacking: Array) -> Iterator[_Item]:
+    def _items(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[_Item]:
         """The images that lack a certificate, level by level, as they are decoded."""
         for step, batch in batches:
             first, last = np.searchsorted(self.images.steps, [step, step + 1])
@@ -289,7 +360,7 @@ class _Work:
                     f"{first_words(list(map(str, moved)))}), or the data come in another order each time"
                 )
             for row, image in enumerate(pixels_of(chosen, self.device)):
-                for level in np.flatnonzero(lacking[:, places[known[row]]]):
+                for level in np.flatnonzero(self.lacking[:, places[known[row]]]):
                     yield _Item(
                         int(places[known[row]]),
                         int(level),
@@ -298,12 +369,12 @@ class _Work:
                         selection_left=self.settings.selection_draws,
                     )
 
-    def _next_pass(self, active: list[_Item], waiting: Iterator[_Item]) -> list[_Part]:
+    def _next_pass(self, active: list[_Item]) -> list[_Part]:
         """Draws for one pass: of the active items in their order, then of waiting ones, which become active."""
         parts: list[_Part] = []
-        room = self.settings.max_batch
+        room = self.room
         for number in count():
-            if number == len(active) and room and (item := next(waiting, None)) is not None:
+            if number == len(active) and room and (item := next(self.waiting, None)) is not None:
                 active.append(item)
             if number == len(active) or not room:
                 return parts
@@ -358,28 +429,32 @@ class _Work:
         item.look += 1
         return bool(estimation.enough(item.look - 1, item.successes, item.bound))
 
-    def results(self, classes: Sequence[str], notes: Sequence[str]) -> Certification:
-        """The certificates of the images that have one at every level, in the order of their ids."""
-        order = np.argsort(self.images.ids)
-        rows = [[self.found.get(row[place]) for place in order] for row in self.keys]
+    def results(self, images: Images, classes: Sequence[str], notes: Sequence[str]) -> Certification:
+        """The certificates of the images of all ranks that have one at every level, in the order of their ids."""
+        order = np.argsort(images.ids)
+        with self.ranks.together():
+            found = self._read()
+        rows = [[found.get(row[place]) for place in order] for row in self._keys(images)]
         whole = [all(certificates) for certificates in zip(*rows, strict=True)]
         if not any(whole):
             raise ValueError(f"none of the {len(order)} images could be read")
         levels = []
         for sigma, estimation, certificates in zip(self.settings.sigmas, self.estimations, rows, strict=True):
-            kept = [found for found, is_whole in zip(certificates, whole, strict=True) if is_whole and found]
+            kept = [each for each, is_whole in zip(certificates, whole, strict=True) if is_whole and each]
             ids, labels, tops, draws, successes = (
-                np.array([found[name] for found in kept], np.int64)
+                np.array([each[name] for each in kept], np.int64)
                 for name in ("id", "label", "top", "draws", "successes")
             )
-            bounds = np.array([found["bound"] for found in kept])
+            bounds = np.array([each["bound"] for each in kept])
             radii = estimation.radius(bounds) * sigma / 255
             levels.append(
                 LevelCertificates(
                     sigma, ids, labels, tops, successes, bounds, radii, draws, estimation.largest_radius * sigma / 255
                 )
             )
-        bad = self.loader.state()["bad"]
+        with self.ranks.naming():
+            # By id: a rank reports what it has met.
+            bad = {id: words for state in self.ranks.gather(self.loader.state()["bad"]) for id, words in state.items()}
         if bad:
             words = f"{len(bad)} images could not be read and are not counted: {'; '.join(bad.values())}"
             notes = [*notes, words]
@@ -404,8 +479,8 @@ class _Work:
         append_text(self.file, "".join(lines))
 
 
-def _keys(defense: De3, settings: CertificationSettings, images: Images) -> list[list[str]]:
-    """By level and image, the digest of all that a certificate is computed from."""
+def _origins(defense: De3, settings: CertificationSettings) -> list[bytes]:
+    """By level, what a certificate is computed from, but for the image."""
     fingerprints = Fingerprints()
     models = b"".join(fingerprints.of(part) for part in (type(defense), defense.denoiser, defense.classifier))
     shared = (
@@ -416,10 +491,4 @@ def _keys(defense: De3, settings: CertificationSettings, images: Images) -> list
         settings.precision,
         *map(version, PACKAGES),
     )
-    return [
-        [
-            hashlib.blake2b(models + repr((sigma, *shared)).encode() + words.tobytes(), digest_size=16).hexdigest()
-            for words in images.digests
-        ]
-        for sigma in settings.sigmas
-    ]
+    return [models + repr((sigma, *shared)).encode() for sigma in settings.sigmas]

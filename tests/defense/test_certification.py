@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import struct
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from denim.benchmarks.certified_attacks import attacked_votes
 from denim.defense import CertificationSettings, De3, ModuleTarget, certify
@@ -27,7 +31,9 @@ from denim.defense.certificates import LevelCertificates, check_certifiable
 from denim.defense.certification_report import certified_curve, print_certification, write_certification
 from denim.kernels import Domain, derive_seeds, normal_noise, normalized_patches
 from denim.nim import Autoencoder, AutoencoderConfig, Classifier, ClassifierConfig, progress, reconstruction
+from denim.nim.data import EvalView, TorchLoader
 from denim.nim.files import DamagedFileError
+from denim.nim.ranks import joined
 from denim.nim.stopping import Stopped
 
 COUNT, CLASSES, SIZE = 7, 3, 6
@@ -181,6 +187,120 @@ def test_a_certification_that_was_stopped_goes_on_and_gives_the_same(tmp_path):
     calls = len(interrupting.sizes)
     run(tmp_path / "part", classifier=interrupting)
     assert len(interrupting.sizes) == calls, "a finished certification computes nothing"
+
+
+def test_memory_that_does_not_suffice_halves_the_passes_and_says_so(tmp_path):
+    class Small(Linear):
+        not_in_fingerprint = ("sizes", "most")
+
+        def __init__(self, most: int) -> None:
+            super().__init__()
+            self.most = most
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            if len(pixels) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().forward(pixels)
+
+    printed = io.StringIO()
+    settings = replace(SETTINGS, tolerance=0.1)
+    found = certify(
+        De3(None, Small(20), 70), (images(), labels()), settings, tmp_path / "a", console=Console(file=printed)
+    )
+    said = re.findall("out of memory: from now on at most (\\d+) images in a pass", printed.getvalue())
+    assert said == ["32", "16"]
+    for level, other in zip(run(tmp_path / "b", settings).levels, found.levels, strict=True):
+        assert np.array_equal(level.radii, other.radii)
+        assert np.array_equal(level.draws, other.draws)
+    # A first look at two copies of an image, and a pass of one.
+    with pytest.raises(MemoryError, match=r"a pass of one image does not fit into memory \(CUDA .*another precision"):
+        run(tmp_path / "c", classifier=Small(0))
+
+
+def test_compiled_blocks_give_the_certificates_of_eager_ones(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    real, compiled = torch.compile, []
+
+    def counted(function, **options):
+        compiled.append(function)
+        return real(function, **options | {"backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", counted)
+    config = ClassifierConfig(3, (8, 8), 4, 16, 1, 2, mean=(0.5,), std=(0.25,), trained_on="noise, raw target")
+    defense = De3(autoencoder("raw"), Classifier(config), 70)
+    data = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2])
+    few = replace(SETTINGS, sigmas=(70.0,), draws=60)
+    found = [
+        certify(defense, data, replace(few, compile=on), tmp_path / str(on), console=Console(file=io.StringIO()))
+        for on in (None, True)
+    ]
+    assert [each.settings.compile for each in found] == [False, True]
+    assert len([function for function in compiled if "Block.forward" in function.__qualname__]) == 3
+    assert np.array_equal(found[0].levels[0].successes, found[1].levels[0].successes)
+    assert lines(tmp_path / "None") == lines(tmp_path / "True")
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_two_ranks_have_the_certificates_of_one(tmp_path, kind):
+    """Each certifies its own batches; then one process goes on with what both have."""
+    expected = run(tmp_path / "alone", data=parts(kind))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager"}
+    done = subprocess.run(
+        [*command, __file__, tmp_path / "two", kind], env=environment, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    said = done.stdout.decode()
+    files = [tmp_path / "two" / name for name in ("certificates.jsonl", "certificates-1.jsonl")]
+    made = [len(file.read_text().splitlines()) for file in files]
+    assert sum(made) == 2 * COUNT
+    assert min(made) >= 2 * (COUNT // 2)
+    share = f"certifying: {2 * COUNT} certificates of at most 320 draws each, of which this process makes {made[0]}"
+    assert share in said
+    kept = [file.read_text() for file in files]
+    files[1].write_text(kept[1] + '{"key": "half')  # which a process that is killed leaves
+    classifier = Linear()
+    again = run(tmp_path / "two", classifier=classifier, data=parts(kind))
+    assert classifier.sizes == [], "what both have is kept"
+    assert [file.read_text() for file in files] == [kept[0], kept[1] + '{"key": "half']
+    for level, other in zip(expected.levels, again.levels, strict=True):
+        assert level.ids.tolist() == other.ids.tolist()
+        assert np.array_equal(level.radii, other.radii)
+
+
+class Few:
+    """A source of the images in 0-255 levels."""
+
+    name, classes, channels, skipped = "few", ("a", "b", "c"), 1, ()
+
+    def __init__(self) -> None:
+        self.labels, self.ids = labels(), torch.arange(COUNT)
+        self.sizes = torch.full((COUNT, 2), SIZE, dtype=torch.int32)
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def where(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray((images()[index, 0] * 255).round().byte().numpy())
+
+
+def parts(kind: str, rank: int = 0, world: int = 1):
+    """Data in several batches, which are the same for all ranks, or a loader of a part of them."""
+    if kind == "tensors":
+        return DataLoader(TensorDataset(images(), labels()), batch_size=2)
+    return TorchLoader(Few(), EvalView(SIZE), 2, shuffle=False, last="pad", workers=0, rank=rank, world=world)
+
+
+def certify_on_ranks(out: Path, kind: str) -> None:
+    with joined(torch.device("cpu"), 100) as ranks:
+        console, data = Console(quiet=not ranks.is_first), parts(kind, ranks.rank, ranks.world)
+        found = certify(De3(None, Linear(), 70), data, SETTINGS, out, console=console, ranks=ranks)
+        radii = ranks.gather([level.radii.tolist() for level in found.levels])
+        assert radii[0] == radii[1]
+        assert len(radii[0][0]) == COUNT
 
 
 @pytest.mark.parametrize(
@@ -485,3 +605,7 @@ def test_the_table_says_what_was_found_and_what_is_not_known(finished, tmp_path)
         assert errorbar.lines[0].get_linestyle() == "None"
         assert x == pytest.approx([0.1, 0.25], abs=0.01)
         assert y == pytest.approx([100 * level.certified(radius).value for radius in (0.1, 0.25)])
+
+
+if __name__ == "__main__":
+    certify_on_ranks(Path(sys.argv[1]), sys.argv[2])
