@@ -23,6 +23,7 @@ from denim.defense.images import pixels_of
 from denim.kernels import Domain
 from denim.nim import Autoencoder, Classifier
 from denim.nim.data import EvalView, Subset, open_loader, open_source
+from denim.nim.precision import precise
 from denim.nim.settings import pick_device
 from denim.nim.text import open_console
 
@@ -118,18 +119,21 @@ def main(
             changed = 0
             for row in track(certified, console=open_console(stderr=True), description=f"sigma {sigma}, {factor:g} x"):
                 prediction, sample = int(row["prediction"]), int(row["id"])
-                (vote,) = attacked_votes(
-                    defense,
-                    images[sample][None],
-                    [prediction],
-                    # The theorem is about changes that are smaller than the radius.
-                    [factor * float(row["radius"]) * (1 - 1e-4)],
-                    [sample],
-                    steps=steps,
-                    eot=eot,
-                    draws=draws,
-                    max_batch=max_batch,
-                )
+                # The theorem is about changes that are smaller than the radius.
+                radius = factor * float(row["radius"]) * (1 - 1e-4)
+                # What is certified is the vote of the networks in this precision.
+                with precise(settings["precision"], where):
+                    (vote,) = attacked_votes(
+                        defense,
+                        images[sample][None],
+                        [prediction],
+                        [radius],
+                        [sample],
+                        steps=steps,
+                        eot=eot,
+                        draws=draws,
+                        max_batch=max_batch,
+                    )
                 changed += int(vote != prediction)
             console.print(f"| {float(sigma):g} | {factor:g} | {len(certified)} | {changed} |")
 
