@@ -1,4 +1,4 @@
-"""Screenshots of a report: `python -m denim.benchmarks.screenshots runs/evaluation/report.html`, with Chromium.
+"""Screenshots of a report: `python -m denim.benchmarks.screenshots --page PAGE`, with Chromium.
 
 A phone, a tablet and a desktop, light and dark, as PNGs beside the page. Chromium is `apt install chromium` on Debian.
 """

@@ -211,15 +211,18 @@ def warnings_about(rows: Sequence[Row], found: Found, cells: Sequence[Cell], fin
     by_place = {(cell.defense, cell.attack): cell for cell in cells}
     attacks = dict.fromkeys(cell.attack for cell in cells if cell.attack != CLEAN)
     for name, frozen in targets.items():
-        for other, random in targets.items():
+        for twin, random in targets.items():
             if not _is_frozen_twin(frozen, random, fingerprints):
                 continue
-            pairs = {text: (by_place[name, text].scores.mean, by_place[other, text].scores.mean) for text in attacks}
-            below = [f"{text}: {a} against {b}" for text, (a, b) in pairs.items() if a.high < b.low]
+            pairs = {text: (by_place[name, text].scores.mean, by_place[twin, text].scores.mean) for text in attacks}
+            below = {text: other.value - own.value for text, (own, other) in pairs.items() if own.high < other.low}
             if below:
+                most = max(below, key=below.__getitem__)
+                share = f"{len(below)} of {len(pairs)} attacks, most under " if len(below) > 1 else ""
+                own, other = pairs[most]
                 notes.append(
-                    f"{name} is less accurate than {other}, whose noise is random ({'; '.join(below)}): randomness, "
-                    "not denoising, carries the difference (docs/method.md, health checks)"
+                    f"{name} is less accurate than {twin}, whose noise is random, under {share}{most} ({own} against "
+                    f"{other}): randomness, not denoising, carries the difference (docs/method.md, health checks)"
                 )
     return notes
 

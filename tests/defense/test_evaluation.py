@@ -996,8 +996,18 @@ def test_a_frozen_defense_far_below_the_random_one_is_reported(tmp_path):
     assert cell_of(bad, "frozen", "fgsm:1/255,eot=1").scores.mean.value == 0
     assert cell_of(bad, "random", "fgsm:1/255,eot=1").scores.mean.value > 0.4
     assert bad.warnings[0].startswith(
-        "frozen is less accurate than random, whose noise is random (fgsm:1/255,eot=1: 0.0 ["
+        "frozen is less accurate than random, whose noise is random, under fgsm:1/255,eot=1 (0.0 ["
     )
+    # Of several attacks it names the one with the largest difference.
+    several = replace(options, attacks=("fgsm:1/255,eot=1", "fgsm:60/255,eot=1", "fgsm:4/255,eot=1"))
+    with pytest.warns(UserWarning, match="carries the difference"):
+        bad = run(tmp_path / "dark", {"random": random, "frozen": random.frozen(dark)}, grey(132, 40), several)
+    gaps = {
+        text: cell_of(bad, "random", text).scores.mean.value - cell_of(bad, "frozen", text).scores.mean.value
+        for text in several.attacks
+    }
+    assert 0 <= gaps["fgsm:60/255,eot=1"] < 0.1 < gaps["fgsm:4/255,eot=1"] < gaps["fgsm:1/255,eot=1"]
+    assert "under 2 of 3 attacks, most under fgsm:1/255,eot=1 (0.0 [" in bad.warnings[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(tmp_path / "light", {"random": random, "frozen": random.frozen(light)}, grey(132, 40), options)

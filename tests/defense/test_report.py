@@ -473,6 +473,16 @@ def test_page_holds_warnings_settings_and_every_number(tmp_path):
             assert f"{value:+.1f} [{low:+.1f}, {high:+.1f}]" in page.text
 
 
+def test_many_warnings_do_not_push_the_table_off_the_screen(tmp_path):
+    file = write_report(evaluation(warnings=tuple(f"warning {letter}" for letter in "abcdef")), tmp_path, title="t")
+    section = re.search('<section class="warnings">(.*?)</section>', file.read_text(encoding="utf-8"), re.DOTALL)[1]
+    shown, _, folded = section.partition("<details>")
+    assert "6 warnings" in shown
+    assert re.findall("warning [a-f]", shown) == ["warning a", "warning b", "warning c", "warning d"]
+    assert "<summary>2 more</summary>" in folded
+    assert re.findall("warning [a-f]", folded) == ["warning e", "warning f"]
+
+
 def test_only_input_statistics_are_called_a_leak(tmp_path):
     leaky, honest = evaluation(DEFENSES[4:6]), evaluation(DEFENSES[:4] + DEFENSES[6:] + (NOISY,))
     # One mark for each of two defenses in each of five tables.
