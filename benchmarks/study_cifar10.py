@@ -295,8 +295,13 @@ def _means(cells: Mapping[tuple[str, str, bool], Mapping[str, Cell]]) -> dict[tu
 
 
 def draw_robustness(out: Path, cells: Mapping[tuple[str, str, bool], Mapping[str, Cell]]) -> Path:
-    """Write robustness.png: accuracy under attack over clean accuracy, a line through the dials of every row."""
+    """Write robustness.png: accuracy under attack over clean accuracy, a line through the dials of every row.
+
+    Each line has a colour of its own. Rows without a dial are points, which are black.
+    """
     means = _means(cells)
+    lines = [row.name for row in ROWS if row.dials]
+    colours = {row.name: PALETTE[0] for row in ROWS} | dict(zip(lines, PALETTE[1:], strict=True))
     columns = ["PGD-10", STRONG, "frozen"]
     figure, axes = _figure(len(RADII), len(columns), (11, 7))
     for line, radius in zip(axes, RADII, strict=True):
@@ -305,7 +310,7 @@ def draw_robustness(out: Path, cells: Mapping[tuple[str, str, bool], Mapping[str
                 own = [means[row.name, _dial(row, dial)] for dial in row.dials] or [means[row.name, "off"]]
                 name = f"{column}, {radius}/255"
                 points = [(x["clean"], x.get(name, x[f"{STRONG}, {radius}/255"])) for x in own]
-                look = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number]}
+                look = {"color": colours[row.name], "marker": MARKERS[number]}
                 axis.plot(*zip(*points, strict=True), linewidth=1.2, markersize=4, label=row.name, **look)
             axis.set_title(f"{STRONG}, noise known" if column == "frozen" else column, fontsize=10)
             axis.set_xlabel("clean accuracy, %")
