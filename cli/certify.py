@@ -79,6 +79,7 @@ def main(
     from torch import nn
 
     from denim.cli.images import open_images
+    from denim.cli.memory import keep_freed_memory
     from denim.defense import CertificationSettings, De3, certify, print_certification, write_certification
     from denim.defense.certificates import check_certifiable
     from denim.defense.targets import input_size, open_target
@@ -98,6 +99,8 @@ def main(
         sigmas, draws, selection_draws, alpha, radii, tolerance, seed, max_batch, precision, compile
     )
     where = pick_device(device)
+    if where.type == "cpu":
+        keep_freed_memory()
     smoothed: nn.Module = open_target(model, weights) if model else Classifier.from_pretrained(str(classifier))
     rebuild = None if denoiser is None else Autoencoder.from_pretrained(denoiser).requires_grad_(False)
     defense = De3(
