@@ -9,9 +9,12 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from denim.nim.ranks import is_first_process
+
 __all__ = ["StopRequest", "Stopped", "leave_signals_to_parent", "stop_requests"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTED = b"\ndenim: what is running is finished first; another signal ends it at once\n"
 
 
 class Stopped(KeyboardInterrupt):
@@ -55,7 +58,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests(message: str) -> Iterator[StopRequest]:
-    """Inside, the first SIGTERM or Ctrl-C is noted, and the second raises at once.
+    """Inside, the first SIGTERM or Ctrl-C is noted, which a line on stderr says, and the second raises at once.
 
     An exception could be swallowed where a library calls Python, or strike in the middle of an update. Whoever works
     inside calls `StopRequest.heed` where nothing is lost; a request that nobody has heeded ends the work at the end of
@@ -78,6 +81,10 @@ def stop_requests(message: str) -> Iterator[StopRequest]:
         if request:
             raise Stopped(number, message)
         request.number = number
+        if is_first_process():
+            # Not by `print`: the signal may have interrupted somebody who holds its lock.
+            with contextlib.suppress(OSError):
+                os.write(2, NOTED)
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():

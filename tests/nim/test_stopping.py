@@ -36,6 +36,16 @@ def test_the_first_signal_is_noted_and_heeded(number):
 
 
 @BOTH
+def test_the_first_signal_is_answered_on_stderr_by_one_process(number, capfd, monkeypatch):
+    for rank, answers in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(Stopped), stop_requests("come back"):
+            assert capfd.readouterr().err == ""
+            os.kill(os.getpid(), number)
+            assert capfd.readouterr().err.count("another signal ends it at once\n") == answers
+
+
+@BOTH
 def test_a_request_that_nobody_heeds_ends_the_work_after_it(number):
     done = []
     with pytest.raises(Stopped), stop_requests("come back"):
