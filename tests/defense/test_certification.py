@@ -239,18 +239,23 @@ def test_compiled_blocks_give_the_certificates_of_eager_ones(tmp_path, monkeypat
     assert lines(tmp_path / "None") == lines(tmp_path / "True")
 
 
-@pytest.mark.parametrize("kind", ["tensors", "loader"])
-def test_two_ranks_have_the_certificates_of_one(tmp_path, kind):
-    """Each certifies its own batches; then one process goes on with what both have."""
-    expected = run(tmp_path / "alone", data=parts(kind))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Certifications of two ranks, by the kind of their data, and what they have printed."""
+    out = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, out]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DENIM_NOISE": "eager"}
-    done = subprocess.run(
-        [*command, __file__, tmp_path / "two", kind], env=environment, capture_output=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    said = done.stdout.decode()
-    files = [tmp_path / "two" / name for name in ("certificates.jsonl", "certificates-1.jsonl")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+def test_two_ranks_have_the_certificates_of_one(two_ranks, tmp_path, kind):
+    """Each certifies its own batches; then one process goes on with what both have."""
+    out, said = two_ranks[0] / kind, two_ranks[1]
+    expected = run(tmp_path, data=parts(kind))
+    files = [out / name for name in ("certificates.jsonl", "certificates-1.jsonl")]
     made = [len(file.read_text().splitlines()) for file in files]
     assert sum(made) == 2 * COUNT
     assert min(made) >= 2 * (COUNT // 2)
@@ -259,7 +264,7 @@ def test_two_ranks_have_the_certificates_of_one(tmp_path, kind):
     kept = [file.read_text() for file in files]
     files[1].write_text(kept[1] + '{"key": "half')  # which a process that is killed leaves
     classifier = Linear()
-    again = run(tmp_path / "two", classifier=classifier, data=parts(kind))
+    again = run(out, classifier=classifier, data=parts(kind))
     assert classifier.sizes == [], "what both have is kept"
     assert [file.read_text() for file in files] == [kept[0], kept[1] + '{"key": "half']
     for level, other in zip(expected.levels, again.levels, strict=True):
@@ -293,13 +298,14 @@ def parts(kind: str, rank: int = 0, world: int = 1):
     return TorchLoader(Few(), EvalView(SIZE), 2, shuffle=False, last="pad", workers=0, rank=rank, world=world)
 
 
-def certify_on_ranks(out: Path, kind: str) -> None:
+def certify_on_ranks(out: Path) -> None:
     with joined(torch.device("cpu"), 100) as ranks:
-        console, data = Console(quiet=not ranks.is_first), parts(kind, ranks.rank, ranks.world)
-        found = certify(De3(None, Linear(), 70), data, SETTINGS, out, console=console, ranks=ranks)
-        radii = ranks.gather([level.radii.tolist() for level in found.levels])
-        assert radii[0] == radii[1]
-        assert len(radii[0][0]) == COUNT
+        for kind in ("tensors", "loader"):
+            console, data = Console(quiet=not ranks.is_first), parts(kind, ranks.rank, ranks.world)
+            found = certify(De3(None, Linear(), 70), data, SETTINGS, out / kind, console=console, ranks=ranks)
+            radii = ranks.gather([level.radii.tolist() for level in found.levels])
+            assert radii[0] == radii[1]
+            assert len(radii[0][0]) == COUNT
 
 
 @pytest.mark.parametrize(
@@ -535,4 +541,4 @@ def test_the_table_says_what_was_found_and_what_is_not_known(finished, tmp_path)
 
 
 if __name__ == "__main__":
-    certify_on_ranks(Path(sys.argv[1]), sys.argv[2])
+    certify_on_ranks(Path(sys.argv[1]))
