@@ -37,10 +37,13 @@ import tyro  # noqa: F401 (the command imports it late)
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+import denim.cli.certify
 import denim.cli.data
 import denim.cli.evaluate
 import denim.cli.finetune
 import denim.cli.pretrain
+import denim.defense.certification
+import denim.defense.certification_report
 import denim.defense.evaluation
 import denim.defense.report
 import denim.nim.finetuning
@@ -170,8 +173,12 @@ def content(folder: Path) -> dict[str, object]:
             found[name] = _records(path)
         elif path.name == "results.json":
             results = json.loads(path.read_text())
-            cells = [{key: value for key, value in cell.items() if key != "seconds"} for cell in results["cells"]]
+            cells = [
+                {key: value for key, value in cell.items() if key != "seconds"} for cell in results.get("cells", ())
+            ]
             found[name] = results | {"cells": cells}
+        elif path.name == "certificates.jsonl":  # in the order in which images were finished
+            found[name] = sorted(path.read_text().splitlines())
         elif path.name == "results.csv":
             rows = csv.DictReader(path.read_text().splitlines())
             found[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
@@ -246,6 +253,18 @@ def works(faults: Faults) -> dict[str, Callable[[Path], Work]]:
         attacks = ("--sigmas", "70", "--frozen", "None", "--attacks", "fgsm:4/255,eot=1", "pgd:4/255,steps=1,eot=2")
         return denim_command("evaluate", "--out", out, *models, *few, *attacks)
 
+    def certify(out: Path) -> Work:
+        models = (
+            "--classifier",
+            given / "classifier/model",
+            "--denoiser",
+            given / "nim/model",
+            "--statistics",
+            "noisy",
+        )
+        few = ("--data", small, "--draws", "300", "--selection-draws", "20", "--max-batch", "32", "--loader", "torch")
+        return denim_command("certify", "--out", out, *models, *few)
+
     def index(out: Path) -> Work:
         return functools.partial(open_manifest, photos, "train", cache=out)
 
@@ -258,7 +277,14 @@ def works(faults: Faults) -> dict[str, Callable[[Path], Work]]:
     faults.run("pretrain", pretrain(given / "nim"))
     faults.run("finetune", finetune(given / "classifier"))
     faults.run("index", index(given / "cache"))
-    return {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate, "index": index, "pack": pack}
+    return {
+        "pretrain": pretrain,
+        "finetune": finetune,
+        "evaluate": evaluate,
+        "certify": certify,
+        "index": index,
+        "pack": pack,
+    }
 
 
 def kills(faults: Faults, tasks: dict[str, Callable[[Path], Work]]) -> None:
