@@ -78,13 +78,13 @@ def main(
     """
     from torch import nn
 
-    from denim.cli.images import open_images
+    from denim.cli.images import open_batches, open_images
     from denim.cli.memory import keep_freed_memory
     from denim.defense import CertificationSettings, De3, certify, print_certification, write_certification
     from denim.defense.certificates import check_certifiable
     from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier
-    from denim.nim.data import EvalView, Subset, open_loader
+    from denim.nim.data import Subset
     from denim.nim.ranks import joined
     from denim.nim.settings import pick_device
     from denim.nim.text import open_console, printable
@@ -128,19 +128,7 @@ def main(
         with ranks.in_turn():
             source, _ = open_images(data, split, val_split, val_seed, channels, classes, max_bad, console)
         chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
-        batches = open_loader(
-            chosen,
-            EvalView(side),
-            min(256, -(-len(chosen) // ranks.world)),
-            shuffle=False,
-            last="keep" if ranks.world == 1 else "pad",
-            workers=workers,
-            backend=loader,
-            rank=ranks.rank,
-            world=ranks.world,
-            device=where,
-            max_bad=max_bad,
-        )
+        batches = open_batches(chosen, side, ranks, where, workers=workers, backend=loader, max_bad=max_bad)
         certification = certify(defense, batches, settings, out, classes=names, console=console, ranks=ranks)
         if not ranks.is_first:
             return

@@ -97,11 +97,11 @@ def main(
     """
     from torch import nn
 
-    from denim.cli.images import open_images
+    from denim.cli.images import open_batches, open_images
     from denim.defense import De3, EvaluationSettings, HealthWarning, Jpeg, evaluate, print_table, write_report
     from denim.defense.targets import input_size, open_target
     from denim.nim import Autoencoder, Classifier
-    from denim.nim.data import EvalView, Subset, open_loader
+    from denim.nim.data import Subset
     from denim.nim.ranks import joined
     from denim.nim.settings import pick_device
     from denim.nim.text import open_console, printable
@@ -197,19 +197,7 @@ def main(
             classes = None if own is None else own.config.classes or own.config.num_classes
             source, measured = open_images(data, split, val_split, val_seed, channels, classes, max_bad, console)
         chosen = Subset(source, num_images, seed) if 0 < num_images < len(source) else source
-        batches = open_loader(
-            chosen,
-            EvalView(side),
-            min(256, -(-len(chosen) // ranks.world)),
-            shuffle=False,
-            last="keep" if ranks.world == 1 else "pad",
-            workers=workers,
-            backend=loader,
-            rank=ranks.rank,
-            world=ranks.world,
-            device=where,
-            max_bad=max_bad,
-        )
+        batches = open_batches(chosen, side, ranks, where, workers=workers, backend=loader, max_bad=max_bad)
         names = source.classes if own is None else own.config.classes
         evaluation = evaluate(defenses, batches, settings, out, classes=names, console=console, ranks=ranks)
         if not ranks.is_first:

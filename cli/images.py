@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
-    from denim.nim.data import Source
+    from denim.nim.data import PlannedLoader, Source
+    from denim.nim.ranks import Ranks
 
 
 def open_images(
@@ -50,3 +52,42 @@ def open_images(
         )
         return source, data
     return source, f"{data}, split {split}"
+
+
+def open_batches(
+    source: Source,
+    side: int,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    workers: int | None,
+    backend: str,
+    max_bad: float,
+) -> PlannedLoader:
+    """The loader of this process's share of the images, in their order.
+
+    Args:
+        source: the images.
+        side: that the models take, in pixels.
+        ranks: the processes.
+        device: of the models.
+        workers, backend, max_bad: see `open_loader`.
+
+    Raises:
+        ValueError: see `open_loader`.
+    """
+    from denim.nim.data import EvalView, open_loader
+
+    return open_loader(
+        source,
+        EvalView(side),
+        min(256, -(-len(source) // ranks.world)),
+        shuffle=False,
+        last="keep" if ranks.world == 1 else "pad",
+        workers=workers,
+        backend=backend,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=device,
+        max_bad=max_bad,
+    )

@@ -31,7 +31,7 @@ from denim.defense.certificates import (
 )
 from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
-from denim.defense.images import Images, as_loader, batches_of, identify, pixels_of, same_again
+from denim.defense.images import Images, as_loader, batches_of, identify_all, pixels_of, same_again
 from denim.defense.probe import probe_randomness
 from denim.defense.targets import ROUNDING, ModuleTarget, normalisation_hint, own_models
 from denim.defense.work import is_out_of_memory
@@ -127,10 +127,7 @@ def certify(
         precise(settings.precision, device),
         torch.no_grad(),
     ):
-        with ranks.together():
-            divided = getattr(loader, "world", 1) == ranks.world
-            own = identify(loader, lambda step: divided or step % ranks.world == ranks.rank)
-        images = Images.joined(ranks.gather(own))
+        own, images = identify_all(loader, ranks)
         if not len(images):
             raise ValueError("certify needs images, and the loader yields none")
         if len(np.unique(images.ids)) < len(images):
@@ -215,8 +212,8 @@ class _Work:
         self.level_keys = [struct.unpack("<q", struct.pack("<d", sigma))[0] for sigma in settings.sigmas]
         self.origins = _origins(defense, settings)
         self.keys = self._keys(self.images)
-        self.found = self._read()
-        self.lacking = np.array([[key not in self.found for key in row] for row in self.keys], bool)  # levels by images
+        found = self._read()
+        self.lacking = np.array([[key not in found for key in row] for row in self.keys], bool)  # levels by images
         batches = batches_of(loader, np.unique(self.images.steps[self.lacking.any(axis=0)]))
         self.waiting = self._items(batches)
         self.room = settings.max_batch
@@ -317,7 +314,7 @@ class _Work:
             logits = self.defense.draw_logits(pixels, seeds, sigma=pixels.new_full((1,), sigma))
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                self._make_smaller(1, error)
+                self._make_smaller(1, error)  # raises: no pass is smaller
             raise ValueError(f"the defense does not take pixels of shape {tuple(pixels.shape)}: {error}") from error
         outputs, labels = logits.shape[-1], images.labels
         if labels.min() < 0 or labels.max() >= outputs:
@@ -464,9 +461,8 @@ class _Work:
     def _append(self, items: set[_Item]) -> None:
         lines = []
         for item in sorted(items, key=lambda item: (item.place, item.level)):
-            key = self.keys[item.level][item.place]
-            self.found[key] = {
-                "key": key,
+            entry = {
+                "key": self.keys[item.level][item.place],
                 "id": item.sample,
                 "label": int(self.images.labels[item.place]),
                 "sigma": self.settings.sigmas[item.level],
@@ -475,7 +471,7 @@ class _Work:
                 "successes": item.successes,
                 "bound": item.bound,
             }
-            lines.append(json.dumps(self.found[key]) + "\n")
+            lines.append(json.dumps(entry) + "\n")
         append_text(self.file, "".join(lines))
 
 

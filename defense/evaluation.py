@@ -24,7 +24,7 @@ from denim.defense.de3 import De3
 from denim.defense.fingerprint import Fingerprints
 from denim.defense.gallery import Examples, load_gallery
 from denim.defense.health import DefenseHealth, health_of
-from denim.defense.images import Images, as_loader, identify
+from denim.defense.images import Images, as_loader, identify_all
 from denim.defense.records import Records
 from denim.defense.rows import EvaluationSettings, Row, rows_of
 from denim.defense.scores import FEWEST_DRAWS, draws_needed
@@ -141,10 +141,7 @@ def _evaluate(
             "computed from: they are computed anew",
             markup=False,
         )
-    with ranks.together():
-        divided = getattr(loader, "world", 1) == ranks.world
-        own = _distinct(identify(loader, lambda step: divided or step % ranks.world == ranks.rank))
-    images = _distinct(Images.joined(ranks.gather(own)))
+    own, images = map(_distinct, identify_all(loader, ranks))
     if not len(images):
         raise ValueError("evaluate needs images, and the loader yields none")
     fingerprints = Fingerprints()

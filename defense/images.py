@@ -19,8 +19,9 @@ from denim.kernels import check_pixels
 from denim.nim.data import Batch, EncodedSource, EvalView, Loader, PlannedLoader, TrainView
 from denim.nim.data.dali_loader import dali_version
 from denim.nim.data.decode import MachineError
+from denim.nim.ranks import Ranks
 
-__all__ = ["Images", "as_loader", "batches_of", "identify", "pixels_of", "same_again"]
+__all__ = ["Images", "as_loader", "batches_of", "identify", "identify_all", "pixels_of", "same_again"]
 
 Array = npt.NDArray[Any]
 
@@ -60,6 +61,21 @@ class Images:
         none = np.zeros(0, np.int64)
         whole = (cls(none, none, np.zeros((0, 2), np.uint64), none, none), *parts)
         return cls(*(np.concatenate([getattr(part, field.name) for part in whole]) for field in fields(cls)))
+
+
+def identify_all(loader: Loader, ranks: Ranks) -> tuple[Images, Images]:
+    """The images of this process and those of all, by rank.
+
+    A loader that was made for as many ranks yields those of its own. The batches of another one are divided here.
+
+    Raises:
+        RankError: another rank has failed.
+        BadSamplesError, MachineError: see `identify`.
+    """
+    with ranks.together():
+        divided = getattr(loader, "world", 1) == ranks.world
+        own = identify(loader, lambda step: divided or step % ranks.world == ranks.rank)
+    return own, Images.joined(ranks.gather(own))
 
 
 def identify(loader: Loader, is_own: Callable[[int], bool]) -> Images:

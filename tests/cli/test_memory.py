@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from denim.cli import memory
+from denim.cli import certify, memory
 
 CODE = """
 import resource, sys
@@ -59,3 +59,15 @@ def test_another_c_library_is_left_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "confstr_names", {})
     assert not memory.keep_freed_memory()
+
+
+def test_a_certification_on_a_cpu_keeps_it(monkeypatch):
+    class KeptError(Exception):
+        pass
+
+    def keep():
+        raise KeptError
+
+    monkeypatch.setattr(memory, "keep_freed_memory", keep)
+    with pytest.raises(KeptError):
+        certify.main(classifier="nothing", device="cpu")
